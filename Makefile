@@ -1,0 +1,37 @@
+# Two commands do everything from a bare clone: `make train` (the main job) and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+EXTRAS ?= train,math,bench,dev
+# TORCH_INDEX=<url> takes torch from another wheel index (a CUDA or ROCm one, say).
+TORCH_INDEX ?=
+RUN ?= runs/sums
+STAMP := $(VENV)/.installed
+
+.PHONY: setup train compare countdown test lint matrix bench csrc clean
+
+setup: $(STAMP)
+
+# torch first, pinned: with none installed, an open range would pull gigabytes of another build.
+$(STAMP): constraints.txt pyproject.toml setup.py
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@
+
+train: setup
+	$(PY) -m flowrl_kernels.trainer configs/sums.toml --run.dir $(RUN)
+
+countdown: setup
+	$(PY) -m flowrl_kernels.trainer configs/countdown.toml --run.dir runs/countdown
+
+test: setup lint
+	$(PY) -m pytest -n 2
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,1 @@
+"""FlowRL kernels."""

@@ -1,0 +1,63 @@
+"""Argument contracts: every message names the argument, what was wanted and what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def fail(name: str, wanted: str, got: Any) -> None:
+    """Raise the one kind of ValueError this library raises."""
+    raise ValueError(f"{name}: wanted {wanted}; got {got}")
+
+
+def shape(value: Tensor) -> str:
+    return f"shape {tuple(value.shape)}"
+
+
+def plain(name: str, value: Any) -> Tensor:
+    """A plain tensor: not a DTensor, not a module, not a list."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: wanted a torch.Tensor; got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: wanted a plain tensor; got a DTensor. Call the op inside the forward of the FSDP unit that owns "
+            f"the parameter (its hooks unshard it), or pass {name}.full_tensor(); for a vocabulary-sharded head pass "
+            f"{name}.to_local() with vocab_parallel=the process group"
+        )
+    return value
+
+
+def floating(name: str, value: Any, dims: int | None = None) -> Tensor:
+    value = plain(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: wanted float32, bfloat16, float16 or float64; got {value.dtype}")
+    if dims is not None and value.dim() != dims:
+        fail(name, f"{dims} dimensions", shape(value))
+    return value
+
+
+def integers(name: str, value: Any, wanted_shape: tuple[int, ...] | None = None) -> Tensor:
+    value = plain(name, value)
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"{name}: wanted an integer tensor; got {value.dtype}")
+    if wanted_shape is not None and tuple(value.shape) != tuple(wanted_shape):
+        fail(name, f"shape {tuple(wanted_shape)}", shape(value))
+    return value
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        fail(name, f"the device of {other_name}, {other.device}", value.device)
+
+
+def positive(name: str, value: float) -> float:
+    value = float(value)
+    if not value > 0.0 or value == float("inf"):
+        fail(name, "a finite number above 0", value)
+    return value

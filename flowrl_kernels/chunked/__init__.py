@@ -1,0 +1,1 @@
+"""Torch on any device, with memory bounded by a tile instead of the vocabulary."""

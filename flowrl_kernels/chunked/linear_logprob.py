@@ -1,0 +1,225 @@
+"""hidden -> log-probabilities in tiles of the vocabulary: 2NHV forward, 6NHV backward with recompute.
+
+Memory beyond inputs and outputs: one tile of logits. Row results are bit-identical under any batch layout: rows are
+padded to one fixed block, and columns reduced in fixed runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowrl_kernels.chunked import tiles
+from flowrl_kernels.chunked.bounded import bounded_backward
+from flowrl_kernels.types import TILE
+
+
+def kept_rows(keep: Tensor) -> Tensor | None:
+    """Indices of the rows that need work, or None for all. A GPU would have to wait for the count: all there."""
+    if keep.device.type != "cpu" or bool(keep.all()):
+        return None
+    return keep.nonzero()[:, 0]
+
+
+def take(rows: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    return [t if rows is None else t.index_select(0, rows) for t in tensors]
+
+
+def put(rows: Tensor | None, value: Tensor, size: int) -> Tensor:
+    """`value` at `rows` of a zero tensor with `size` rows."""
+    if rows is None:
+        return value
+    return value.new_zeros((size, *value.shape[1:])).index_copy_(0, rows, value)
+
+
+def linear_logprob_fwd(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [N] int64; -1 skips the row, V means no target here
+    bias: Tensor | None,  # [V]
+    temperature: Tensor,  # [N] or [1]
+    logit_scale: float,
+    softcap: float | None,
+    entropy: bool,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Target logit [N], log-sum-exp [N], entropy [N] or [0], tile log-sum-exp [ceil(V/128), N] fp16 or [0, 0]."""
+    num_tokens, hidden_size = hidden.shape
+    vocab_size = weight.shape[0]
+    rows = kept_rows(target >= 0)
+    hidden, target = take(rows, hidden, target)
+    temperature = temperature if temperature.numel() == 1 else take(rows, temperature)[0]
+    num_rows = hidden.shape[0]
+    block = tiles.row_block(hidden_size, vocab_size)
+    padded = -(-num_rows // block) * block
+    dtype = tiles.accumulator_dtype(hidden.dtype)
+    hidden = torch.nn.functional.pad(tiles.operand(hidden), (0, 0, 0, padded - num_rows))
+    target = torch.nn.functional.pad(target, (0, padded - num_rows), value=vocab_size)
+    if temperature.numel() > 1:
+        temperature = torch.nn.functional.pad(temperature, (0, padded - num_rows), value=1.0)
+    temperature = temperature.to(dtype)[:, None]
+    blocks = [slice(start, start + block) for start in range(0, padded, block)]
+    like = hidden.new_empty(0, dtype=dtype)
+    sums = [tiles.Sums(block, like, entropy) for _ in blocks]
+    target_logit = like.new_zeros(padded)
+    num_runs = -(-vocab_size // TILE)
+    tile_lse = like.new_empty((num_runs, padded) if stats else (0, 0), dtype=torch.float16)
+    with tiles.exact_products():
+        for start, stop in tiles.column_tiles(vocab_size, tiles.COLUMNS):
+            columns = tiles.operand(weight[start:stop])
+            tile_bias = None if bias is None else bias[start:stop]
+            for own, running in zip(blocks, sums):
+                z = tiles.logits_tile(hidden[own], columns, tile_bias, logit_scale, softcap)
+                tiles.divide_by_temperature(z, temperature if temperature.numel() == 1 else temperature[own])
+                local = target[own] - start
+                picked = z.gather(1, local.clamp(0, stop - start - 1)[:, None])[:, 0]
+                mine = (local >= 0) & (local < stop - start)
+                target_logit[own] = torch.where(mine, picked, target_logit[own])
+                runs = running.add(z)
+                if stats:
+                    first = start // TILE
+                    tile_lse[first : first + runs.shape[1], own] = tiles.round_up_to_half(runs).T
+    lse = torch.cat([s.lse() for s in sums])[:num_rows] if sums else like
+    ent = torch.cat([s.entropy() for s in sums])[:num_rows] if entropy and sums else like
+    target_logit = target_logit[:num_rows]
+    if rows is None:
+        skipped = target[:num_rows] < 0
+        target_logit, lse = target_logit.masked_fill(skipped, 0.0), lse.masked_fill(skipped, 0.0)
+        ent = ent.masked_fill(skipped, 0.0) if entropy and sums else ent
+        return target_logit, lse, ent, tile_lse[:, :num_rows].contiguous()
+    stats_out = put(rows, tile_lse[:, :num_rows].T, num_tokens).T.contiguous() if stats else tile_lse
+    ent = put(rows, ent, num_tokens) if entropy else ent
+    return put(rows, target_logit, num_tokens), put(rows, lse, num_tokens), ent, stats_out
+
+
+def linear_logprob_bwd(
+    grad_logp: Tensor,  # [N]
+    grad_entropy: Tensor | None,  # [N]
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [N]
+    bias: Tensor | None,
+    temperature: Tensor,  # [N] or [1]
+    logit_scale: float,
+    softcap: float | None,
+    lse: Tensor,  # [N]
+    entropy: Tensor,  # [N] or [0]
+    tile_lse: Tensor,  # [ceil(V/128), N] or [0, 0]
+    epsilon: float,
+    report: Tensor | None,  # [3]
+    main_grad: Tensor | None,  # [V, H] fp32
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias; those not needed are None (weight's goes into main_grad if given)."""
+    num_tokens, hidden_size = hidden.shape
+    vocab_size = weight.shape[0]
+    dtype = tiles.accumulator_dtype(hidden.dtype)
+    active = (target >= 0) & (grad_logp != 0)
+    if grad_entropy is not None:
+        active |= (target >= 0) & (grad_entropy != 0)
+    rows = kept_rows(active)
+    hidden, target, lse, grad_logp = take(rows, hidden, target, lse, grad_logp)
+    temperature = temperature if temperature.numel() == 1 else take(rows, temperature)[0]
+    temperature = temperature.to(dtype)[:, None]
+    if grad_entropy is not None:
+        grad_entropy, entropy = take(rows, grad_entropy, entropy)
+    x = tiles.operand(hidden)
+    scale = (grad_logp * logit_scale)[:, None].to(dtype) / temperature  # [N, 1]
+    dhidden = x.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
+    dweight = torch.empty_like(weight) if need_weight and main_grad is None else None
+    dbias = x.new_zeros(vocab_size, dtype=dtype) if need_bias else None
+    exact_only = softcap is not None or grad_entropy is not None
+    if epsilon > 0.0 and not exact_only and hidden.shape[0] > 0:
+        stats = tile_lse if rows is None else tile_lse.index_select(1, rows)
+        done = bounded_backward(
+            scale, x, weight, target, bias, temperature, logit_scale, lse, stats, epsilon, report,
+            dhidden, dweight, main_grad if need_weight else None, dbias,
+        )  # fmt: skip
+    else:
+        done = False
+        if report is not None:
+            report.copy_(report.new_tensor([0.0, 1.0, float(epsilon > 0.0)]))
+    if not done:
+        entropy_scale = None
+        if grad_entropy is not None:
+            entropy_scale = (grad_entropy * logit_scale)[:, None].to(dtype) / temperature
+        width = max(tiles.COLUMNS, min(8 * tiles.COLUMNS, tiles.BUFFER // max(1, hidden.shape[0]) // TILE * TILE))
+        row_step = max(1, tiles.BUFFER // width)
+        with tiles.exact_products():
+            for start, stop in tiles.column_tiles(vocab_size, width):
+                w = tiles.operand(weight[start:stop])
+                tile_bias = None if bias is None else bias[start:stop]
+                tile_grad = None
+                for low in range(0, x.shape[0], row_step):
+                    own = slice(low, low + row_step)
+                    dz = _dlogits(
+                        x[own], w, tile_bias, target[own] - start,
+                        temperature if temperature.numel() == 1 else temperature[own],
+                        logit_scale, softcap, lse[own, None], scale[own],
+                        None if entropy_scale is None else entropy_scale[own],
+                        None if entropy_scale is None else entropy[own, None],
+                    )  # fmt: skip
+                    if dbias is not None:
+                        dbias[start:stop] += dz.sum(0) / logit_scale
+                    dz = dz.to(x.dtype)
+                    if dhidden is not None:
+                        accumulate(dhidden[own], dz, w)
+                    if need_weight:
+                        part = tiles.product(dz.T, x[own])
+                        tile_grad = part if tile_grad is None else tile_grad.add_(part)
+                if need_weight:
+                    store(dweight, main_grad, start, stop, tile_grad)
+    dhidden_out = None
+    if dhidden is not None:
+        dhidden_out = put(rows, dhidden.to(hidden.dtype), num_tokens)
+    return dhidden_out, dweight, dbias
+
+
+def accumulate(into: Tensor, left: Tensor, right: Tensor) -> None:
+    """into += left @ right in the accumulator's precision."""
+    if left.dtype == into.dtype:
+        into.addmm_(left, right)
+    else:
+        into += tiles.product(left, right)
+
+
+def store(dweight: Tensor | None, main_grad: Tensor | None, start: int, stop: int, part: Tensor | None) -> None:
+    """One tile of the weight's gradient into the output or the accumulator; no rows at all is a gradient of 0."""
+    if main_grad is not None:
+        if part is not None:
+            main_grad[start:stop] += part
+    elif dweight is not None:
+        if part is None:
+            dweight[start:stop] = 0
+        else:
+            dweight[start:stop] = part
+
+
+def _dlogits(
+    x: Tensor,  # [R, H]
+    weight: Tensor,  # [C, H]
+    bias: Tensor | None,  # [C]
+    local: Tensor,  # [R] target minus the first column
+    temperature: Tensor,  # [R, 1] or [1, 1]
+    logit_scale: float,
+    softcap: float | None,
+    lse: Tensor,  # [R, 1]
+    scale: Tensor,  # [R, 1]
+    entropy_scale: Tensor | None,  # [R, 1]
+    entropy: Tensor | None,  # [R, 1]
+) -> Tensor:
+    """Gradient of the product hidden weight^T in one tile, fp32. [R, C]"""
+    z = tiles.logits_tile(x, weight, bias, logit_scale, softcap)
+    slope = None if softcap is None else (z / softcap).square_().neg_().add_(1.0)
+    logp = tiles.divide_by_temperature(z, temperature).sub_(lse)
+    if entropy_scale is None:
+        dz = logp.exp_().mul_(-scale)
+    else:
+        p = logp.exp()
+        dz = logp.clamp_min_(tiles.FLOOR).add_(entropy).mul_(entropy_scale).add_(scale).mul_(p).neg_()
+    columns = z.shape[1]
+    mine = (local >= 0) & (local < columns)
+    dz.scatter_add_(1, local.clamp(0, columns - 1)[:, None], torch.where(mine[:, None], scale, 0.0))
+    return dz if slope is None else dz.mul_(slope)

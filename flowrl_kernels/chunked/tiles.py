@@ -1,0 +1,132 @@
+"""Shared pieces of the chunked path: block sizes, exact products, the logits of one tile, running softmax sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from flowrl_kernels.types import TILE
+
+COLUMNS = 1024  # vocabulary columns of one forward tile; a multiple of TILE
+BUFFER = 1 << 22  # elements of one backward buffer (16 MB in fp32)
+FLOOR = -1e4  # stands in for -inf where it meets a factor 0; exp(FLOOR) is 0
+
+
+def row_block(hidden_size: int, vocab_size: int) -> int:
+    """Rows of one forward block: a function of (H, V) alone, because a GEMM's reduction order can depend on it."""
+    return 256 if hidden_size * vocab_size >= 1 << 22 else 64
+
+
+def column_tiles(vocab_size: int, width: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, vocab_size, width):
+        yield start, min(start + width, vocab_size)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """float32 products at float32 precision, whatever the process allows elsewhere (no TF32, no bf16 shortcuts)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def operand(tensor: Tensor) -> Tensor:
+    """What a product reads: 16-bit stays 16-bit on a GPU (fp32 accumulators there); a CPU multiplies it as fp32."""
+    return tensor.float() if tensor.device.type == "cpu" and tensor.dtype.itemsize == 2 else tensor
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right with fp32 accumulation and fp32 result (float64 for float64)."""
+    if left.dtype.itemsize == 2:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left, right)
+
+
+def logits_tile(
+    hidden: Tensor,  # [R, H]
+    weight: Tensor,  # [C, H]
+    bias: Tensor | None,  # [C]
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """softcap(logit_scale (hidden weight^T + bias)), fp32, before the temperature. [R, C]"""
+    z = product(hidden, weight.T)
+    if bias is not None:
+        z.add_(bias.to(z.dtype))
+    if logit_scale != 1.0:
+        z.mul_(logit_scale)
+    if softcap is not None:
+        z.div_(softcap).tanh_().mul_(softcap)
+    return z
+
+
+def divide_by_temperature(z: Tensor, temperature: Tensor) -> Tensor:
+    """z / temperature per row, in place; temperature is [R, 1], [1, 1] or holds a single 1 that is skipped on CPU."""
+    if temperature.numel() == 1 and temperature.device.type == "cpu" and float(temperature) == 1.0:
+        return z
+    return z.div_(temperature)
+
+
+class Sums:
+    """Running softmax sums of a block of rows: maximum m, s = sum e^(z-m), u = sum e^(z-m) (z-m).
+
+    Columns are reduced in runs of TILE, runs in order, so the result depends on the row and on (H, V) only.
+    """
+
+    def __init__(self, rows: int, like: Tensor, entropy: bool):
+        self.maximum = like.new_full((rows,), -torch.inf)
+        self.total = like.new_zeros(rows)
+        self.moment = like.new_zeros(rows) if entropy else None
+
+    def add(self, z: Tensor) -> Tensor:
+        """Take in one tile of logits [R, C] (overwritten); returns the log-sum-exp of each run, [R, ceil(C/TILE)]."""
+        rows, columns = z.shape
+        if columns % TILE:
+            z = torch.nn.functional.pad(z, (0, TILE - columns % TILE), value=-torch.inf)
+        z = z.view(rows, -1, TILE)
+        top = z.amax(-1)  # [R, runs]
+        shift = top.clamp_min(torch.finfo(top.dtype).min)  # a run of -inf alone must not make -inf - -inf
+        z.sub_(shift[..., None])
+        if self.moment is None:
+            run_total = z.exp_().sum(-1)
+            run_moment = None
+        else:
+            mass = z.exp()
+            run_total = mass.sum(-1)
+            run_moment = mass.mul_(z.clamp_min_(FLOOR)).sum(-1)
+        new = torch.maximum(self.maximum, top.amax(-1))
+        safe = new.clamp_min(torch.finfo(new.dtype).min)
+        old_step = (self.maximum - safe).clamp_min_(FLOOR)
+        run_step = (shift - safe[:, None]).clamp_min_(FLOOR)  # [R, runs]
+        old_scale, run_scale = old_step.exp(), run_step.exp()
+        if self.moment is not None and run_moment is not None:
+            self.moment = old_scale * (self.moment + self.total * old_step)
+            self.moment += (run_scale * (run_moment + run_total * run_step)).sum(-1)
+        self.total = self.total * old_scale + (run_total * run_scale).sum(-1)
+        self.maximum = new
+        return shift + run_total.log()
+
+    def lse(self) -> Tensor:
+        return self.maximum + self.total.log()
+
+    def entropy(self) -> Tensor:
+        """-sum p log p as log s - u/s: two terms that are never negative."""
+        assert self.moment is not None
+        return self.total.log() - self.moment / self.total
+
+
+def round_up_to_half(value: Tensor) -> Tensor:
+    """The smallest fp16 number that is not below `value` (the tile statistics are upper bounds)."""
+    half = value.to(torch.float16)
+    low = half.to(value.dtype) < value
+    return torch.where(low, torch.nextafter(half, half.new_tensor(torch.inf)), half)

@@ -1,0 +1,1 @@
+"""The contract with PyTorch: custom operators with their fakes and their autograd."""

@@ -1,0 +1,28 @@
+"""Log-probabilities of the targets from hidden states: the specification (docs/maths.md, eq. 1-4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowrl_kernels.reference.logprob import logprob
+from flowrl_kernels.types import LogProb
+
+
+def linear_logprob(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [N]
+    bias: Tensor | None = None,  # [V]
+    temperature: Tensor | float = 1.0,  # [N] or a number
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    entropy: bool = False,
+) -> LogProb:
+    """z = softcap(logit_scale (hidden weight^T + bias)) / temperature; logp = log_softmax(z)[target]."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = hidden.to(dtype) @ weight.to(dtype).T  # [N, V]
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    return logprob(logits * logit_scale, target, temperature, softcap, ignore_index, entropy)

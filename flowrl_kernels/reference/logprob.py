@@ -1,0 +1,37 @@
+"""Log-probabilities of the targets from logits: the specification (docs/maths.md, eq. 2-4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowrl_kernels.types import LogProb
+
+
+def logprob(
+    logits: Tensor,  # [N, V]
+    target: Tensor,  # [N]
+    temperature: Tensor | float = 1.0,  # [N] or a number
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    entropy: bool = False,
+) -> LogProb:
+    """logp = log_softmax(softcap(logits) / temperature)[target]; a target outside the vocabulary gives NaN."""
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if isinstance(temperature, Tensor):
+        z = z / temperature.to(z.dtype)[:, None]
+    else:
+        z = z / temperature
+    target = target.long()
+    ignored = target == ignore_index  # [N]
+    known = (target >= 0) & (target < z.shape[-1])
+    all_logp = torch.log_softmax(z, dim=-1)  # [N, V]
+    logp = all_logp.gather(-1, target.where(known, 0)[:, None])[:, 0]  # [N]
+    logp = logp.where(known, logp.new_tensor(float("nan"))).where(~ignored, logp.new_zeros(()))
+    if not entropy:
+        return LogProb(logp, None)
+    banned = all_logp == -torch.inf  # p log p -> 0, and its gradient with it
+    plogp = all_logp.exp() * all_logp.masked_fill(banned, 0.0)
+    return LogProb(logp, (-plogp.sum(-1)).where(~ignored, logp.new_zeros(())))
