@@ -1,0 +1,358 @@
+"""The whole configuration of a run: frozen dataclasses, one TOML table per class.
+
+Every field carries a sentence and its unit; `--section.field value` on the command line replaces any of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+AlgorithmName = Literal[
+    "flowrl", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "ppo", "reinforce_pp", "raft", "reinforce_rej"
+]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: str = "runs/default"
+    """Folder of the run: resolved config, metrics, checkpoints, plots, final model."""
+    seed: int = 0
+    """Seed of everything random: initial weights, warm start, prompt order, sampling."""
+    steps: int = 100
+    """RL steps; each is one batch of rollouts and every update made from it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the policy lives; "auto" takes CUDA where there is a device."""
+    threads: int = 0
+    """CPU threads per process; 0 leaves PyTorch's choice."""
+    cache: str = "~/.cache/flowrl_kernels"
+    """Folder for warm-started models, kept by the hash of what made them."""
+    resume: bool = False
+    """Continue from the run folder's last checkpoint (`--resume` for short)."""
+    overwrite: bool = False
+    """Delete what an earlier run left in the folder instead of refusing it."""
+    max_bad_updates: int = 5
+    """Stop after this many updates in a row were skipped for a loss or gradient that is not finite."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    name: Literal["sums", "countdown", "file"] = "sums"
+    """Which task: two that are made from a seed, or "file" for your own prompts."""
+    seed: int = 0
+    """Seed of the problems and of their split into train, valid and test."""
+    train: str = ""
+    """For "file": JSONL or parquet file, or a `datasets` name, with the training prompts."""
+    valid: str = ""
+    """For "file": problems that choose hyper-parameters; empty: none."""
+    test: str = ""
+    """For "file": problems of the final evaluation; empty: none."""
+    prompt_key: str = "prompt"
+    """For "file": column with the prompt, a text or a list of chat messages."""
+    answer_key: str = "answer"
+    """For "file": column with what the reward compares the response with."""
+    system: str = ""
+    """For "file": system message put before every prompt; needs `chat_template`."""
+    chat_template: bool = True
+    """For "file": wrap text prompts as one user message in the tokenizer's chat template."""
+    reward: str = ""
+    """"" for the task's own verifier, "math" for math-verify, or "module:function"."""
+    reward_timeout: float = 10.0
+    """Longest time one response may take to score, seconds; then it is left out and counted."""
+    reward_workers: int = 2
+    """Processes that score responses where the verifier is not trusted to be quick."""
+    numbers: int = 3
+    """For "countdown": how many numbers a problem gives."""
+    largest: int = 9
+    """For "countdown": the largest of those numbers (the smallest is 1)."""
+    max_target: int = 30
+    """For "countdown": the largest target."""
+    min_solutions: int = 1
+    """For "countdown": keep problems with at least this many different solutions."""
+    held_out: int = 200
+    """For "countdown": problems in each of the valid and test splits."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = ""
+    """Hugging Face name or folder of a causal LM; empty builds a Qwen2-type one of the sizes below."""
+    hidden: int = 64
+    """Width of a built model."""
+    layers: int = 2
+    """Decoder layers of a built model."""
+    heads: int = 4
+    """Attention heads of a built model."""
+    ffn: int = 256
+    """Width of the feed-forward layer of a built model."""
+    context: int = 64
+    """Longest sequence of a built model, tokens."""
+    tied: bool = False
+    """Whether a built model shares its embedding with its LM head."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention of transformers; "auto" is flash-attention 2 where installed and on CUDA, else SDPA."""
+    liger: bool = False
+    """Replace norms, rotary embedding and feed-forward by Liger kernels (needs liger-kernel)."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint; leave off unless you read it."""
+
+
+@dataclass(frozen=True)
+class WarmConfig:
+    steps: int = 0
+    """Supervised steps on the task's own examples before RL; 0: none."""
+    batch: int = 256
+    """Examples per supervised step."""
+    lr: float = 2e-3
+    """Peak learning rate of AdamW in the supervised steps."""
+    decay: float = 0.3
+    """Last share of the supervised steps over which the rate falls to zero."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    engine: Literal["hf"] = "hf"
+    """What generates: "hf" is the live model with a KV cache."""
+    prompts: int = 32
+    """Prompts per step, over all ranks."""
+    samples: int = 8
+    """Responses per prompt (the group, G)."""
+    max_new_tokens: int = 64
+    """Longest response with its end token, tokens."""
+    max_prompt_tokens: int = 0
+    """Longest prompt, tokens; longer ones are refused (0: what the context leaves)."""
+    temperature: float = 1.0
+    """Sampling temperature; every log-probability in the loss is taken at it."""
+    top_p: float = 1.0
+    """Must be 1 in training: truncated sampling makes the importance weights wrong."""
+    top_k: int = 0
+    """Must be 0 in training, for the same reason."""
+    batch: int = 1024
+    """Sequences decoded at once on each rank."""
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    name: AlgorithmName = "flowrl"
+    """The loss and its advantage."""
+    preset: str = "paper"
+    """For flowrl: the library's preset, which sets clip, ratio, anchor, phi and more."""
+    family: str = ""
+    """For flowrl: a row of the squared-residual family by name ("tba", ...) instead of `preset`."""
+    log_z: Literal["learned", "group", "none"] = "learned"
+    """For flowrl: a network on the prompt, the group's mean (VarGrad), or none."""
+    reward: Literal["zscore", "centred", "raw"] = "zscore"
+    """For flowrl: the reward in the residual, normalised in its group, centred in it, or as it came."""
+    beta: float = 15.0
+    """For flowrl: scale of the reward in the residual (inverse temperature of the target)."""
+    clip: tuple[float, float] | None = None
+    """Range of the importance ratio, e.g. [0.8, 1.2]; inf opens a side; absent: the algorithm's own."""
+    minibatch_prompts: int = 0
+    """Prompts per optimiser update; 0: all of the step's (one update, purely on-policy)."""
+    epochs: int = 1
+    """Passes over each batch of rollouts."""
+    kl: float = 0.0
+    """Weight of the KL to the reference in policy-gradient losses, nats."""
+    entropy: float = 0.0
+    """Weight of the entropy bonus in policy-gradient losses."""
+    gamma: float = 1.0
+    """For ppo: discount per token."""
+    gae_lambda: float = 1.0
+    """For ppo: lambda of the generalised advantage."""
+    value_clip: float = 0.2
+    """For ppo: range of the value update."""
+    dual_clip: float = 0.0
+    """Lower bound factor for negative advantages (3 is common); 0: off."""
+    tis_cap: float = 0.0
+    """Cap of the sampler-mismatch weight exp(logp_old - logp_sampler); 0: no such weight."""
+    filter_groups: bool = False
+    """Leave out groups whose rewards are all equal."""
+    unlikeliness: float = 0.0
+    """Strength of the unlikeliness reward, which pays more for rarer correct answers; 0: off."""
+    overlong_buffer: int = 0
+    """Last tokens of the response budget over which a penalty grows to `overlong_penalty`; 0: off."""
+    overlong_penalty: float = 1.0
+    """Reward taken from a response that fills the whole budget."""
+
+
+@dataclass(frozen=True)
+class LogZConfig:
+    style: Literal["paper", "release"] = "paper"
+    """"paper": Linear and GELU; "release": LayerNorm and dropout 0.1 as in the authors' code."""
+    lr: float = 0.0
+    """Learning rate of log Z; 0: the policy's."""
+    detach: bool = False
+    """Stop the gradient of log Z at the prompt's hidden states."""
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    lr: float = 1e-3
+    """For ppo: learning rate of the value head."""
+    detach: bool = True
+    """For ppo: stop the value gradient at the backbone's hidden states."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 5e-4
+    """Learning rate of AdamW for the policy."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's two moments."""
+    warmup: int = 10
+    """Updates over which the rate rises linearly from zero."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the rate after the warm-up; the last two fall to zero at the last update."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm is clipped to this; inf: never."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Collectives; "auto" is NCCL for CUDA and gloo else."""
+    replicate: int = 1
+    """Copies of the sharded model (HSDP); must divide the number of ranks."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Parameters and activations in forward and backward; master weights and reductions stay float32."""
+    checkpoint_activations: bool = False
+    """Recompute each decoder layer in the backward pass to save memory."""
+    compile: bool = False
+    """torch.compile each decoder layer."""
+    offload_reference: bool = False
+    """Keep the reference model's shards in host memory."""
+    max_tokens: int = 8192
+    """Most tokens in a micro-batch on one rank."""
+    row_tokens: int = 0
+    """Most tokens in one packed row; 0: one row per micro-batch (short rows make SDPA's mask cheap)."""
+    impl: Literal["auto", "reference", "chunked", "triton", "cuda"] = "auto"
+    """Implementation of the library's fused head and losses."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 0
+    """RL steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    export: bool = True
+    """Write the final model as a Hugging Face folder into the run folder."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 0
+    """RL steps between evaluations on the valid split; 0: only at the end, on the test split."""
+    problems: int = 200
+    """Most problems in an evaluation; 0: all of the split."""
+    samples: int = 16
+    """Responses per problem, the largest k of pass@k."""
+    temperature: float = 1.0
+    """Sampling temperature of the evaluation."""
+    exact: bool = True
+    """Where every response can be listed: exact accuracy, KL to the optimum and error of log Z at the end."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    progress: bool = True
+    """Show a progress bar with reward and tokens per second."""
+    samples: int = 4
+    """Responses with their rewards written to samples.jsonl every `samples_every` steps."""
+    samples_every: int = 50
+    """RL steps between written samples."""
+    tensorboard: bool = False
+    """Also write TensorBoard events."""
+    wandb: bool = False
+    """Also log to Weights & Biases."""
+    wandb_project: str = "flowrl"
+    """Its project."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    warm: WarmConfig = field(default_factory=WarmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    log_z: LogZConfig = field(default_factory=LogZConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+# smallest value that means something
+LEAST = {
+    "run.steps": 0,
+    "run.max_bad_updates": 1,
+    "warm.steps": 0,
+    "warm.batch": 1,
+    "rollout.prompts": 1,
+    "rollout.samples": 1,
+    "rollout.batch": 1,
+    "rollout.max_new_tokens": 1,
+    "algorithm.epochs": 1,
+    "algorithm.minibatch_prompts": 0,
+    "optim.warmup": 0,
+    "parallel.max_tokens": 1,
+    "parallel.row_tokens": 0,
+    "parallel.replicate": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "eval.every": 0,
+    "eval.samples": 1,
+}
+
+
+def check(config: Config, world: int = 1) -> None:
+    """Refuses settings that cannot work together on `world` ranks.
+
+    Raises:
+        ValueError: naming the key, what was wanted and what came.
+    """
+    rollout, algorithm, parallel = config.rollout, config.algorithm, config.parallel
+
+    def want(ok: bool, key: str, wanted: str, got: object) -> None:
+        if not ok:
+            raise ValueError(f"{key}: wanted {wanted}; got {got!r}")
+
+    for key, least in LEAST.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        want(value >= least, key, f"at least {least}", value)
+    whole = "the whole distribution is sampled in training, so the importance weights are right:"
+    want(rollout.temperature > 0, "rollout.temperature", "more than 0", rollout.temperature)
+    want(rollout.top_p == 1, "rollout.top_p", f"1 ({whole} no truncation)", rollout.top_p)
+    want(rollout.top_k == 0, "rollout.top_k", f"0 ({whole} no truncation)", rollout.top_k)
+    want(config.optim.max_grad_norm > 0, "optim.max_grad_norm", "more than 0", config.optim.max_grad_norm)
+    update = algorithm.minibatch_prompts or rollout.prompts
+    divisor = f"a divisor of rollout.prompts = {rollout.prompts}"
+    want(rollout.prompts % update == 0, "algorithm.minibatch_prompts", divisor, update)
+    key = "algorithm.minibatch_prompts" if algorithm.minibatch_prompts else "rollout.prompts"
+    want(
+        update % world == 0, key, f"a multiple of the {world} ranks (they share every update evenly)", update
+    )
+    want(
+        world % parallel.replicate == 0,
+        "parallel.replicate",
+        f"a divisor of {world} ranks",
+        parallel.replicate,
+    )
+    row = f"at most parallel.max_tokens = {parallel.max_tokens}"
+    want(parallel.row_tokens <= parallel.max_tokens, "parallel.row_tokens", row, parallel.row_tokens)
+    if algorithm.name == "flowrl" and algorithm.log_z == "group":
+        want(
+            rollout.samples > 1,
+            "rollout.samples",
+            "at least 2 for algorithm.log_z = 'group'",
+            rollout.samples,
+        )

@@ -1,0 +1,167 @@
+"""From sequences of different lengths to a few dense micro-batches by token budget.
+
+A micro-batch is `[R, L]`: rows of whole sequences laid end to end, `position_ids` restarting at each. Of a
+sequence only what predicts something is fed: prompt and response without its last token.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class MicroBatch:
+    """B sequences with N response tokens and P prompt tokens, packed into R rows of L slots."""
+
+    ids: Tensor  # [R, L] int64
+    positions: (
+        Tensor  # [R, L] int64, restarting at 0 with each sequence (and with the padding at a row's end)
+    )
+    predict: Tensor  # [N] int64, flat slot whose hidden state predicts the response token
+    target: Tensor  # [N] int64, that response token
+    cu_seqlens: Tensor  # [B + 1] int32, where each response starts in the N tokens
+    prompt: Tensor  # [P] int64, flat slot of each prompt token
+    prompt_cu_seqlens: Tensor  # [B + 1] int32
+    which: Tensor  # [B] int64, index of the sequence in the list that was packed
+    live: bool = True  # False: a stand-in that keeps ranks in step; its loss is multiplied by 0
+    logp_old: Tensor | None = None  # [N] fp32
+    logp_ref: Tensor | None = None  # [N] fp32
+    logp_sampler: Tensor | None = None  # [N] fp32
+    value_old: Tensor | None = None  # [N] fp32
+    per_sequence: dict[str, Tensor] = field(default_factory=dict)  # [B] each: reward, log_z, group, ...
+    per_token: dict[str, Tensor] = field(default_factory=dict)  # [N] each: advantage, returns, ...
+
+    @property
+    def sequences(self) -> int:
+        return len(self.which)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.target)
+
+    def segment(self) -> Tensor:
+        """[N] int64: the sequence each response token belongs to."""
+        lengths = self.cu_seqlens.diff().long()
+        every = torch.arange(self.sequences, device=lengths.device)
+        return every.repeat_interleave(lengths, output_size=self.tokens)
+
+
+def plan(lengths: list[int], *, max_tokens: int, row_tokens: int = 0) -> list[list[list[int]]]:
+    """Micro-batches of rows of sequence indices, by best fit from the longest down.
+
+    A row holds at most `row_tokens` (0: `max_tokens`) tokens, a micro-batch at most `max_tokens` slots once
+    its rows are padded to the longest. Sequences are never split.
+
+    Raises:
+        ValueError: a sequence is longer than a row may be.
+    """
+    capacity = row_tokens or max_tokens
+    free: list[tuple[int, int]] = []  # (tokens left, row), ascending
+    rows: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        if length > capacity:
+            name = "parallel.row_tokens" if row_tokens else "parallel.max_tokens"
+            raise ValueError(
+                f"{name}: a sequence of {length} tokens does not fit into {capacity}; raise the budget"
+            )
+        place = bisect.bisect_left(free, (length, -1))
+        if place == len(free):
+            rows.append([index])
+            left = capacity - length
+            row = len(rows) - 1
+        else:
+            left, row = free.pop(place)
+            rows[row].append(index)
+            left -= length
+        if left:
+            bisect.insort(free, (left, row))
+    fill = [sum(lengths[i] for i in row) for row in rows]
+    micro: list[list[list[int]]] = []
+    widest = 0
+    for row in sorted(range(len(rows)), key=lambda r: -fill[r]):
+        if micro and (len(micro[-1]) + 1) * widest <= max_tokens:
+            micro[-1].append(rows[row])
+        else:
+            micro.append([rows[row]])
+            widest = fill[row]  # rows come longest first
+    return micro
+
+
+def build(
+    rows: list[list[int]], prompts: list[np.ndarray], responses: list[np.ndarray], device: torch.device | str
+) -> MicroBatch:
+    """The tensors of one micro-batch.
+
+    Args:
+        rows: sequence indices row by row, one element of `plan`'s answer.
+        prompts: [] int64 token ids per sequence, at least one token each.
+        responses: [] int64 token ids per sequence with the end token, at least one token each.
+    """
+    width = max(sum(len(prompts[i]) + len(responses[i]) - 1 for i in row) for row in rows)
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    positions = np.zeros((len(rows), width), dtype=np.int64)
+    count = np.arange(width)
+    predict, prompt = [], []
+    order = [i for row in rows for i in row]
+    for r, row in enumerate(rows):
+        start = 0
+        for i in row:
+            p, n = len(prompts[i]), len(responses[i])
+            end = start + p + n - 1
+            ids[r, start : start + p] = prompts[i]
+            ids[r, start + p : end] = responses[i][:-1]
+            positions[r, start:end] = count[: end - start]
+            prompt.append(count[start : start + p] + r * width)
+            predict.append(count[start + p - 1 : end] + r * width)
+            start = end
+        positions[r, start:] = count[: width - start]
+
+    def to(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    def cu(parts: list[np.ndarray]) -> Tensor:
+        return to(np.cumsum([0] + [len(part) for part in parts], dtype=np.int32))
+
+    return MicroBatch(
+        ids=to(ids),
+        positions=to(positions),
+        predict=to(np.concatenate(predict)),
+        target=to(np.concatenate([responses[i] for i in order])),
+        cu_seqlens=cu(predict),
+        prompt=to(np.concatenate(prompt)),
+        prompt_cu_seqlens=cu(prompt),
+        which=to(np.asarray(order, dtype=np.int64)),
+    )
+
+
+def pack(
+    keep: list[int],
+    prompts: list[np.ndarray],
+    responses: list[np.ndarray],
+    *,
+    max_tokens: int,
+    row_tokens: int,
+    device: torch.device | str,
+) -> list[MicroBatch]:
+    """Micro-batches of the sequences in `keep`; where that is empty, one stand-in."""
+    lengths = [len(p) + len(r) - 1 for p, r in zip(prompts, responses)]
+    if not keep:
+        return [stand_in(prompts, responses, device)]
+    micro = plan([lengths[i] for i in keep], max_tokens=max_tokens, row_tokens=row_tokens)
+    return [build([[keep[j] for j in row] for row in rows], prompts, responses, device) for rows in micro]
+
+
+def stand_in(
+    prompts: list[np.ndarray], responses: list[np.ndarray], device: torch.device | str
+) -> MicroBatch:
+    """A micro-batch of the shortest sequence, for collectives alone: every gradient it gives is zero."""
+    shortest = min(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    batch = build([[shortest]], prompts, responses, device)
+    batch.live = False
+    return batch

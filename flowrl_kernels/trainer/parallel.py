@@ -1,0 +1,232 @@
+"""Processes, devices and shards: the only file that says FSDP or reads what torchrun sets.
+
+One process without torchrun runs un-sharded; with torchrun (or a 16-bit compute type, which needs float32
+master weights beside it) every model goes through `fully_shard`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from flowrl_kernels.trainer.config import ModelConfig, ParallelConfig, RunConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None  # None: un-sharded
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def world_size() -> int:
+    """Processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(run: RunConfig, parallel: ParallelConfig) -> World:
+    """Joins the process group, where there is one to join, and picks the device.
+
+    Raises:
+        RuntimeError: a device was asked for that is not there.
+    """
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    cuda = torch.cuda.is_available()
+    if run.device == "cuda" and not cuda:
+        raise RuntimeError("run.device = 'cuda', and PyTorch sees no CUDA device")
+    kind = run.device if run.device != "auto" else ("cuda" if cuda else "cpu")
+    device = torch.device(kind)
+    if kind == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    launched = "RANK" in os.environ
+    if not launched and parallel.dtype == "float32":
+        return World(0, 1, device, None)
+    if not dist.is_initialized():
+        backend = parallel.backend if parallel.backend != "auto" else ("nccl" if kind == "cuda" else "gloo")
+        if backend == "nccl":
+            backend = "cpu:gloo,cuda:nccl"  # object gathers and checkpoints go over the CPU
+        single = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), **single)
+    size, copies = dist.get_world_size(), parallel.replicate
+    if copies > 1:
+        mesh = init_device_mesh(kind, (copies, size // copies), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    return World(dist.get_rank(), size, device, mesh)
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------ collectives
+
+
+def total(values: Tensor, world: World, op: str = "sum") -> Tensor:
+    """Sum (or "max") of a tensor over ranks, on the CPU; the one synchronisation of what calls it."""
+    if world.size == 1:
+        return values.cpu()
+    values = values.clone()
+    dist.all_reduce(values, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    return values.cpu()
+
+
+def gather(value: Any, world: World) -> list[Any]:
+    """Every rank's Python object, in rank order, on every rank."""
+    if world.size == 1:
+        return [value]
+    out: list[Any] = [None] * world.size
+    dist.all_gather_object(out, value)
+    return out
+
+
+def barrier(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()
+
+
+def first(action: Callable[[], Any], world: World) -> Any:
+    """Runs `action` on rank 0 alone; its answer, or its exception, reaches every rank."""
+    outcome: list[Any] = [None, None]
+    if world.main:
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            outcome[1] = error
+    if world.size > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+# ------------------------------------------------------------------------------------------------ sharding
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformers model, by the class names it lists itself as not to be split."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def prepare_layers(model: nn.Module, parallel: ParallelConfig) -> None:
+    """Recomputation and compilation, decoder layer by decoder layer."""
+    for layer in decoder_layers(model):
+        if parallel.checkpoint_activations:
+            # under the module's hooks, so a sharded layer is whole again when it is recomputed
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        if parallel.compile:
+            layer.compile()
+
+
+def shard(
+    root: nn.Module, model: nn.Module, extras: list[nn.Module], parallel: ParallelConfig, world: World, *,
+    offload: bool = False,
+) -> None:  # fmt: skip
+    """Shards `root`: a unit per decoder layer of `model`, per module of `extras` (float32), and for the rest."""
+    if world.mesh is None:
+        return
+    options: dict[str, Any] = {"mesh": world.mesh}
+    if offload and world.device.type == "cuda":
+        options["offload_policy"] = CPUOffloadPolicy()
+    single = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    mixed = single
+    if parallel.dtype != "float32":
+        mixed = MixedPrecisionPolicy(param_dtype=DTYPES[parallel.dtype], reduce_dtype=torch.float32)
+    for extra in extras:
+        fully_shard(extra, mp_policy=single, **options)
+    for layer in decoder_layers(model):
+        fully_shard(layer, mp_policy=mixed, **options)
+    fully_shard(root, mp_policy=mixed, **options)
+
+
+def spread(root: nn.Module, state: dict[str, Tensor] | None, world: World, *, offload: bool = False) -> None:
+    """Fills a sharded module that was built without weights (meta device) from rank 0's full state dict.
+
+    Args:
+        state: name -> full tensor on rank 0, None elsewhere.
+    """
+    home = torch.device("cpu") if offload else world.device
+    if any(p.is_meta for p in root.parameters()):
+        root.to_empty(device=home)
+    else:
+        root.to(home)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(root, state or {}, options=options)
+    for buffer in root.buffers():  # those outside the state dict, rotary frequencies say, travel by hand
+        if world.size > 1:
+            whole = buffer.to(world.device)
+            dist.broadcast(whole, src=0)
+            buffer.copy_(whole)
+
+
+@contextlib.contextmanager
+def whole(root: nn.Module) -> Iterator[None]:
+    """Parameters stay gathered from the first forward to the block's end: for token-by-token decoding."""
+    if not isinstance(root, FSDPModule):
+        yield
+        return
+    units = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    root.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not root, recurse=False)
+
+
+def full_state(root: nn.Module) -> dict[str, Tensor]:
+    """The whole state dict on rank 0's CPU (empty elsewhere); every rank must call it."""
+    if not isinstance(root, FSDPModule):
+        return {name: tensor.detach().cpu().clone() for name, tensor in root.state_dict().items()}
+    return get_model_state_dict(root, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Clips the global gradient norm in place and returns it (before clipping), a plain fp32 scalar."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def attention_of(model: ModelConfig, device: torch.device) -> str:
+    """The attention implementation to ask transformers for."""
+    if model.attention != "auto":
+        return model.attention
+    if device.type == "cuda":
+        try:
+            import flash_attn  # noqa: F401
+        except ImportError:
+            return "sdpa"
+        return "flash_attention_2"
+    return "sdpa"

@@ -1,0 +1,247 @@
+"""The policy: a Hugging Face causal LM, log Z and a value head under one root module with one forward.
+
+The root's forward runs the backbone and hands the hidden states to a `head` function while the parameters are
+whole, so a fused head sees plain tensors under FSDP2, tied to the embedding or not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowrl_kernels.trainer import parallel
+from flowrl_kernels.trainer.config import Config, ModelConfig
+from flowrl_kernels.trainer.parallel import World
+
+
+class ValueHead(nn.Module):
+    """State values for PPO: a two-layer network on the backbone's hidden states, fp32."""
+
+    def __init__(self, hidden: int, *, detach: bool):
+        super().__init__()
+        self.detach = detach
+        self.net = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, 1))
+        nn.init.zeros_(self.net[2].weight)
+        nn.init.zeros_(self.net[2].bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:  # [N, H] -> [N]
+        if self.detach:
+            hidden = hidden.detach()
+        return self.net(hidden.float()).squeeze(-1)
+
+
+class Policy(nn.Module):
+    """Root module: `model` (exported, streamed to engines), and beside it `log_z` and `value` (never are).
+
+    forward(head, ids, positions, ...) returns `head(policy, hidden)` with the final-norm states, `[R, L, H]`.
+    """
+
+    def __init__(self, model: nn.Module, *, log_z: nn.Module | None = None, value: nn.Module | None = None):
+        super().__init__()
+        self.model = model
+        self.log_z = log_z
+        self.value = value
+        config = model.config
+        # z = cap * tanh(scale * h W^T / cap), as Gemma (cap), Cohere (scale) and Granite (1 / scaling) do
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        scaling = getattr(config, "logits_scaling", None)
+        self.logit_scale: float = getattr(config, "logit_scale", None) or (1 / scaling if scaling else 1.0)
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    def forward(
+        self,
+        head: Callable[[Policy, Tensor], Any],
+        ids: Tensor,  # [R, L] int64
+        positions: Tensor,  # [R, L] int64, restarting at 0 with each packed sequence
+        mask: Tensor | None = None,  # [R, L + cached] for decoding; None: positions tell sequences apart
+        cache: Any = None,
+    ) -> Any:
+        out = self.model.base_model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return head(self, out.last_hidden_state)
+
+    def groups(self, config: Config) -> list[dict[str, Any]]:
+        """Optimiser groups: the policy, and log Z and the critic at rates of their own."""
+        out = [{"params": list(self.model.parameters()), "lr": config.optim.lr, "name": "policy"}]
+        if self.log_z is not None:
+            rate = config.log_z.lr or config.optim.lr
+            out.append({"params": list(self.log_z.parameters()), "lr": rate, "name": "log_z"})
+        if self.value is not None:
+            out.append({"params": list(self.value.parameters()), "lr": config.critic.lr, "name": "value"})
+        return out
+
+
+# ------------------------------------------------------------------------------------------------ making one
+
+
+def load_tokenizer(source: str, model: ModelConfig) -> Any:
+    """The tokenizer of a Hugging Face model.
+
+    Raises:
+        ValueError: it has no end token, so no response could ever be finished.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model.name: the tokenizer of {source!r} has no end-of-sequence token (eos_token)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_model(config: Config, tokenizer: Any, attention: str) -> nn.Module:
+    """A Qwen2-type model of the sizes in the config, weights from the run's seed."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    m = config.model
+    shape = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=m.hidden,
+        intermediate_size=m.ffn,
+        num_hidden_layers=m.layers,
+        num_attention_heads=m.heads,
+        num_key_value_heads=m.heads,
+        max_position_embeddings=m.context,
+        tie_word_embeddings=m.tied,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(config.run.seed)
+        return AutoModelForCausalLM.from_config(shape, attn_implementation=attention)
+
+
+def load_model(source: str, model: ModelConfig, attention: str, *, empty: bool = False) -> nn.Module:
+    """A causal LM from a Hugging Face name or folder, in float32; `empty`: its shape on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {"attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
+    if empty:
+        shape = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(shape, dtype=torch.float32, **options)
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+
+
+def apply_liger(model: nn.Module) -> None:
+    """Liger kernels for norms, rotary embedding and feed-forward; the head and loss stay this library's.
+
+    Raises:
+        RuntimeError: liger-kernel is not installed.
+    """
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError as error:
+        message = "model.liger = true needs liger-kernel: pip install 'flowrl-kernels[liger]'"
+        raise RuntimeError(message) from error
+    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+@torch.no_grad()
+def check_head(policy: Policy) -> None:
+    """Refuses a model whose logits are not softcap(scale * h W^T + b), what the fused head computes."""
+    ids = torch.arange(1, 4)[None] % policy.model.config.get_text_config().vocab_size
+    want = policy.model(input_ids=ids, use_cache=False).logits.float()
+    hidden = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    got = logits(policy, hidden[0])
+    if not torch.allclose(got, want[0], rtol=1e-4, atol=1e-4 * float(want.abs().max())):
+        name = type(policy.model).__name__
+        raise ValueError(
+            f"model.name: {name} turns hidden states into logits in a way the fused head does not know "
+            f"(largest difference {float((got - want[0]).abs().max()):.2g})"
+        )
+
+
+def logits(policy: Policy, hidden: Tensor) -> Tensor:
+    """[N, H] -> [N, V] fp32, products of 16-bit inputs summed in fp32; for decoding, where N is small."""
+    weight, bias = policy.head.weight, getattr(policy.head, "bias", None)
+    if hidden.dtype != torch.float32 and hidden.is_cuda:
+        out = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    else:
+        out = hidden.float() @ weight.float().t()
+    if bias is not None:
+        out = out + bias.float()
+    out = out * policy.logit_scale if policy.logit_scale != 1.0 else out
+    return policy.softcap * torch.tanh(out / policy.softcap) if policy.softcap else out
+
+
+def make_policy(
+    config: Config,
+    world: World,
+    model: nn.Module,
+    *,
+    log_z: bool = False,
+    value: bool = False,
+    reference: bool = False,
+) -> Policy:
+    """Wraps, prepares and shards a model (real on rank 0, on the meta device elsewhere where sharded)."""
+    from flowrl_kernels.nn import LogPartition
+
+    hidden = model.config.get_text_config().hidden_size
+    with torch.random.fork_rng():
+        torch.manual_seed(config.run.seed + 1)
+        norm = config.log_z.style == "release"
+        zeta = LogPartition(hidden, layer_norm=norm, dropout=0.1 if norm else 0.0, detach=config.log_z.detach)
+        critic = ValueHead(hidden, detach=config.critic.detach)
+    policy = Policy(model, log_z=zeta if log_z else None, value=critic if value else None)
+    policy.eval()  # no dropout: old and current log-probabilities must agree bit for bit
+    policy.requires_grad_(not reference)
+    if world.main:
+        check_head(policy)
+    if config.model.liger:
+        apply_liger(model)
+    offload = reference and config.parallel.offload_reference
+    state = copy_state(policy) if world.mesh is not None and world.main else None
+    parallel.prepare_layers(model, config.parallel)
+    extras = [extra for extra in (policy.log_z, policy.value) if extra is not None]
+    parallel.shard(policy, model, extras, config.parallel, world, offload=offload)
+    if world.mesh is None:
+        return policy.to(world.device)
+    parallel.spread(policy, state, world, offload=offload)
+    return policy
+
+
+def copy_state(policy: Policy) -> dict[str, Tensor]:
+    return {name: copy.deepcopy(tensor.detach()) for name, tensor in policy.state_dict().items()}
+
+
+# ------------------------------------------------------------------------------------------------ leaving
+
+
+def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """What a rollout engine receives: the language model's full tensors, without log Z and critic."""
+    for name, tensor in policy.model.state_dict().items():
+        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def save_folder(policy: Policy, tokenizer: Any, folder: Path, world: World) -> None:
+    """Writes a Hugging Face folder (safetensors), log Z in a file of its own; every rank must call it."""
+    from safetensors.torch import save_file
+
+    state = parallel.full_state(policy)
+    if not world.main:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    inner = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
+    policy.model.save_pretrained(folder, state_dict=inner)
+    tokenizer.save_pretrained(folder)
+    zeta = {
+        name.removeprefix("log_z."): t.contiguous() for name, t in state.items() if name.startswith("log_z.")
+    }
+    if zeta:
+        save_file(zeta, folder / "log_z.safetensors", metadata={"format": "pt", "module": "LogPartition"})
