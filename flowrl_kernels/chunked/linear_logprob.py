@@ -145,7 +145,9 @@ def linear_logprob_bwd(
         entropy_scale = None
         if grad_entropy is not None:
             entropy_scale = (grad_entropy * logit_scale)[:, None].to(dtype) / temperature
-        width = max(tiles.COLUMNS, min(8 * tiles.COLUMNS, tiles.BUFFER // max(1, hidden.shape[0]) // TILE * TILE))
+        width = max(
+            tiles.COLUMNS, min(8 * tiles.COLUMNS, tiles.BUFFER // max(1, hidden.shape[0]) // TILE * TILE)
+        )
         row_step = max(1, tiles.BUFFER // width)
         with tiles.exact_products():
             for start, stop in tiles.column_tiles(vocab_size, width):
@@ -185,7 +187,9 @@ def accumulate(into: Tensor, left: Tensor, right: Tensor) -> None:
         into += tiles.product(left, right)
 
 
-def store(dweight: Tensor | None, main_grad: Tensor | None, start: int, stop: int, part: Tensor | None) -> None:
+def store(
+    dweight: Tensor | None, main_grad: Tensor | None, start: int, stop: int, part: Tensor | None
+) -> None:
     """One tile of the weight's gradient into the output or the accumulator; no rows at all is a gradient of 0."""
     if main_grad is not None:
         if part is not None:

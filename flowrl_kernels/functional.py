@@ -1,0 +1,226 @@
+"""The front door of the log-prob primitives: signatures and docstrings; check, resolve, run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowrl_kernels import checks, dispatch, reference
+from flowrl_kernels.types import LogProb
+
+__all__ = ["linear_logprob", "logprob"]
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    epsilon: float = 0.0,
+    report: Tensor | None = None,
+    main_grad: Tensor | None = None,
+    impl: str = "auto",
+) -> LogProb:
+    """Log-probabilities of `target` under a language-model head, without a [N, V] tensor.
+
+    ``z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature`` and ``logp = log_softmax(z)[target]``.
+    Products of 16-bit inputs are accumulated in fp32 and never rounded before the softmax. A row's bits depend on
+    that row and on (H, V, dtype, device) only: batch size, neighbours, padding and flags leave them alone.
+
+    Args:
+        hidden: [..., H] final-norm hidden states; float32, bfloat16, float16 (or float64: reference and chunked).
+        weight: [V, H] the head's weight, dtype of `hidden`. Under autocast both are cast as a linear layer's would be.
+        target: [...] integer token ids in [0, V); `ignore_index` marks rows to leave out. Any other value gives NaN.
+        bias: [V] or None.
+        temperature: a number above 0, or [...] per token. The sampling temperature: log-probs are taken after it.
+        logit_scale: multiplies the product (Cohere-type heads).
+        softcap: `cap * tanh(z / cap)` before the temperature (Gemma-type heads), or None.
+        ignore_index: the target value of rows that give logp 0, entropy 0 and no gradient.
+        entropy: also return the entropy of each row, in nats, differentiable.
+        epsilon: 0 for the exact backward. Above 0, the backward may leave out softmax mass as long as the relative
+            L1 error of dlogits (non-target entries, before the tail correction) stays at most epsilon (docs/maths.md).
+        report: fp32 [3] on the same device, filled by a bounded backward with (bound reached, share of tiles
+            computed, 1 if it returned to the exact path).
+        main_grad: fp32 [V, H]; the weight's gradient is added to it and `weight.grad` stays untouched.
+        impl: "auto", "reference", "chunked", "triton". See `flowrl_kernels.backends()`.
+
+    Returns:
+        LogProb(logp [...], entropy [...] or None), fp32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: the implementation that `impl` names cannot run here.
+    """
+    hidden, weight = _autocast(checks.plain("hidden", hidden), checks.plain("weight", weight))
+    checks.floating("hidden", hidden)
+    checks.floating("weight", weight, dims=2)
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        checks.fail("hidden", f"shape [..., H] with H = {weight.shape[1]} as in weight", checks.shape(hidden))
+    if weight.shape[0] == 0:
+        checks.fail(
+            "weight",
+            "a vocabulary of at least 1 row (ZeRO-3 leaves parameters empty until gathered)",
+            "0 rows",
+        )
+    if hidden.dtype != weight.dtype:
+        raise TypeError(f"weight: wanted the dtype of hidden, {hidden.dtype}; got {weight.dtype}")
+    checks.same_device("weight", weight, "hidden", hidden)
+    leading = tuple(hidden.shape[:-1])
+    checks.integers("target", target, leading)
+    checks.same_device("target", target, "hidden", hidden)
+    vocab_size = weight.shape[0]
+    if bias is not None:
+        checks.floating("bias", bias, dims=1)
+        if bias.shape[0] != vocab_size:
+            checks.fail("bias", f"shape ({vocab_size},) as weight has rows", checks.shape(bias))
+        checks.same_device("bias", bias, "hidden", hidden)
+    rows_temperature = _temperature(temperature, leading, hidden)
+    softcap = None if softcap is None else checks.positive("softcap", softcap)
+    if not 0.0 <= epsilon < 1.0:
+        checks.fail("epsilon", "a number in [0, 1)", epsilon)
+    _accumulator("report", report, (3,), hidden)
+    _accumulator("main_grad", main_grad, tuple(weight.shape), hidden)
+    _check_targets(target, vocab_size, ignore_index)
+    chosen = dispatch.resolve("linear_logprob", impl, hidden)
+    flat, ids = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    if chosen == "reference":
+        if epsilon > 0.0 or main_grad is not None:
+            raise RuntimeError("impl='reference' is plain autograd: it takes neither epsilon nor main_grad")
+        out = reference.linear_logprob(
+            flat, weight, ids, bias, rows_temperature, logit_scale, softcap, ignore_index, entropy
+        )
+        return _shaped(out.logp, out.entropy, leading)
+    from flowrl_kernels.ops.linear_logprob import linear_logprob as op
+
+    logp, ent, _, _ = op(
+        flat.contiguous(), weight.contiguous(), ids.contiguous(), bias, rows_temperature, float(logit_scale), softcap,
+        ignore_index, entropy, float(epsilon), report, main_grad, chosen,
+    )  # fmt: skip
+    return _shaped(logp, ent if entropy else None, leading)
+
+
+def logprob(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    inplace_backward: bool = False,
+    impl: str = "auto",
+) -> LogProb:
+    """Log-probabilities of `target` from logits: one read forward, one read and one write backward.
+
+    Args:
+        logits: [..., V] float32, bfloat16, float16 (or float64).
+        target: [...] integer token ids in [0, V); `ignore_index` marks rows to leave out. Any other value gives NaN.
+        temperature: a number above 0, or [...] per token.
+        softcap: `cap * tanh(z / cap)` before the temperature, or None.
+        ignore_index: the target value of rows that give logp 0, entropy 0 and no gradient.
+        entropy: also return the entropy of each row, in nats, differentiable.
+        inplace_backward: write the gradient over the logits. Saves one [N, V] tensor; the logits are lost, and a
+            second backward through the same graph raises.
+        impl: "auto", "reference", "chunked", "triton".
+
+    Returns:
+        LogProb(logp [...], entropy [...] or None), fp32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: the implementation that `impl` names cannot run here.
+    """
+    checks.floating("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        checks.fail("logits", "shape [..., V] with V of at least 1", checks.shape(logits))
+    leading = tuple(logits.shape[:-1])
+    checks.integers("target", target, leading)
+    checks.same_device("target", target, "logits", logits)
+    rows_temperature = _temperature(temperature, leading, logits)
+    softcap = None if softcap is None else checks.positive("softcap", softcap)
+    _check_targets(target, logits.shape[-1], ignore_index)
+    chosen = dispatch.resolve("logprob", impl, logits)
+    flat, ids = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+    if chosen == "reference":
+        out = reference.logprob(flat, ids, rows_temperature, softcap, ignore_index, entropy)
+        return _shaped(out.logp, out.entropy, leading)
+    if inplace_backward and not flat.is_contiguous():
+        checks.fail("logits", "a contiguous tensor, for inplace_backward=True", f"strides {logits.stride()}")
+    from flowrl_kernels.ops.logprob import logprob as op
+
+    logp, ent, _ = op(
+        flat.contiguous(),
+        ids.contiguous(),
+        rows_temperature,
+        softcap,
+        ignore_index,
+        entropy,
+        inplace_backward,
+        chosen,
+    )
+    return _shaped(logp, ent if entropy else None, leading)
+
+
+def _shaped(logp: Tensor, entropy: Tensor | None, leading: tuple[int, ...]) -> LogProb:
+    return LogProb(logp.reshape(leading), None if entropy is None else entropy.reshape(leading))
+
+
+def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64 and hidden.is_floating_point():
+        dtype = torch.get_autocast_dtype(device)
+        return hidden.to(dtype), weight.to(dtype)
+    return hidden, weight
+
+
+def _temperature(value: float | Tensor, leading: tuple[int, ...], like: Tensor) -> Tensor:
+    """[N] or [1], fp32 (float64 beside float64)."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if not isinstance(value, Tensor):
+        return torch.full((1,), checks.positive("temperature", value), dtype=dtype, device=like.device)
+    checks.floating("temperature", value)
+    if value.requires_grad:
+        checks.fail(
+            "temperature",
+            "a tensor without requires_grad (its gradient is not computed)",
+            "requires_grad=True",
+        )
+    if value.dim() != 0 and tuple(value.shape) != leading:
+        checks.fail("temperature", f"a number or shape {leading}", checks.shape(value))
+    checks.same_device("temperature", value, "the inputs", like)
+    if (value.device.type == "cpu" or dispatch.check_enabled()) and not torch.compiler.is_compiling():
+        if value.numel() and not bool((value > 0).all()):
+            checks.fail("temperature", "values above 0", f"a minimum of {float(value.min())}")
+    return value.to(dtype).reshape(-1).contiguous()
+
+
+def _accumulator(name: str, value: Any, wanted: tuple[int, ...], like: Tensor) -> None:
+    if value is None:
+        return
+    checks.plain(name, value)
+    if value.dtype != (torch.float64 if like.dtype == torch.float64 else torch.float32):
+        raise TypeError(f"{name}: wanted float32 (float64 beside float64 inputs); got {value.dtype}")
+    if tuple(value.shape) != wanted:
+        checks.fail(name, f"shape {wanted}", checks.shape(value))
+    if value.requires_grad:
+        checks.fail(name, "a tensor without requires_grad", "requires_grad=True")
+    checks.same_device(name, value, "hidden", like)
+
+
+def _check_targets(target: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Exact where looking costs no device sync (CPU) or is asked for; elsewhere a wrong target shows as NaN."""
+    if torch.compiler.is_compiling() or not (target.device.type == "cpu" or dispatch.check_enabled()):
+        return
+    wrong = ((target < 0) | (target >= vocab_size)) & (target != ignore_index)
+    if bool(wrong.any()):
+        checks.fail(
+            "target", f"ids in [0, {vocab_size}) or ignore_index {ignore_index}", int(target[wrong][0])
+        )

@@ -1,0 +1,149 @@
+"""`flowrl::linear_logprob`: what the forward keeps, what the backward needs, and what is differentiable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowrl_kernels.dispatch import launchers
+from flowrl_kernels.types import TILE
+
+STEM = "linear_logprob"
+
+
+def clean_target(target: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets as the launchers read them (-1 skip, V no target), and the masks of ignored and of wrong ones. [N]"""
+    target = target.long()
+    ignored = target == ignore_index
+    wrong = ((target < 0) | (target >= vocab_size)) & ~ignored
+    return target.masked_fill(ignored, -1).masked_fill(wrong, vocab_size), ignored, wrong
+
+
+def finish(target_logit: Tensor, lse: Tensor, ignored: Tensor, wrong: Tensor) -> Tensor:
+    """logp = z_y - lse; ignored rows 0; a target outside the vocabulary NaN, which no later step can hide. [N]"""
+    logp = target_logit - lse
+    return logp.masked_fill(wrong, float("nan")).masked_fill(ignored, 0.0)
+
+
+@torch.library.custom_op("flowrl::linear_logprob", mutates_args=())
+def linear_logprob(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [N]
+    bias: Tensor | None,  # [V]
+    temperature: Tensor,  # [N] or [1]
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    entropy: bool,
+    epsilon: float,
+    report: Tensor | None,  # [3], written by the backward
+    main_grad: Tensor | None,  # [V, H], written by the backward
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp [N], entropy [N] or [0], lse [N], tile statistics [ceil(V/128), N] or [0, 0]."""
+    clean, ignored, wrong = clean_target(target, weight.shape[0], ignore_index)
+    target_logit, lse, ent, stats = launchers(STEM, impl).linear_logprob_fwd(
+        hidden, weight, clean, bias, temperature, logit_scale, softcap, entropy, epsilon > 0.0
+    )
+    return finish(target_logit, lse, ignored, wrong), ent, lse, stats
+
+
+@linear_logprob.register_fake
+def _(hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_index, entropy, epsilon, *_):
+    num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    runs = (vocab_size + TILE - 1) // TILE
+    return (
+        hidden.new_empty(num_tokens, dtype=dtype),
+        hidden.new_empty(num_tokens if entropy else 0, dtype=dtype),
+        hidden.new_empty(num_tokens, dtype=dtype),
+        hidden.new_empty((runs, num_tokens) if epsilon > 0.0 else (0, 0), dtype=torch.float16),
+    )
+
+
+@torch.library.custom_op("flowrl::linear_logprob_bwd", mutates_args=("report", "main_grad"))
+def linear_logprob_bwd(
+    grad_logp: Tensor | None,  # [N]
+    grad_entropy: Tensor | None,  # [N]
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    lse: Tensor,
+    ent: Tensor,
+    stats: Tensor,
+    report: Tensor | None,
+    main_grad: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    epsilon: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden [N, H], weight [V, H], bias [V]; [0] where not needed or kept in main_grad."""
+    clean, ignored, _ = clean_target(target, weight.shape[0], ignore_index)
+    grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp.to(lse.dtype).contiguous()
+    grad_logp = grad_logp.masked_fill(ignored, 0.0)
+    if grad_entropy is not None:
+        grad_entropy = grad_entropy.to(lse.dtype).masked_fill(ignored, 0.0).contiguous()
+    dhidden, dweight, dbias = launchers(STEM, impl).linear_logprob_bwd(
+        grad_logp, grad_entropy, hidden, weight, clean, bias, temperature, logit_scale, softcap, lse, ent, stats,
+        epsilon, report, main_grad, need_hidden, need_weight, need_bias,
+    )  # fmt: skip
+    nothing = hidden.new_empty(0)
+    if dbias is not None and bias is not None:
+        dbias = dbias.to(bias.dtype)
+    return (
+        nothing if dhidden is None else dhidden,
+        nothing.clone() if dweight is None else dweight,
+        nothing.clone() if dbias is None else dbias,
+    )
+
+
+@linear_logprob_bwd.register_fake
+def _(grad_logp, grad_entropy, hidden, weight, target, bias, temperature, lse, ent, stats, report, main_grad,
+      logit_scale, softcap, ignore_index, epsilon, need_hidden, need_weight, need_bias, impl):  # fmt: skip
+    def like(tensor: Tensor | None, wanted: bool) -> Tensor:
+        return torch.empty_like(tensor) if wanted and tensor is not None else hidden.new_empty(0)
+
+    return like(hidden, need_hidden), like(weight, need_weight and main_grad is None), like(bias, need_bias)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, weight, target, bias, temperature, *settings = inputs
+    logit_scale, softcap, ignore_index, _, epsilon, report, main_grad, impl = settings
+    _, ent, lse, stats = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse, stats)
+    ctx.save_for_backward(hidden, weight, target, bias, temperature, lse, ent, stats, report, main_grad)
+    ctx.settings = (logit_scale, softcap, ignore_index, epsilon)
+    ctx.impl = impl
+
+
+def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple:
+    need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
+    saved = ctx.saved_tensors
+    nothing = (None,) * 13
+    if grad_logp is None and grad_entropy is None:
+        return nothing
+    main_grad = saved[9]
+    dhidden, dweight, dbias = linear_logprob_bwd(
+        grad_logp, grad_entropy, *saved, *ctx.settings, need_hidden, need_weight, need_bias, ctx.impl
+    )
+    return (
+        dhidden if need_hidden else None,
+        dweight if need_weight and main_grad is None else None,
+        None,
+        dbias if need_bias else None,
+        *nothing[4:],
+    )
+
+
+linear_logprob.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,131 @@
+"""`flowrl::logprob`: the same contract as `flowrl::linear_logprob`, from logits that already exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowrl_kernels.dispatch import launchers
+from flowrl_kernels.ops.linear_logprob import clean_target, finish
+
+STEM = "logprob"
+
+
+@torch.library.custom_op("flowrl::logprob", mutates_args=())
+def logprob(
+    logits: Tensor,  # [N, V]
+    target: Tensor,  # [N]
+    temperature: Tensor,  # [N] or [1]
+    softcap: float | None,
+    ignore_index: int,
+    entropy: bool,
+    inplace_backward: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logp [N], entropy [N] or [0], lse [N]."""
+    clean, ignored, wrong = clean_target(target, logits.shape[1], ignore_index)
+    target_logit, lse, ent = launchers(STEM, impl).logprob_fwd(logits, clean, temperature, softcap, entropy)
+    return finish(target_logit, lse, ignored, wrong), ent, lse
+
+
+@logprob.register_fake
+def _(logits, target, temperature, softcap, ignore_index, entropy, *_):
+    num_tokens = logits.shape[0]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return (
+        logits.new_empty(num_tokens, dtype=dtype),
+        logits.new_empty(num_tokens if entropy else 0, dtype=dtype),
+        logits.new_empty(num_tokens, dtype=dtype),
+    )
+
+
+def _gradient(
+    logits, target, temperature, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, inplace, impl
+):
+    clean, ignored, _ = clean_target(target, logits.shape[1], ignore_index)
+    grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp.to(lse.dtype).contiguous()
+    grad_logp = grad_logp.masked_fill(ignored, 0.0)
+    if grad_entropy is not None:
+        grad_entropy = grad_entropy.to(lse.dtype).masked_fill(ignored, 0.0).contiguous()
+    return launchers(STEM, impl).logprob_bwd(
+        grad_logp, grad_entropy, logits, clean, temperature, softcap, lse, ent, inplace
+    )
+
+
+@torch.library.custom_op("flowrl::logprob_bwd", mutates_args=())
+def logprob_bwd(
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    lse: Tensor,
+    ent: Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    impl: str,
+) -> Tensor:
+    """Gradient of the logits in their dtype. [N, V]"""
+    return _gradient(
+        logits, target, temperature, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, False, impl
+    )
+
+
+@logprob_bwd.register_fake
+def _(grad_logp, grad_entropy, logits, *_):
+    return torch.empty_like(logits)
+
+
+@torch.library.custom_op("flowrl::logprob_bwd_", mutates_args=("logits",))
+def logprob_bwd_(
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    lse: Tensor,
+    ent: Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    impl: str,
+) -> None:
+    """Writes the gradient over the logits: one [N, V] buffer for both, and no second backward."""
+    _gradient(
+        logits, target, temperature, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, True, impl
+    )
+
+
+@logprob_bwd_.register_fake
+def _(*_) -> None:
+    return None
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, target, temperature, softcap, ignore_index, _, inplace, impl = inputs
+    _, ent, lse = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(logits, target, temperature, lse, ent)
+    ctx.settings, ctx.inplace, ctx.spent = (softcap, ignore_index, impl), inplace, False
+
+
+def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple:
+    if grad_logp is None and grad_entropy is None:
+        return (None,) * 8
+    logits, *rest = ctx.saved_tensors
+    arguments = (grad_logp, grad_entropy, logits, *rest, *ctx.settings)
+    if not ctx.inplace:
+        return (logprob_bwd(*arguments),) + (None,) * 7
+    if ctx.spent:
+        raise RuntimeError(
+            "inplace_backward=True: the logits now hold their gradient; a second backward is not possible"
+        )
+    ctx.spent = True
+    with torch.no_grad():
+        logprob_bwd_(*arguments)
+    return (logits,) + (None,) * 7
+
+
+logprob.register_autograd(_backward, setup_context=_setup_context)
