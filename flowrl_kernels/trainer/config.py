@@ -37,8 +37,8 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    name: Literal["sums", "countdown", "file"] = "sums"
-    """Which task: two that are made from a seed, or "file" for your own prompts."""
+    name: str = "sums"
+    """"sums", "countdown" (both made from a seed), "file" for your own prompts, or "module:function"."""
     seed: int = 0
     """Seed of the problems and of their split into train, valid and test."""
     train: str = ""
@@ -56,7 +56,7 @@ class TaskConfig:
     chat_template: bool = True
     """For "file": wrap text prompts as one user message in the tokenizer's chat template."""
     reward: str = ""
-    """"" for the task's own verifier, "math" for math-verify, or "module:function"."""
+    """"" for the task's own verifier, "math" (math-verify), "exact", "countdown", or "module:function"."""
     reward_timeout: float = 10.0
     """Longest time one response may take to score, seconds; then it is left out and counted."""
     reward_workers: int = 2
@@ -69,6 +69,8 @@ class TaskConfig:
     """For "countdown": the largest target."""
     min_solutions: int = 1
     """For "countdown": keep problems with at least this many different solutions."""
+    answer: Literal["chain", "infix"] = "chain"
+    """For "countdown": one step after another, "2*6=12,3+12=15", or one expression, "2*6+3"."""
     held_out: int = 200
     """For "countdown": problems in each of the valid and test splits."""
 
@@ -338,9 +340,7 @@ def check(config: Config, world: int = 1) -> None:
     divisor = f"a divisor of rollout.prompts = {rollout.prompts}"
     want(rollout.prompts % update == 0, "algorithm.minibatch_prompts", divisor, update)
     key = "algorithm.minibatch_prompts" if algorithm.minibatch_prompts else "rollout.prompts"
-    want(
-        update % world == 0, key, f"a multiple of the {world} ranks (they share every update evenly)", update
-    )
+    want(update % world == 0, key, f"a multiple of the {world} ranks (they share every update evenly)", update)
     want(
         world % parallel.replicate == 0,
         "parallel.replicate",

@@ -1,0 +1,268 @@
+"""Scoring that cannot hurt the run: a reward that raises, hangs, dies or returns nonsense costs one sample.
+
+A task whose verifier is quick and safe is scored in the training process. Every other reward runs in worker
+processes, one response at a time, each killed with its children when a response takes longer than the
+deadline. Such a response gets None: it is left out of its group's statistics, never counted as 0.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import numbers
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, Pipe, wait
+from typing import TYPE_CHECKING, Any
+
+from flowrl_kernels.trainer.tasks.base import Problem, Task
+
+if TYPE_CHECKING:
+    from flowrl_kernels.trainer.config import TaskConfig
+
+Reward = Callable[[Any, str, Any], float | None]
+"""(prompt, response, answer) -> reward, None for "cannot be scored"."""
+
+START_SECONDS = 300.0  # for a worker to import what its reward needs
+MAX_STARTS = 3  # of a worker that never gets ready
+_BUILT_IN = {
+    "math": "flowrl_kernels.trainer.tasks.dataset:math_reward",
+    "exact": "flowrl_kernels.trainer.tasks.dataset:exact_reward",
+    "countdown": "flowrl_kernels.trainer.tasks.countdown:countdown_reward",
+}
+
+
+def find_reward(name: str) -> Reward:
+    """The reward called "math", "exact", "countdown", or named as module:function.
+
+    Raises ValueError naming what could not be imported or found.
+    """
+    wanted = "task.reward must be math, exact, countdown or module:function"
+    module_name, _, function = _BUILT_IN.get(name, name).partition(":")
+    if not module_name or not function:
+        raise ValueError(f"{wanted}, got {name!r}")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in function.split("."):
+            found = getattr(found, part)
+        if name == "math":
+            importlib.import_module("math_verify")
+    except (ImportError, AttributeError) as error:
+        hint = " (pip install math-verify)" if name == "math" else ""
+        raise ValueError(f"{wanted}, got {name!r}: {error}{hint}") from error
+    if not callable(found):
+        raise ValueError(f"{wanted}, got {name!r}, which is a {type(found).__name__}")
+    return found
+
+
+def _checked(value: Any) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"the reward must be a number or None, got {value!r:.80}")
+    if not math.isfinite(value):
+        raise ValueError(f"the reward must be finite, got {value}")
+    return float(value)
+
+
+class Scorer:
+    """Scores responses by a task's verifier or by `cfg.reward`; workers start at the first call that needs
+    them.
+
+    counts: {"raised", "timed_out", "unscorable"} since the last `take_counts`; unscorable counts every None,
+    the other two say why. last_error: the latest reason, for the log. Raises ValueError for a reward that
+    cannot be imported, RuntimeError where workers do not start.
+    """
+
+    def __init__(self, cfg: TaskConfig, task: Task):
+        self._task = task
+        self._timeout = cfg.reward_timeout
+        if self._timeout <= 0:
+            raise ValueError(f"task.reward_timeout must be above 0 seconds, got {self._timeout}")
+        if cfg.reward_workers < 1:
+            raise ValueError(f"task.reward_workers must be at least 1, got {cfg.reward_workers}")
+        self._inline = task.trusted if not cfg.reward else cfg.reward in ("exact", "countdown")
+        self._reward = find_reward(cfg.reward) if cfg.reward else None
+        # rewards travel by name, tasks by value
+        self._spec: str | Task = cfg.reward or task
+        self._workers: list[_Worker | None] = [None] * cfg.reward_workers
+        self._failed_starts = 0
+        self.counts = {"raised": 0, "timed_out": 0, "unscorable": 0}
+        self.last_error: str | None = None
+
+    def score(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[float | None]:
+        """The reward of each response; takes at most about ceil(n / workers) times the deadline."""
+        if len(problems) != len(responses):
+            raise ValueError(f"need one problem per response, got {len(problems)} for {len(responses)}")
+        if self._inline:
+            result = self._score_here(problems, responses)
+        else:
+            result = self._score_apart(problems, responses)
+        self.counts["unscorable"] += sum(r is None for r in result)
+        return result
+
+    def take_counts(self) -> dict[str, int]:
+        """The counts so far, set back to zero."""
+        counts, self.counts = self.counts, dict.fromkeys(self.counts, 0)
+        return counts
+
+    def close(self) -> None:
+        """Kill the workers; a later `score` starts new ones."""
+        for worker in self._workers:
+            if worker is not None:
+                worker.kill()
+        self._workers = [None] * len(self._workers)
+
+    def _score_here(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[float | None]:
+        result: list[float | None] = []
+        for problem, response in zip(problems, responses):
+            try:
+                if self._reward is None:
+                    value = self._task.verify(problem, response)
+                else:
+                    value = self._reward(problem.prompt, response, problem.answer)
+                result.append(_checked(value))
+            except Exception as error:  # a reward is user code: whatever it raises costs one sample
+                self._lose("raised", f"{type(error).__name__}: {error}")
+                result.append(None)
+        return result
+
+    def _lose(self, why: str, error: str) -> None:
+        self.counts[why] += 1
+        self.last_error = error
+
+    def _score_apart(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[float | None]:
+        result: list[float | None] = [None] * len(problems)
+        waiting = list(range(len(problems)))[::-1]
+        while waiting or any(w is not None and w.job is not None for w in self._workers):
+            for slot, worker in enumerate(self._workers):
+                if worker is None and waiting:
+                    worker = self._workers[slot] = _Worker(self._spec)
+                if worker is not None and worker.ready and worker.job is None and waiting:
+                    job = waiting.pop()
+                    worker.send(job, (problems[job], responses[job]), self._timeout)
+            alive = [w for w in self._workers if w is not None and (w.job is not None or not w.ready)]
+            now = time.monotonic()
+            ready = wait([w.pipe for w in alive], timeout=max(0.0, min(w.deadline for w in alive) - now))
+            for slot, worker in enumerate(self._workers):
+                if worker is None or (worker.job is None and worker.ready):
+                    continue
+                if worker.pipe in ready:
+                    self._receive(slot, worker, result)
+                elif time.monotonic() >= worker.deadline:
+                    self._replace(slot, worker, "timed_out", f"no reward within {self._timeout:g} s, killed")
+        return result
+
+    def _receive(self, slot: int, worker: _Worker, result: list[float | None]) -> None:
+        try:
+            kind, value = worker.pipe.recv()
+        except (EOFError, OSError):
+            code = worker.process.wait()
+            self._replace(slot, worker, "raised", f"the worker process ended with code {code}")
+            return
+        if kind == "ready":
+            worker.ready, self._failed_starts = True, 0
+        elif kind == "broken":
+            self.close()
+            raise RuntimeError(f"a reward worker could not start: {value}")
+        else:
+            job, worker.job = worker.job, None
+            assert job is not None
+            if kind == "raised":
+                self._lose("raised", value)
+            else:
+                result[job] = value
+
+    def _replace(self, slot: int, worker: _Worker, why: str, error: str) -> None:
+        worker.kill()
+        self._workers[slot] = None
+        if worker.job is not None:
+            self._lose(why, error)
+            return
+        self._failed_starts += 1
+        if self._failed_starts >= MAX_STARTS:
+            self.close()
+            raise RuntimeError(f"{MAX_STARTS} reward workers did not start: {error}")
+
+
+class _Worker:
+    """One process and the job it has; its deadline is for the job, or for getting ready."""
+
+    def __init__(self, spec: str | Task):
+        self.pipe, theirs = Pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD, str(theirs.fileno()), str(os.getpid())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # so that the kill takes the reward's own children along
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+        theirs.close()
+        self.ready = False
+        self.job: int | None = None
+        self.deadline = time.monotonic() + START_SECONDS
+        self.pipe.send((list(sys.path), spec))
+
+    def send(self, job: int, item: tuple[Problem, str], timeout: float) -> None:
+        self.job, self.deadline = job, time.monotonic() + timeout
+        with suppress(OSError):  # it died while idle: the next look at the pipe sees the end of file
+            self.pipe.send(item)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.pipe.close()
+
+
+_CHILD = "import sys; sys.path.insert(0, ''); from flowrl_kernels.trainer.reward import work; work()"
+
+
+def _die_with(parent: int) -> None:
+    """On Linux, ask for SIGKILL when the trainer goes away, however it goes."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def work() -> None:
+    """The worker's main: reads (problem, response), answers ("ok", reward) or ("raised", reason), until
+    EOF.
+    """
+    pipe = Connection(int(sys.argv[1]))
+    _die_with(int(sys.argv[2]))
+    os.dup2(2, 1)  # what a reward prints must not mix with the trainer's stdout
+    path, spec = pipe.recv()
+    sys.path[:] = path
+    try:
+        reward = find_reward(spec) if isinstance(spec, str) else None
+        if spec == "math":
+            import logging
+
+            logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+    except Exception as error:
+        pipe.send(("broken", f"{type(error).__name__}: {error}"))
+        return
+    pipe.send(("ready", None))
+    while True:
+        try:
+            problem, response = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if reward is None:
+                value = spec.verify(problem, response)
+            else:
+                value = reward(problem.prompt, response, problem.answer)
+            answer: tuple[str, Any] = ("ok", _checked(value))
+        except Exception as error:
+            answer = ("raised", f"{type(error).__name__}: {error}")
+        pipe.send(answer)
