@@ -1,0 +1,125 @@
+import json
+
+import pytest
+
+from flowrl_kernels.trainer.config import TaskConfig
+from flowrl_kernels.trainer.tasks import build_task
+from flowrl_kernels.trainer.tasks.dataset import exact_reward, last_boxed, math_reward, read_problems
+
+
+def lines(path, *rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_rows_become_problems_in_order(tmp_path):
+    file = lines(tmp_path / "a.jsonl", {"q": "one", "a": 1}, "", {"q": "two", "a": "2", "more": []})
+    problems = read_problems(file, "q", "a")
+    assert [(p.id, p.prompt, p.answer) for p in problems] == [(0, "one", 1), (1, "two", "2")]
+
+
+def test_chat_prompts_and_a_system_message(tmp_path):
+    chat = [{"role": "user", "content": "hi"}]
+    file = lines(tmp_path / "a.jsonl", {"prompt": chat, "answer": "x"}, {"prompt": "hi", "answer": "x"})
+    plain = read_problems(file, "prompt", "answer")
+    assert plain[0].prompt == chat
+    assert plain[1].prompt == "hi"
+    told = [{"role": "system", "content": "be brief"}, *chat]
+    assert [p.prompt for p in read_problems(file, "prompt", "answer", "be brief")] == [told, told]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{not json", "not JSON"),
+        ("[1, 2]", "wanted an object"),
+        ({"prompt": "x"}, "no 'answer' in this row .it has 'prompt'"),
+        ({"prompt": "x", "answer": None}, "no 'answer'"),
+        ({"prompt": "  ", "answer": 1}, "the prompt is empty"),
+        ({"prompt": 3, "answer": 1}, "the prompt must be text or a list"),
+        ({"prompt": [], "answer": 1}, "the prompt must be text or a list"),
+        ({"prompt": [{"role": "user"}], "answer": 1}, "the prompt must be text or a list"),
+    ],
+)
+def test_a_malformed_row_is_named_by_file_and_line(tmp_path, row, message):
+    file = lines(tmp_path / "a.jsonl", {"prompt": "fine", "answer": 1}, row)
+    with pytest.raises(ValueError, match=f"a.jsonl:2: {message}"):
+        read_problems(file, "prompt", "answer")
+
+
+def test_missing_and_empty_sources_are_named(tmp_path):
+    for name in ("gone.jsonl", "gone.parquet", "./gone.csv"):
+        with pytest.raises(FileNotFoundError, match="gone"):
+            read_problems(str(tmp_path / name), "prompt", "answer")
+    with pytest.raises(ValueError, match="no rows"):
+        read_problems(lines(tmp_path / "a.jsonl", ""), "prompt", "answer")
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(ValueError, match=r"a.csv: wanted a .jsonl"):
+        read_problems(str(tmp_path / "a.csv"), "prompt", "answer")
+    with pytest.raises(ValueError, match=r"task\.train"):
+        build_task(TaskConfig(name="file"))
+
+
+def test_parquet_reads_like_jsonl_or_says_what_is_missing(tmp_path):
+    path = tmp_path / "a.parquet"
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        path.write_bytes(b"PAR1")
+        with pytest.raises(RuntimeError, match="pip install pyarrow"):
+            read_problems(str(path), "prompt", "answer")
+        return
+    parquet.write_table(pyarrow.table({"prompt": ["one", None], "answer": ["1", "2"]}), path)
+    with pytest.raises(ValueError, match="row 2: no 'prompt'"):
+        read_problems(str(path), "prompt", "answer")
+
+
+def test_a_file_task_has_its_splits_and_no_warm_start(tmp_path):
+    train = lines(tmp_path / "a.jsonl", {"prompt": "1+1", "answer": 2})
+    task = build_task(TaskConfig(name="file", train=train))
+    problem = task.problems("train")[0]
+    assert task.problems("test") == []
+    assert task.verify(problem, " 2\n") == 1.0
+    assert task.verify(problem, "22") == 0.0
+    assert task.warm_start(None, 3) is None
+    assert task.correct_texts(problem) is None
+
+
+def test_a_task_may_be_a_function_of_your_own():
+    task = build_task(TaskConfig(name="rewards_for_tests:own_task"))
+    assert task.name == "sums"
+    with pytest.raises(ValueError, match=r"task\.name must be .* got 'chess'"):
+        build_task(TaskConfig(name="chess"))
+    with pytest.raises(ValueError, match="no_such_module"):
+        build_task(TaskConfig(name="no_such_module:task"))
+
+
+def test_the_last_box_wins_with_matching_braces():
+    assert last_boxed(r"\boxed{1} then \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
+    assert last_boxed(r"\boxed{1} then \boxed{2") == "1"
+    assert last_boxed("none") is None
+    assert exact_reward("", r"it is \boxed{ 42 }", 42) == 1.0
+    assert exact_reward("", "it is 42", 42) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "reward"),
+    [
+        ("42", r"so \boxed{42}", 1.0),
+        (r"\frac{1}{2}", r"\boxed{0.5}", 1.0),
+        (r"3\sqrt{2}", r"\boxed{3}", 0.0),
+        (r"3\sqrt{2}", r"\boxed{\sqrt{18}}", 1.0),
+        ("x^2+1", r"\boxed{1+x^2}", 1.0),
+        (7, "I give up", 0.0),
+        ("1,000", r"\boxed{1000}", 1.0),
+    ],
+)
+def test_math_answers_are_compared_as_mathematics(answer, response, reward):
+    pytest.importorskip("math_verify")
+    assert math_reward("", response, answer) == reward
+
+
+def test_an_answer_that_math_verify_cannot_read_is_unscorable():
+    pytest.importorskip("math_verify")
+    assert math_reward("", r"\boxed{1}", "") is None
