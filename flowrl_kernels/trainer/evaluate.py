@@ -201,7 +201,7 @@ def exact(
         texts = task.correct_texts(problem)
         if texts is None:
             return {}
-        everything = task.responses(problem)
+        everything = task.responses(problem) if ref_logp is not None else None
         listed = everything if everything is not None else [text for text, _ in texts]
         log_policy = logp([problem] * len(listed), listed).double().cpu()
         mass_of = dict(zip(listed, log_policy.exp().tolist()))
@@ -211,7 +211,7 @@ def exact(
         accuracy.append(float(sum(by_solution.values())))
         modes.append(_modes(list(by_solution.values())))
         share.append(modes[-1] / max(1, len(by_solution)))
-        if everything is None or ref_logp is None:
+        if ref_logp is None or everything is None:
             continue
         reward = torch.tensor([task.verify(problem, text) or 0.0 for text in listed], dtype=torch.float64)
         length = torch.tensor([float(tokens(text)) for text in listed], dtype=torch.float64)

@@ -1,0 +1,254 @@
+"""PNG plots of one or several run folders, from metrics.jsonl alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flowrl_kernels.trainer.metrics import read_lines
+
+# Okabe and Ito's colours: distinct for most kinds of colour vision
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+SMOOTHING = 40  # a training curve is averaged over 1/40 of its steps
+
+
+@dataclass
+class Run:
+    """What the plots need of one run folder."""
+
+    label: str
+    colour: str
+    train: list[dict[str, Any]]
+    evals: list[dict[str, Any]] = field(default_factory=list)
+
+    def curve(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a training metric, without its gaps."""
+        return _points(self.train, key)
+
+    def evaluated(self, key: str) -> tuple[list[int], list[float]]:
+        """The same of the split that was evaluated most often."""
+        splits = [line.get("split") for line in self.evals if key in line]
+        if not splits:
+            return [], []
+        most = max(set(splits), key=lambda split: (splits.count(split), split == "test"))
+        return _points([line for line in self.evals if line.get("split") == most], key)
+
+    def tested(self, key: str) -> tuple[list[int], list[float]]:
+        """The same of the test split."""
+        return _points([line for line in self.evals if line.get("split") == "test"], key)
+
+
+def _points(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    by_step = {line["step"]: line[key] for line in lines if line.get(key) is not None}
+    steps = sorted(by_step)
+    return steps, [by_step[step] for step in steps]
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Read run folders. Raises FileNotFoundError for one without metrics.jsonl, ValueError for one with no
+    steps.
+    """
+    paths = [Path(folder) for folder in folders]
+    names = [path.resolve().name for path in paths]
+    runs = []
+    for index, path in enumerate(paths):
+        file = path / "metrics.jsonl"
+        if not file.is_file():
+            raise FileNotFoundError(f"{path} is no run folder: it has no metrics.jsonl")
+        lines = read_lines(file)
+        train = [line for line in lines if line.get("kind") == "train"]
+        evals = [line for line in lines if line.get("kind") == "eval"]
+        if not train and not evals:
+            raise ValueError(f"{file} has no training step and no evaluation yet")
+        label = names[index] if names.count(names[index]) == 1 else str(path)
+        runs.append(Run(label, COLOURS[index % len(COLOURS)], train, evals))
+    return runs
+
+
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """Mean over a centred window of `width` values, narrower at the ends."""
+    half = width // 2
+    return [
+        sum(values[max(0, i - half) : i + half + 1]) / len(values[max(0, i - half) : i + half + 1])
+        for i in range(len(values))
+    ]
+
+
+def _draw_curve(ax: Any, run: Run, key: str) -> bool:
+    steps, values = run.curve(key)
+    if not steps:
+        return False
+    width = max(1, len(values) // SMOOTHING)
+    if width > 1:
+        ax.plot(steps, values, color=run.colour, alpha=0.2, linewidth=0.8)
+    ax.plot(steps, smooth(values, width), color=run.colour, linewidth=1.6)
+    return True
+
+
+def _draw_evals(ax: Any, run: Run, key: str, style: str = "-") -> bool:
+    steps, values = run.evaluated(key)
+    if steps:
+        ax.plot(steps, values, style, color=run.colour, linewidth=1.6, marker="o", markersize=3)
+    test_steps, test_values = run.tested(key)
+    if test_steps and (test_steps, test_values) != (steps, values):
+        ax.plot(test_steps, test_values, "*", color=run.colour, markersize=9)
+    return bool(steps)
+
+
+def _solve_rate(ax: Any, runs: Sequence[Run]) -> bool:
+    drawn = False
+    ks: set[int] = set()
+    for run in runs:
+        exact = bool(run.evaluated("exact_accuracy")[0])
+        drawn |= _draw_evals(ax, run, "exact_accuracy" if exact else "accuracy")
+        k = max((int(key[5:]) for line in run.evals for key in line if key.startswith("pass@")), default=1)
+        if k > 1:
+            drawn |= _draw_evals(ax, run, f"pass@{k}", "--")
+            ks.add(k)
+        if not run.evals:
+            drawn |= _draw_curve(ax, run, "accuracy")
+    name = " / ".join(f"pass@{k}" for k in sorted(ks))
+    ax.set_title("Solve rate: pass@1 (solid)" + (f", {name} (dashed)" if name else ""))
+    ax.set_ylabel("share of problems")
+    ax.set_ylim(-0.02, 1.02)
+    return drawn
+
+
+def _distinct(ax: Any, runs: Sequence[Run]) -> bool:
+    ax.set_title("Distinct correct solutions per problem")
+    ax.set_ylabel("in the evaluation's samples")
+    drawn = [_draw_evals(ax, run, "distinct") for run in runs]
+    ax.set_ylim(bottom=0)
+    return any(drawn)
+
+
+def _modes(ax: Any, runs: Sequence[Run]) -> bool:
+    ax.set_title("Effective modes, exact")
+    ax.set_ylabel("share of all correct solutions")
+    drawn = [_draw_evals(ax, run, "exact_modes_share") for run in runs]
+    ax.set_ylim(-0.02, 1.02)
+    return any(drawn)
+
+
+def _log_scale(ax: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _curve_panel(key: str, title: str, unit: str, log: bool = False) -> Callable[[Any, Sequence[Run]], bool]:
+    def draw(ax: Any, runs: Sequence[Run]) -> bool:
+        drawn = [_draw_curve(ax, run, key) for run in runs]
+        ax.set_title(title)
+        ax.set_ylabel(unit)
+        if log and any(drawn):
+            _log_scale(ax)
+        return any(drawn)
+
+    return draw
+
+
+def _log_z(ax: Any, runs: Sequence[Run]) -> bool:
+    drawn = False
+    exact = False
+    for run in runs:
+        if not _draw_curve(ax, run, "log_z"):
+            continue
+        drawn = True
+        steps, values = run.evaluated("log_z_exact")
+        if steps:
+            exact = True
+            ax.axhline(values[-1], color=run.colour, linestyle=":", linewidth=1.4)
+    ax.set_title("log Z" + (" (dotted: exact at the optimum)" if exact else ""))
+    ax.set_ylabel("nats per token")
+    return drawn
+
+
+def _kl(ax: Any, runs: Sequence[Run]) -> bool:
+    drawn = [_draw_evals(ax, run, "exact_kl") for run in runs]
+    ax.set_title("KL(policy || flow-balance optimum), exact")
+    ax.set_ylabel("nats per response")
+    values = [v for run in runs for v in run.evaluated("exact_kl")[1]]
+    if values and min(values) > 0 and max(values) / min(values) > 20:
+        _log_scale(ax)
+    return any(drawn)
+
+
+PANELS: dict[str, Callable[[Any, Sequence[Run]], bool]] = {
+    "solve_rate": _solve_rate,
+    "distinct": _distinct,
+    "modes": _modes,
+    "reward": _curve_panel("reward", "Reward", "mean over the batch"),
+    "entropy": _curve_panel("entropy", "Entropy", "nats per token"),
+    "residual": _curve_panel("residual_abs", "|residual| of the flow balance", "mean over the batch", log=True),
+    "log_z": _log_z,
+    "kl": _kl,
+}
+
+
+def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> list[Path]:
+    """Draw every panel that has data, one PNG each and overview.png with all; several runs are overlaid.
+
+    runs: run folders. out: folder of the PNGs; `plots` in the first run's folder if not given. A star is the
+    test split where another split was evaluated along the way. Returns the files written. Raises
+    FileNotFoundError or ValueError for a folder without metrics, RuntimeError where matplotlib is missing.
+    """
+    if not runs:
+        raise ValueError("runs must name at least one run folder, got none")
+    read = read_runs(runs)
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError(f"plots need matplotlib (pip install matplotlib): {error}") from error
+    folder = Path(out) if out is not None else Path(runs[0]) / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def save(figure: Figure, name: str) -> Path:
+        FigureCanvasAgg(figure)  # no global state, no display
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=130)
+        return path
+
+    written, shown = [], []
+    for name, draw in PANELS.items():
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        ax = figure.add_subplot()
+        if draw(ax, read):
+            _finish(ax)
+            _legend(figure, read)
+            written.append(save(figure, name))
+            shown.append(draw)
+    if shown:
+        columns = min(2, len(shown)) if len(shown) <= 4 else min(4, math.ceil(len(shown) / 2))
+        rows = math.ceil(len(shown) / columns)
+        figure = Figure(figsize=(4.6 * columns, 3.3 * rows + 0.5), layout="constrained")
+        for index, draw in enumerate(shown):
+            ax = figure.add_subplot(rows, columns, index + 1)
+            draw(ax, read)
+            _finish(ax, small=True)
+        _legend(figure, read)
+        written.append(save(figure, "overview"))
+    return written
+
+
+def _finish(ax: Any, small: bool = False) -> None:
+    ax.set_xlabel("RL step")
+    ax.grid(True, alpha=0.25, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.margins(x=0.02)
+    if small:
+        ax.title.set_fontsize(10)
+
+
+def _legend(figure: Any, runs: Sequence[Run]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=run.colour, linewidth=2, label=run.label) for run in runs]
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)), frameon=False)

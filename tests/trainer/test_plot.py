@@ -1,0 +1,79 @@
+import json
+import math
+
+import pytest
+
+from flowrl_kernels.trainer.plot import plot_runs, read_runs, smooth
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def fake_run(folder, steps=120, speed=1.0, flow=True):
+    """A run folder with a metrics.jsonl of the shape that training writes."""
+    folder.mkdir(parents=True)
+    rows = [{"step": -1, "kind": "warm", "loss": 2.0}, {"step": 0, "kind": "note", "text": "hello"}]
+    for step in range(steps + 1):
+        done = 1 - math.exp(-speed * step / 40)
+        if step:
+            row = {"step": step, "kind": "train", "reward": done + 0.05 * math.sin(step * 9), "accuracy": done}
+            row |= {"entropy": 1.5 - done * (0.4 if flow else 1.2)}
+            row |= (
+                {"residual_abs": None if step == 7 else 4 * math.exp(-step / 30) + 0.3, "log_z": 1.2 * done}
+                if flow
+                else {}
+            )
+            rows.append(row)
+        if step % 20 == 0:
+            share = 0.9 * (1 - done) + (0.4 if flow else 0.03) * done
+            row = {"step": step, "kind": "eval", "split": "valid", "accuracy": done, "pass@1": done}
+            row |= {"pass@16": min(1, done * 1.2 + 0.1), "distinct": 0.5 + 8 * done * share, "exact_accuracy": done}
+            rows.append(
+                row
+                | {"exact_modes_share": share, "exact_kl": 8 * math.exp(-speed * step / 25) + 0.2, "log_z_exact": 1.3}
+            )
+    rows.append(rows[-1] | {"split": "test", "accuracy": 0.8, "exact_accuracy": 0.8})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_one_png_per_panel_and_an_overview(tmp_path):
+    run = fake_run(tmp_path / "flowrl")
+    files = plot_runs([run])
+    assert {f.name for f in files} == {
+        "solve_rate.png", "distinct.png", "modes.png", "reward.png", "entropy.png", "residual.png", "log_z.png",
+        "kl.png", "overview.png",
+    }  # fmt: skip
+    assert all(f.parent == run / "plots" and f.read_bytes().startswith(PNG) for f in files)
+
+
+def test_several_runs_are_overlaid_and_panels_without_data_left_out(tmp_path):
+    runs = [fake_run(tmp_path / "a", flow=False), fake_run(tmp_path / "b", speed=2.0, flow=False)]
+    names = {file.name for file in plot_runs(runs, tmp_path / "out")}
+    assert "overview.png" in names
+    assert not names & {"log_z.png", "residual.png"}
+
+
+def test_a_run_is_read_without_its_gaps_and_named_by_its_folder(tmp_path):
+    first, second = read_runs([fake_run(tmp_path / "x" / "run"), fake_run(tmp_path / "y" / "run")])
+    steps, values = first.curve("residual_abs")
+    assert 7 not in steps
+    assert len(steps) == len(values) == 119
+    assert first.label != second.label
+    assert first.colour != second.colour
+    assert first.evaluated("accuracy")[0] == [0, 20, 40, 60, 80, 100, 120]
+    assert first.tested("accuracy") == ([120], [0.8])
+
+
+def test_smoothing_keeps_means_and_lengths():
+    assert smooth([1.0, 2.0, 3.0, 4.0], 1) == [1.0, 2.0, 3.0, 4.0]
+    assert smooth([0.0, 3.0, 0.0, 3.0, 0.0], 3) == [1.5, 1.0, 2.0, 1.0, 1.5]
+
+
+def test_a_folder_without_metrics_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no run folder"):
+        plot_runs([tmp_path])
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no training step"):
+        plot_runs([tmp_path])
+    with pytest.raises(ValueError, match="at least one"):
+        plot_runs([])
