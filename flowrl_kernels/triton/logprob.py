@@ -1,0 +1,185 @@
+"""`logprob` in Triton: log-probabilities from logits, z = softcap(logits) / temperature (docs/maths.md, eq. 2-4).
+
+Forward: one read of the logits, one program a row. Each lane group of eight columns keeps its own running maximum
+and sum, so that an exponential is spent per element and not two. Backward: one read and one write.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flowrl_kernels.triton.primitives import LN2, LOG2E, tanh
+
+LANES, WIDTH, WARPS = 512, 8, 4  # columns a step = LANES * WIDTH; 16 bytes of 16-bit logits a lane
+
+
+@triton.jit
+def _activate(a, temperature, softcap):
+    if softcap is not None:
+        bend = tanh(a / softcap)
+        z = bend * tl.div_rn(softcap, temperature)
+    else:
+        z = tl.div_rn(a, temperature + tl.zeros_like(a))
+        bend = z
+    return z, bend
+
+
+@triton.jit(do_not_specialize=["V", "temperature_stride"])
+def forward_kernel(
+    logits,  # [N, V]
+    target,  # [N]
+    temperature,  # [N] or [1]
+    target_logit,  # [N]
+    lse,  # [N]
+    entropy,  # [N]
+    V,
+    stride_logits,
+    temperature_stride,
+    softcap,
+    ENTROPY: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    b_target = tl.load(target + i)
+    if b_target < 0:
+        tl.store(target_logit + i, 0.0)
+        tl.store(lse + i, 0.0)
+        if ENTROPY:
+            tl.store(entropy + i, 0.0)
+    else:
+        b_temperature = tl.load(temperature + i * temperature_stride)
+        p_row = logits + i * stride_logits
+        b_max = tl.full((LANES,), float("-inf"), tl.float32)
+        b_sum = tl.zeros((LANES,), tl.float32)
+        b_dot = tl.zeros((LANES,), tl.float32)
+        i_lane = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [LANES, WIDTH]
+        for col0 in range(0, V, LANES * WIDTH):
+            i_col = col0 + i_lane
+            a = tl.load(p_row + i_col, mask=i_col < V, other=float("-inf")).to(tl.float32)
+            z, _ = _activate(a, b_temperature, softcap)
+            z = tl.where(i_col < V, z, float("-inf"))
+            new_max = tl.maximum(b_max, tl.max(z, 1) * LOG2E)
+            ref = tl.where(new_max == float("-inf"), 0.0, new_max)
+            d = tl.fma(z, LOG2E, -ref[:, None])
+            e = tl.exp2(d)
+            scale = tl.exp2(b_max - ref)
+            if ENTROPY:
+                shift = tl.where(b_sum > 0.0, b_max - ref, 0.0)
+                b_dot = scale * tl.fma(shift, b_sum, b_dot) + tl.sum(tl.where(e > 0.0, d * e, 0.0), 1)
+            b_sum = tl.fma(b_sum, scale, tl.sum(e, 1))
+            b_max = new_max
+        top = tl.max(b_max, 0)
+        ref = tl.where(top == float("-inf"), 0.0, top)
+        scale = tl.exp2(b_max - ref)
+        total = tl.sum(b_sum * scale, 0)
+        log_total = tl.log2(total)
+        tl.store(lse + i, (ref + log_total) * LN2)
+        known = b_target < V
+        a = tl.load(p_row + b_target, mask=known, other=0.0).to(tl.float32)
+        z, _ = _activate(a, b_temperature, softcap)
+        tl.store(target_logit + i, tl.where(known, z, 0.0))
+        if ENTROPY:
+            shift = tl.where(b_sum > 0.0, b_max - ref, 0.0)
+            value = (log_total - tl.sum(scale * tl.fma(shift, b_sum, b_dot), 0) / total) * LN2
+            tl.store(entropy + i, tl.where(value < 0.0, 0.0, value))
+
+
+@triton.jit(do_not_specialize=["V", "num_blocks", "temperature_stride"])
+def backward_kernel(
+    logits,  # [N, V]
+    dlogits,  # [N, V], may be logits
+    target,  # [N]
+    temperature,  # [N] or [1]
+    lse,  # [N]
+    entropy,  # [N]
+    grad_logp,  # [N]
+    grad_entropy,  # [N] or None
+    V,
+    num_blocks,
+    stride_logits,
+    stride_dlogits,
+    temperature_stride,
+    softcap,
+    BLOCK: tl.constexpr,
+):
+    """dlogits = [g (1{v=y} - p_v) - g_H p_v (log p_v + H)] dz/dlogits; every element is read and written once."""
+    item = tl.program_id(0)
+    i = (item // num_blocks).to(tl.int64)
+    i_col = (item % num_blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = i_col < V
+    b_target = tl.load(target + i)
+    b_grad = tl.load(grad_logp + i)
+    some = b_grad != 0.0
+    if grad_entropy is not None:
+        b_grad_entropy = tl.load(grad_entropy + i)
+        some = some | (b_grad_entropy != 0.0)
+    p_out = dlogits + i * stride_dlogits + i_col
+    if (b_target >= 0) & some:
+        b_temperature = tl.load(temperature + i * temperature_stride)
+        a = tl.load(logits + i * stride_logits + i_col, mask=inside, other=0.0).to(tl.float32)
+        z, bend = _activate(a, b_temperature, softcap)
+        logp = z - tl.load(lse + i)
+        p = tl.exp2(logp * LOG2E)
+        d = b_grad * (tl.where(i_col == b_target, 1.0, 0.0) - p)
+        if grad_entropy is not None:
+            d -= b_grad_entropy * tl.where(p > 0.0, p * (logp + tl.load(entropy + i)), 0.0)
+        if softcap is not None:
+            d *= 1.0 - bend * bend
+        d = d * tl.div_rn(1.0, b_temperature)
+        tl.store(p_out, d.to(dlogits.dtype.element_ty), mask=inside)
+    else:
+        tl.store(p_out, tl.zeros((BLOCK,), dlogits.dtype.element_ty), mask=inside)
+
+
+def logprob_fwd(
+    logits: Tensor, target: Tensor, temperature: Tensor, softcap: float | None, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logit of the target, log-sum-exp and entropy from logits [N, V], one read.
+
+    target [N] int64: -1 skips the row (outputs 0, logits unread), V means no target here. temperature [N] or [1]
+    fp32. Returns target_logit [N], lse [N], entropy [N] or [0], all fp32.
+    """
+    n, v = logits.shape
+    target_logit, lse = torch.empty(2, n, dtype=torch.float32, device=logits.device)
+    entropies = torch.empty(n if entropy else 0, dtype=torch.float32, device=logits.device)
+    if n > 0:
+        with torch.cuda.device_of(logits):
+            forward_kernel[(n,)](
+                logits, target, temperature, target_logit, lse, entropies,
+                v, logits.stride(0), int(temperature.shape[0] > 1), softcap,
+                ENTROPY=entropy, LANES=LANES, WIDTH=WIDTH, num_warps=WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+    return target_logit, lse, entropies
+
+
+def logprob_bwd(
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    softcap: float | None,
+    lse: Tensor,
+    entropy: Tensor,
+    inplace: bool,
+) -> Tensor:
+    """Gradient by logits [N, V], in their dtype; written over the logits if `inplace`.
+
+    grad_logp [N] and grad_entropy [N] or None are fp32; rows whose gradients are 0 are not read.
+    """
+    n, v = logits.shape
+    dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    num_blocks = triton.cdiv(v, LANES * WIDTH)
+    if n > 0:
+        with torch.cuda.device_of(logits):
+            backward_kernel[(n * num_blocks,)](
+                logits, dlogits, target, temperature, lse, entropy,
+                grad_logp.contiguous(), None if grad_entropy is None else grad_entropy.contiguous(),
+                v, num_blocks, logits.stride(0), dlogits.stride(0), int(temperature.shape[0] > 1), softcap,
+                BLOCK=LANES * WIDTH, num_warps=WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+    return dlogits

@@ -1,0 +1,49 @@
+"""Matrix products of 16-bit inputs that accumulate, and may end, in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_REDUCED = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+
+
+@contextmanager
+def exact_matmul(like: Tensor) -> Iterator[None]:
+    """On the device of `like`: fp32 products without TF32, 16-bit ones without 16-bit partial sums, no autocast.
+
+    cuBLAS may add split-K partial sums of a 16-bit product in 16 bits, and torch allows it by default. The
+    switches are global to the process and are put back on the way out.
+    """
+    matmul = torch.backends.cuda.matmul
+    precision, accumulation = matmul.fp32_precision, matmul.allow_fp16_accumulation
+    reduced = {name: (getattr(matmul, name), getattr(matmul, f"{name}_split_k", None)) for name in _REDUCED}
+    matmul.fp32_precision, matmul.allow_fp16_accumulation = "ieee", False
+    for name in _REDUCED:
+        setattr(matmul, name, False)
+    try:
+        with torch.no_grad(), torch.cuda.device_of(like), torch.autocast(like.device.type, enabled=False):
+            yield
+    finally:
+        matmul.fp32_precision, matmul.allow_fp16_accumulation = precision, accumulation
+        for name, (value, split_k) in reduced.items():
+            setattr(matmul, name, value if split_k is None else (value, split_k))
+
+
+def matmul_into(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """out (+)= a @ b with fp32 accumulation: a [M, K], b [K, N] of one dtype, out [M, N] of that dtype or fp32.
+
+    Adding into a 16-bit `out` would round once a call; pass fp32 there.
+    """
+    if a.device.type == "cpu" and a.dtype != torch.float32:
+        product = a.float() @ b.float()  # no mixed product on the CPU: same meaning, wider operands
+        out.add_(product) if add else out.copy_(product)
+    elif out.dtype == a.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)

@@ -1,0 +1,103 @@
+"""Block sizes of the matrix kernels by (architecture, dtype, hidden size).
+
+Fixed, never tuned at import: block sizes and warps fix the order of every reduction, and so the bits of a row. Of
+the fields only `num_stages` and `programs_per_sm` may be tuned freely. The compile matrix (docs/compile_matrix.md)
+shows registers, spills and shared memory of every entry.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
+class Tile(NamedTuple):
+    """One program's share of a matrix product, and how it is pipelined."""
+
+    block_m: int  # rows of hidden states
+    block_n: int  # vocabulary columns; a multiple of 128
+    block_k: int  # hidden columns a step
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    descriptor: bool  # host-side tensor descriptors where the strides allow
+
+
+# 16-bit inputs with 16-byte rows; sm_89 and sm_120 have 99 KB of shared memory, gfx942 64 KB
+_HALF = {
+    "sm_80": Tile(128, 256, 32, 8, 3, 1, False),
+    "sm_89": Tile(128, 128, 32, 8, 3, 1, False),
+    "sm_90": Tile(128, 256, 64, 8, 3, 1, True),
+    "sm_100": Tile(128, 256, 64, 8, 3, 1, True),
+    "sm_120": Tile(128, 128, 64, 8, 3, 1, True),
+    "gfx942": Tile(128, 128, 64, 8, 2, 1, False),
+    "interpreter": Tile(32, 256, 64, 4, 1, 1, True),
+}
+# 16-bit inputs whose rows are not: element-wise loads leave fewer registers
+_HALF_UNALIGNED = Tile(64, 128, 32, 8, 2, 2, False)
+# float32 multiplies on the ordinary cores ("ieee")
+_SINGLE = Tile(64, 128, 16, 8, 2, 2, False)
+
+
+def tile_for(arch: str, dtype: torch.dtype, aligned: bool) -> Tile:
+    """The block sizes of `linear_logprob` on `arch` (one of ARCHS, "sm_89" or "interpreter").
+
+    `aligned`: rows of hidden and weight start at multiples of 16 bytes.
+    """
+    if arch == "interpreter":
+        return _HALF[arch]._replace(descriptor=aligned)
+    if dtype == torch.float32:
+        return _SINGLE
+    return _HALF[arch] if aligned else _HALF_UNALIGNED
+
+
+@cache
+def _cuda_arch(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return "gfx942"  # the smallest local memory of the CDNA parts
+    major, minor = properties.major, properties.minor
+    if major < 8:
+        raise RuntimeError(f"the triton kernels need compute capability 8.0 or newer; got {major}.{minor}")
+    if major == 8:
+        return "sm_80" if minor in (0, 7) else "sm_89"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_120")
+
+
+def arch_of(device: torch.device) -> str:
+    """The key of the tables for a device; "interpreter" for the CPU."""
+    if device.type == "cpu":
+        return "interpreter"
+    return _cuda_arch(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@cache
+def _num_sms(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def num_programs(device: torch.device, tile: Tile) -> int:
+    """How many persistent programs fill the device (never a part of the arithmetic)."""
+    if device.type == "cpu":
+        return 3
+    return tile.programs_per_sm * _num_sms(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def splits(vocab: int, tile: Tile) -> tuple[int, int]:
+    """(number of vocabulary splits, tiles in each): a function of V and the tile alone, at most 128 splits.
+
+    Eight tiles a split keep the partial sums small (12 bytes a row and split) and leave enough work items to even
+    out the load of the last wave.
+    """
+    tiles = -(-vocab // tile.block_n)
+    per_split = max(8, -(-tiles // 128))
+    return -(-tiles // per_split), per_split
+
+
+def group_rows(hidden: int, itemsize: int, tile: Tile) -> int:
+    """Row blocks that walk the vocabulary together: about 16 MB of hidden states, to stay in L2 beside the weights."""
+    return max(4, (16 << 20) // (tile.block_m * hidden * itemsize))
