@@ -22,6 +22,10 @@ $(STAMP): constraints.txt pyproject.toml setup.py
 train: setup
 	$(PY) -m flowrl_kernels.trainer configs/sums.toml --run.dir $(RUN)
 
+# FlowRL, GRPO, PPO and REINFORCE++ one after the other, then one table and one plot.
+compare: setup
+	$(PY) -m flowrl_kernels.trainer compare configs/sums.toml --out runs/compare
+
 countdown: setup
 	$(PY) -m flowrl_kernels.trainer configs/countdown.toml --run.dir runs/countdown
 

@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     settings and the overrides, which apply to all. Prints the table, writes it to OUT/compare.json and
     overlays the runs' plots in OUT/plots. Returns 1 if a run failed (the others are still shown).
     """
-    parser = argparse.ArgumentParser(prog="flowrl compare", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="flowrl compare", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("config", help="TOML file of the runs")
     parser.add_argument("--out", default="runs/compare", help="folder of the runs (default: runs/compare)")
     parser.add_argument("--only", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))

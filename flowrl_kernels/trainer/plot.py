@@ -251,4 +251,6 @@ def _legend(figure: Any, runs: Sequence[Run]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=run.colour, linewidth=2, label=run.label) for run in runs]
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)), frameon=False)
+    if any(len({line.get("split") for line in run.evals}) > 1 for run in runs):
+        handles.append(Line2D([], [], color="#666666", marker="*", linestyle="", markersize=9, label="test split"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(5, len(handles)), frameon=False)

@@ -1,8 +1,11 @@
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from flowrl_kernels.trainer import compare
 from flowrl_kernels.trainer.plot import plot_runs, read_runs, smooth
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -77,3 +80,39 @@ def test_a_folder_without_metrics_is_named(tmp_path):
         plot_runs([tmp_path])
     with pytest.raises(ValueError, match="at least one"):
         plot_runs([])
+
+
+def test_a_comparison_runs_every_algorithm_with_the_same_overrides_and_shows_one_table(tmp_path, monkeypatch, capsys):
+    commands = []
+
+    def run(command, check):
+        commands.append(command)
+        folder = Path(command[command.index("--run.dir") + 1])
+        if folder.name == "ppo":
+            return SimpleNamespace(returncode=3)
+        fake_run(folder, steps=20)
+        with (folder / "metrics.jsonl").open("a") as file:
+            start = {"step": 0, "kind": "eval", "split": "test", "accuracy": 0.0625}
+            final = {"step": 20, "kind": "final", "exact_accuracy": 0.875, "accuracy": 0.8, "pass@16": 1.0}
+            file.write(json.dumps(start) + "\n" + json.dumps(final | {"exact_kl": None}) + "\n")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    code = compare.main(["configs/sums.toml", "--out", str(tmp_path / "c"), "--run.steps", "20"])
+    assert code == 1  # ppo failed, the others are shown
+    assert all(command[-2:] == ["--run.steps", "20"] for command in commands)
+    names = [command[command.index("--algorithm.name") + 1] for command in commands[1:]]
+    assert names == ["grpo", "ppo", "reinforce_pp"]
+    out, err = capsys.readouterr()
+    assert "warm start" in out
+    assert "0.875" in out
+    assert "ppo failed with exit code 3" in err
+    rows = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert [row["run"] for row in rows] == ["warm start", "flowrl", "grpo", "reinforce_pp"]
+    assert rows[0]["accuracy"] == 0.0625
+    assert (tmp_path / "c" / "plots" / "overview.png").exists()
+
+
+def test_a_run_without_final_figures_is_named(tmp_path):
+    with pytest.raises(ValueError, match="has no final figures"):
+        compare.row_of(fake_run(tmp_path / "a", steps=2), "a")
