@@ -44,27 +44,27 @@ def rl_like_inputs(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     sharp: float = 0.8,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden [N, H], weight [V, H], target [N], grad [N]: a synthetic policy-gradient batch.
 
     Token frequencies follow a Zipf law over the ids, carried by a common direction of the weight as in a trained
     head. A share `sharp` of the rows is nearly decided; the others hesitate between 2 and 8 tokens drawn from the
     same law. Targets are sampled from the rows' own softmax; `grad` is constant within sequences of 64 tokens.
-    Synthetic: real hidden states decide what a bounded backward saves.
+    Synthetic: real hidden states decide what a bounded backward saves. Each kind of device has its own stream.
     """
-    make = torch.Generator().manual_seed(seed)
-    frequency = (torch.arange(v, dtype=torch.float64) + 2.7).pow(-zipf)
+    make = torch.Generator(device).manual_seed(seed)
+    on_device = {"generator": make, "device": device}
+    frequency = (torch.arange(v, dtype=torch.float64, device=device) + 2.7).pow(-zipf)
     frequency /= frequency.sum()
-    common = torch.nn.functional.normalize(torch.randn(h, generator=make), dim=0)
-    weight = torch.randn(v, h, generator=make) / math.sqrt(h)
+    common = torch.nn.functional.normalize(torch.randn(h, **on_device), dim=0)
+    weight = torch.randn(v, h, **on_device) / math.sqrt(h)
     weight -= (weight @ common)[:, None] * common
     weight += frequency.log().float()[:, None] * common * 0.1
     hidden = 10.0 * common.expand(n, h).clone()  # background: softmax proportional to the frequency
-    decided = torch.rand(n, generator=make) < sharp
-    count = torch.where(decided, 1, torch.randint(2, 9, (n,), generator=make))
-    margin = torch.where(
-        decided, 9.0 + 2.0 * torch.randn(n, generator=make), 4.0 + torch.rand(n, generator=make)
-    )
+    decided = torch.rand(n, **on_device) < sharp
+    count = torch.where(decided, 1, torch.randint(2, 9, (n,), **on_device))
+    margin = torch.where(decided, 9.0 + 2.0 * torch.randn(n, **on_device), 4.0 + torch.rand(n, **on_device))
     choices = torch.multinomial(frequency, 8 * n, replacement=True, generator=make).view(n, 8)
     for k in range(8):
         on = (k < count).float()
@@ -73,11 +73,11 @@ def rl_like_inputs(
         lift = margin - frequency.log().float()[choices[:, k]] - 0.5 * k
         side = row - (row @ common)[:, None] * common
         hidden += (on * lift / side.square().sum(1))[:, None] * side
-    target = torch.empty(n, dtype=torch.int64)
+    target = torch.empty(n, dtype=torch.int64, device=device)
     for low in range(0, n, 256):
         p = torch.softmax(hidden[low : low + 256] @ weight.T, -1)
         target[low : low + 256] = torch.multinomial(p, 1, generator=make)[:, 0]
-    grad = torch.randn(-(-n // 64), generator=make).repeat_interleave(64)[:n] / 64
+    grad = torch.randn(-(-n // 64), **on_device).repeat_interleave(64)[:n] / 64
     return hidden.to(dtype), weight.to(dtype), target, grad
 
 
@@ -128,9 +128,7 @@ def assert_grad_close(actual: Tensor, expected: Tensor, *, rel: float, row: floa
     """
     row = 10.0 * rel if row is None else row
     assert rel < 0.02, f"rel={rel} would let a gradient that is 2 % off pass"
-    assert float(expected.double().norm()) > 0.0, (
-        "the expected gradient is zero: this test would prove nothing"
-    )
+    assert float(expected.double().norm()) > 0.0, "the expected gradient is zero: this test would prove nothing"
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)} != {tuple(expected.shape)}"
     for wrong in (torch.zeros_like(expected), 1.02 * expected.double()):
         assert relative_error(wrong, expected)[0] > rel
