@@ -91,19 +91,21 @@ def linear_logprob(
     _check_targets(target, vocab_size, ignore_index)
     chosen = dispatch.resolve("linear_logprob", impl, hidden)
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
-    if chosen == "reference":
-        if epsilon > 0.0 or main_grad is not None:
-            raise RuntimeError("impl='reference' is plain autograd: it takes neither epsilon nor main_grad")
-        out = reference.linear_logprob(
-            flat, weight, ids, bias, rows_temperature, logit_scale, softcap, ignore_index, entropy
-        )
-        return _shaped(out.logp, out.entropy, leading)
-    from flowrl_kernels.ops.linear_logprob import linear_logprob as op
+    # autocast has had its say: inside, it would round the very products that must stay in fp32
+    with torch.autocast(hidden.device.type, enabled=False):
+        if chosen == "reference":
+            if epsilon > 0.0 or main_grad is not None:
+                raise RuntimeError("impl='reference' is plain autograd: it takes neither epsilon nor main_grad")
+            logp, ent = reference.linear_logprob(
+                flat, weight, ids, bias, rows_temperature, logit_scale, softcap, ignore_index, entropy
+            )
+        else:
+            from flowrl_kernels.ops.linear_logprob import linear_logprob as op
 
-    logp, ent, _, _ = op(
-        flat.contiguous(), weight.contiguous(), ids.contiguous(), bias, rows_temperature, float(logit_scale), softcap,
-        ignore_index, entropy, float(epsilon), report, main_grad, chosen,
-    )  # fmt: skip
+            logp, ent, _, _ = op(
+                flat.contiguous(), weight.contiguous(), ids.contiguous(), bias, rows_temperature, float(logit_scale),
+                softcap, ignore_index, entropy, float(epsilon), report, main_grad, chosen,
+            )  # fmt: skip
     return _shaped(logp, ent if entropy else None, leading)
 
 
@@ -150,8 +152,8 @@ def logprob(
     chosen = dispatch.resolve("logprob", impl, logits)
     flat, ids = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     if chosen == "reference":
-        out = reference.logprob(flat, ids, rows_temperature, softcap, ignore_index, entropy)
-        return _shaped(out.logp, out.entropy, leading)
+        logp, ent = reference.logprob(flat, ids, rows_temperature, softcap, ignore_index, entropy)
+        return _shaped(logp, ent, leading)
     if inplace_backward and not flat.is_contiguous():
         checks.fail("logits", "a contiguous tensor, for inplace_backward=True", f"strides {logits.stride()}")
     from flowrl_kernels.ops.logprob import logprob as op
@@ -221,6 +223,4 @@ def _check_targets(target: Tensor, vocab_size: int, ignore_index: int) -> None:
         return
     wrong = ((target < 0) | (target >= vocab_size)) & (target != ignore_index)
     if bool(wrong.any()):
-        checks.fail(
-            "target", f"ids in [0, {vocab_size}) or ignore_index {ignore_index}", int(target[wrong][0])
-        )
+        checks.fail("target", f"ids in [0, {vocab_size}) or ignore_index {ignore_index}", int(target[wrong][0]))

@@ -64,7 +64,7 @@ def rl_like_inputs(
     hidden = 10.0 * common.expand(n, h).clone()  # background: softmax proportional to the frequency
     decided = torch.rand(n, **on_device) < sharp
     count = torch.where(decided, 1, torch.randint(2, 9, (n,), **on_device))
-    margin = torch.where(decided, 9.0 + 2.0 * torch.randn(n, **on_device), 4.0 + torch.rand(n, **on_device))
+    margin = torch.where(decided, 7.0 + 2.0 * torch.randn(n, **on_device), 3.0 + torch.rand(n, **on_device))
     choices = torch.multinomial(frequency, 8 * n, replacement=True, generator=make).view(n, 8)
     for k in range(8):
         on = (k < count).float()

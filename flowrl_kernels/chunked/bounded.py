@@ -17,57 +17,63 @@ from flowrl_kernels.types import TILE
 
 ROWS = 64  # rows of one block
 COLUMNS = 1024  # vocabulary columns of one tile
-FALL_BACK = (
-    0.6  # share of tiles above which the dense path is faster on a CPU (6NHV against s * 6NHV + overhead)
-)
+FALL_BACK = 0.6  # share of tiles above which the dense path is faster on a CPU (6NHV against s * 6NHV + overhead)
+L2_SHARE = 0.3  # second budget: relative L2 error of dlogits, before the correction, in units of epsilon
 SLACK = 2e-5  # more than the rounding of a recomputed log-prob: keeps the bound on the safe side
 
 
 class Plan(NamedTuple):
     order: Tensor  # [R] rows by rising non-target gradient mass
     active: Tensor  # [blocks, tiles] bool: pairs to compute
-    mass: Tensor  # [R, tiles] bound of the non-target mass, in the sorted order
     bound: Tensor  # scalar: relative L1 error of dlogits that the dropped pairs can cause
     share: Tensor  # scalar: active pairs / all pairs
 
 
-def tile_mass(lse: Tensor, tile_lse: Tensor, columns: int) -> Tensor:
-    """Upper bound of each row's softmax mass per tile of `columns` columns, from fp16 statistics. [R, tiles]"""
-    group = columns // TILE
-    parts = [
-        (tile_lse[i : i + group].to(lse.dtype) - lse).exp_().sum(0) for i in range(0, len(tile_lse), group)
-    ]
-    return torch.stack(parts, 1).mul_(1.0 + SLACK).clamp_max_(1.0)
+def run_mass(
+    lse: Tensor,  # [R]
+    tile_lse: Tensor,  # [runs, R] fp16
+    target: Tensor,  # [R]
+    target_logp: Tensor,  # [R], -inf where the row has no target
+) -> Tensor:
+    """Upper bound of each row's non-target softmax mass per run of TILE columns. [R, runs]"""
+    mass = (tile_lse.to(lse.dtype) - lse).exp_().mul_(1.0 + SLACK).clamp_max_(1.0).T.contiguous()
+    column = (target // TILE).clamp_max_(mass.shape[1] - 1)[:, None]
+    mass.scatter_add_(1, column, -(target_logp.exp() * (1.0 - SLACK))[:, None])
+    rest = -torch.expm1(target_logp) + SLACK  # no run can hold more than the whole non-target mass
+    return mass.clamp_min_(0.0).minimum(rest[:, None])
 
 
 def make_plan(
     gradient: Tensor,  # [R] |grad| * logit_scale / temperature
-    mass: Tensor,  # [R, tiles] upper bounds
+    lse: Tensor,  # [R]
+    tile_lse: Tensor,  # [runs, R]
+    target: Tensor,  # [R]
     target_logp: Tensor,  # [R]
-    target_tile: Tensor,  # [R] int64; `tiles` where the row has no target
     epsilon: float,
 ) -> Plan:
-    """Choose the pairs to drop: all light pairs, batch-wide, that fit into epsilon of the whole gradient's L1 norm."""
-    p_target = target_logp.exp()
+    """Drop pairs batch-wide, those with the least squared mass first, while both budgets last: epsilon of the L1
+    norm of dlogits, and L2_SHARE * epsilon of its L2 norm (one heavy entry costs more than a thin tail)."""
     rest = -torch.expm1(target_logp)  # [R] non-target mass
-    rest_low, rest_high = (rest - SLACK).clamp_min_(0.0), rest + SLACK
-    has_target = target_tile < mass.shape[1]
-    column = target_tile.clamp_max(mass.shape[1] - 1)[:, None]
-    own = mass.gather(1, column) - torch.where(has_target, p_target * (1.0 - SLACK), 0.0)[:, None]
-    mass = mass.scatter(1, column, own.clamp_min_(0.0))
-    mass = torch.minimum(mass, rest_high[:, None])
-    order = torch.argsort(gradient * rest_high, stable=True)
-    mass, gradient, rest_low = mass[order], gradient[order], rest_low[order]
-    blocks = -(-len(order) // ROWS)
-    cost = torch.nn.functional.pad(mass * gradient[:, None], (0, 0, 0, blocks * ROWS - len(order)))
-    cost = cost.view(blocks, ROWS, -1).sum(1, dtype=torch.float64)  # [blocks, tiles]
+    rest_low = (rest - SLACK).clamp_min_(0.0)
+    order = torch.argsort(gradient * rest, stable=True)
+    group = COLUMNS // TILE
+    num_tiles = -(-len(tile_lse) // group)
+    costs, squares = [], []
+    for low in range(0, len(order), ROWS):
+        rows = order[low : low + ROWS]
+        mass = run_mass(lse[rows], tile_lse[:, rows], target[rows], target_logp[rows]) * gradient[rows, None]
+        mass = torch.nn.functional.pad(mass, (0, num_tiles * group - mass.shape[1])).view(-1, num_tiles, group)
+        costs.append(mass.sum((0, 2), dtype=torch.float64))
+        squares.append(mass.double().square_().sum((0, 2)))
+    cost, square = torch.stack(costs).flatten(), torch.stack(squares).flatten()  # [blocks * tiles]
     norm = (2.0 * gradient * rest_low).sum(dtype=torch.float64)
-    ordered, index = cost.flatten().sort(stable=True)
-    spent = ordered.cumsum(0)
-    dropped = spent <= epsilon * norm
+    square_norm = (gradient * rest_low).double().square().sum()  # of the target entries alone: a lower bound
+    index = square.argsort(stable=True)
+    spent, square_spent = cost[index].cumsum(0), square[index].cumsum(0)
+    dropped = (spent <= epsilon * norm) & (square_spent <= (L2_SHARE * epsilon) ** 2 * square_norm)
     bound = (spent * dropped).max() / norm.clamp_min(torch.finfo(torch.float64).tiny)
-    active = torch.ones_like(dropped).index_put_((index,), ~dropped).view_as(cost)
-    return Plan(order, active, mass, bound, active.double().mean())
+    active = torch.ones_like(dropped).index_put_((index,), ~dropped).view(-1, num_tiles)
+    return Plan(order, active, bound, active.double().mean())
 
 
 def bounded_backward(
@@ -87,7 +93,7 @@ def bounded_backward(
     main_grad: Tensor | None,  # [V, H] accumulated into
     dbias: Tensor | None,  # [V] accumulated into
 ) -> bool:
-    """Fills the gradients and `report`; False, with nothing but `report` written, if the exact path is the better one."""
+    """Fills the gradients and `report`; False, with only `report` written, if the exact path is the better one."""
     vocab_size = weight.shape[0]
     has_target = target < vocab_size
     safe_target = target.clamp_max(vocab_size - 1)
@@ -97,8 +103,7 @@ def bounded_backward(
         target_logit = target_logit + bias.to(lse.dtype)[safe_target]
     target_logp = target_logit * logit_scale / temperature[:, 0] - lse
     target_logp = target_logp.masked_fill(~has_target, -torch.inf).clamp_max_(0.0)
-    mass = tile_mass(lse, tile_lse, COLUMNS)
-    plan = make_plan(scale[:, 0].abs(), mass, target_logp, target // COLUMNS, epsilon)
+    plan = make_plan(scale[:, 0].abs(), lse, tile_lse, target, target_logp, epsilon)
     pays = bool(plan.share <= FALL_BACK)  # the one host sync of a bounded backward
     if report is not None:
         exact = report.new_tensor([0.0, 1.0, 1.0])
@@ -106,57 +111,67 @@ def bounded_backward(
     if not pays:
         return False
     _compute(
-        plan, scale, x, weight, target, target_logp, target_rows, bias, temperature, logit_scale, lse,
+        plan, scale, x, weight, target, target_logp, target_rows, bias, temperature, logit_scale, lse, tile_lse,
         dhidden, dweight, main_grad, dbias,
     )  # fmt: skip
     return True
 
 
 def _compute(
-    plan, scale, x, weight, target, target_logp, target_rows, bias, temperature, logit_scale, lse,
+    plan, scale, x, weight, target, target_logp, target_rows, bias, temperature, logit_scale, lse, tile_lse,
     dhidden, dweight, main_grad, dbias,
 ) -> None:  # fmt: skip
     order, vocab_size = plan.order, weight.shape[0]
     num_rows, hidden_size = x.shape
-    x, scale, lse, target = x[order], scale[order], lse[order], target[order]
+    x, scale, lse, target, target_logp = x[order], scale[order], lse[order], target[order], target_logp[order]
     temperature = temperature if temperature.numel() == 1 else temperature[order]
-    target_gradient = scale * -torch.expm1(target_logp[order, None])  # [R, 1] entry of dlogits at the target
-    kept = plan.active.repeat_interleave(ROWS, 0)[:num_rows]  # [R, tiles]
-    dropped_mass = plan.mass.masked_fill(kept, 0.0)  # [R, tiles]
-    # the statistics round up: scale the bounds so that a row's masses sum to what the row really has
-    correction = dropped_mass * scale * (-torch.expm1(target_logp[order]) / plan.mass.sum(1))[:, None]
+    rest = -torch.expm1(target_logp)[:, None]  # [R, 1] non-target mass
+    target_gradient = scale * rest  # entry of dlogits at the target
+    need_weight = dweight is not None or main_grad is not None
+
+    def dropped(low: int) -> Tensor:
+        """Share of each row's non-target mass per dropped run, 0 in runs that are computed. [ROWS, runs]"""
+        own = slice(low, low + ROWS)
+        mass = run_mass(lse[own], tile_lse[:, order[own]], target[own], target_logp[own])
+        total = mass.sum(1, keepdim=True)  # the statistics round up: scale them to what the row really has
+        kept = plan.active[low // ROWS].repeat_interleave(COLUMNS // TILE)[: mass.shape[1]]
+        return mass.masked_fill_(kept, 0.0).div_(total)
+
+    spread = x.new_zeros((len(tile_lse), hidden_size), dtype=lse.dtype)  # [runs, H] what dropped runs owe dweight
+    bias_spread = x.new_zeros(len(tile_lse), dtype=lse.dtype)
+    if need_weight or dbias is not None:
+        for low in range(0, num_rows, ROWS):
+            own = slice(low, low + ROWS)
+            owed = dropped(low).mul_(target_gradient[own])
+            spread.addmm_(owed.T, x[own].to(lse.dtype))
+            bias_spread += owed.sum(0)
     by_target = torch.argsort(target, stable=True)
     edges = torch.arange(0, vocab_size + COLUMNS, COLUMNS, device=target.device).clamp_max_(vocab_size)
     cuts = torch.searchsorted(target[by_target], edges).tolist()
     block_lists = plan.active.T.tolist()
-    need_weight = dweight is not None or main_grad is not None
     acc = x.new_zeros((num_rows, hidden_size), dtype=lse.dtype) if dhidden is not None else None
     computed = x.new_zeros(num_rows, dtype=lse.dtype)  # non-target mass that was computed, per row
-    mean_rows = x.new_zeros((len(block_lists), hidden_size), dtype=lse.dtype)
-    spread = (correction.T @ x.to(lse.dtype)) if need_weight else None  # [tiles, H]
+    mean_rows = torch.zeros_like(spread)
     with tiles.exact_products():
         for tile, (start, stop) in enumerate(tiles.column_tiles(vocab_size, COLUMNS)):
             w = tiles.operand(weight[start:stop])
+            runs = slice(start // TILE, -(-stop // TILE))
             if acc is not None:
-                mean_rows[tile] = w.mean(0, dtype=lse.dtype)
+                mean_rows[runs] = _run_means(w, lse.dtype)
             part = None
             rows = _rows_of(block_lists[tile], num_rows, x.device)
             if rows is not None:
-                z = tiles.logits_tile(
-                    x[rows], w, None if bias is None else bias[start:stop], logit_scale, None
-                )
+                z = tiles.logits_tile(x[rows], w, None if bias is None else bias[start:stop], logit_scale, None)
                 row_temperature = temperature if temperature.numel() == 1 else temperature[rows]
                 p = tiles.divide_by_temperature(z, row_temperature).sub_(lse[rows, None]).exp_()
                 local = (target[rows] - start)[:, None]
                 outside = (local < 0) | (local >= stop - start)
                 local = local.clamp(0, stop - start - 1)
-                p.scatter_(
-                    1, local, torch.where(outside, p.gather(1, local), 0.0)
-                )  # the target's entry goes by itself
+                p.scatter_(1, local, torch.where(outside, p.gather(1, local), 0.0))  # the target's entry goes by itself
                 computed[rows] += p.sum(1)
                 dz = p.mul_(-scale[rows])
                 if dbias is not None:
-                    dbias[start:stop] += dz.sum(0) / logit_scale
+                    dbias[start:stop] += dz.sum(0)
                 dz = dz.to(x.dtype)
                 if acc is not None:
                     acc[rows] += tiles.product(dz, w)
@@ -164,22 +179,39 @@ def _compute(
                     part = tiles.product(dz.T, x[rows])
             own = by_target[cuts[tile] : cuts[tile + 1]]
             if dbias is not None:
-                dbias[start:stop] -= correction[:, tile].sum() / (logit_scale * (stop - start))
-                dbias.index_add_(0, target[own], target_gradient[own, 0] / logit_scale)
+                dbias[start:stop] -= _per_column(bias_spread[runs, None], stop - start)[:, 0]
+                dbias.index_add_(0, target[own], target_gradient[own, 0])
             if need_weight:
                 part = w.new_zeros(w.shape, dtype=lse.dtype) if part is None else part
-                part -= spread[tile] / (stop - start)
+                part -= _per_column(spread[runs], stop - start)
                 _add_rows(part, target[own] - start, target_gradient[own] * x[own].to(lse.dtype))
                 if main_grad is not None:
                     main_grad[start:stop] += part
                 else:
                     dweight[start:stop] = part
     if acc is not None:
-        left = -torch.expm1(target_logp[order]) - computed  # exactly what each row still owes
-        weights = dropped_mass / dropped_mass.sum(1, keepdim=True).clamp_min(torch.finfo(lse.dtype).tiny)
-        acc -= scale * left.clamp_min_(0.0)[:, None] * (weights @ mean_rows)
+        for low in range(0, num_rows, ROWS):
+            own = slice(low, low + ROWS)
+            part = dropped(low)
+            part.div_(part.sum(1, keepdim=True).clamp_min_(torch.finfo(lse.dtype).tiny))
+            owed = (rest[own] - computed[own, None]).clamp_min_(0.0) * scale[own]  # exactly what each row still owes
+            acc[own] -= part.mul_(owed) @ mean_rows
         acc += target_gradient * target_rows[order].to(lse.dtype)
         dhidden[order] = acc
+
+
+def _run_means(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean row of each run of TILE columns. [runs, H]"""
+    whole = w.shape[0] // TILE * TILE
+    means = w[:whole].view(-1, TILE, w.shape[1]).mean(1, dtype=dtype)
+    return means if whole == w.shape[0] else torch.cat([means, w[whole:].mean(0, keepdim=True, dtype=dtype)])
+
+
+def _per_column(total: Tensor, columns: int) -> Tensor:
+    """Each run's total spread evenly over its columns. [runs, H] -> [C, H]"""
+    width = torch.full((len(total), 1), float(TILE), dtype=total.dtype, device=total.device)
+    width[-1] = columns - TILE * (len(total) - 1)
+    return (total / width).repeat_interleave(TILE, 0)[:columns]
 
 
 def _rows_of(active: list[bool], num_rows: int, device: torch.device) -> Tensor | slice | None:

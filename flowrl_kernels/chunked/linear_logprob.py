@@ -113,8 +113,7 @@ def linear_logprob_bwd(
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias; those not needed are None (weight's goes into main_grad if given)."""
-    num_tokens, hidden_size = hidden.shape
-    vocab_size = weight.shape[0]
+    num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
     dtype = tiles.accumulator_dtype(hidden.dtype)
     active = (target >= 0) & (grad_logp != 0)
     if grad_entropy is not None:
@@ -145,9 +144,7 @@ def linear_logprob_bwd(
         entropy_scale = None
         if grad_entropy is not None:
             entropy_scale = (grad_entropy * logit_scale)[:, None].to(dtype) / temperature
-        width = max(
-            tiles.COLUMNS, min(8 * tiles.COLUMNS, tiles.BUFFER // max(1, hidden.shape[0]) // TILE * TILE)
-        )
+        width = max(tiles.COLUMNS, min(8 * tiles.COLUMNS, tiles.BUFFER // max(1, hidden.shape[0]) // TILE * TILE))
         row_step = max(1, tiles.BUFFER // width)
         with tiles.exact_products():
             for start, stop in tiles.column_tiles(vocab_size, width):
@@ -164,7 +161,7 @@ def linear_logprob_bwd(
                         None if entropy_scale is None else entropy[own, None],
                     )  # fmt: skip
                     if dbias is not None:
-                        dbias[start:stop] += dz.sum(0) / logit_scale
+                        dbias[start:stop] += dz.sum(0)
                     dz = dz.to(x.dtype)
                     if dhidden is not None:
                         accumulate(dhidden[own], dz, w)
@@ -187,9 +184,7 @@ def accumulate(into: Tensor, left: Tensor, right: Tensor) -> None:
         into += tiles.product(left, right)
 
 
-def store(
-    dweight: Tensor | None, main_grad: Tensor | None, start: int, stop: int, part: Tensor | None
-) -> None:
+def store(dweight: Tensor | None, main_grad: Tensor | None, start: int, stop: int, part: Tensor | None) -> None:
     """One tile of the weight's gradient into the output or the accumulator; no rows at all is a gradient of 0."""
     if main_grad is not None:
         if part is not None:

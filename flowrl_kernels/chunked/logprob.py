@@ -86,14 +86,7 @@ def logprob_bwd(
             else:
                 p = logp.exp()
                 step = grad_entropy[own, None].to(dtype) / row_temperature
-                dz = (
-                    logp.clamp_min_(tiles.FLOOR)
-                    .add_(entropy[own, None])
-                    .mul_(step)
-                    .add_(scale)
-                    .mul_(p)
-                    .neg_()
-                )
+                dz = logp.clamp_min_(tiles.FLOOR).add_(entropy[own, None]).mul_(step).add_(scale).mul_(p).neg_()
             local = target[own, None] - start
             mine = (local >= 0) & (local < stop - start)
             dz.scatter_add_(1, local.clamp(0, stop - start - 1), torch.where(mine, scale, 0.0))

@@ -41,9 +41,7 @@ def _(logits, target, temperature, softcap, ignore_index, entropy, *_):
     )
 
 
-def _gradient(
-    logits, target, temperature, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, inplace, impl
-):
+def _gradient(logits, target, temperature, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, inplace, impl):
     clean, ignored, _ = clean_target(target, logits.shape[1], ignore_index)
     grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp.to(lse.dtype).contiguous()
     grad_logp = grad_logp.masked_fill(ignored, 0.0)
@@ -68,9 +66,7 @@ def logprob_bwd(
     impl: str,
 ) -> Tensor:
     """Gradient of the logits in their dtype. [N, V]"""
-    return _gradient(
-        logits, target, temperature, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, False, impl
-    )
+    return _gradient(logits, target, temperature, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, False, impl)
 
 
 @logprob_bwd.register_fake
@@ -92,9 +88,7 @@ def logprob_bwd_(
     impl: str,
 ) -> None:
     """Writes the gradient over the logits: one [N, V] buffer for both, and no second backward."""
-    _gradient(
-        logits, target, temperature, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, True, impl
-    )
+    _gradient(logits, target, temperature, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, True, impl)
 
 
 @logprob_bwd_.register_fake
@@ -108,7 +102,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(logits, target, temperature, lse, ent)
-    ctx.settings, ctx.inplace, ctx.spent = (softcap, ignore_index, impl), inplace, False
+    ctx.settings, ctx.inplace = (softcap, ignore_index, impl), inplace
 
 
 def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple:
@@ -118,11 +112,7 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
     arguments = (grad_logp, grad_entropy, logits, *rest, *ctx.settings)
     if not ctx.inplace:
         return (logprob_bwd(*arguments),) + (None,) * 7
-    if ctx.spent:
-        raise RuntimeError(
-            "inplace_backward=True: the logits now hold their gradient; a second backward is not possible"
-        )
-    ctx.spent = True
+    # autograd's version counter refuses a second backward: the logits it saved are gone
     with torch.no_grad():
         logprob_bwd_(*arguments)
     return (logits,) + (None,) * 7
