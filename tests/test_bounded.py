@@ -93,8 +93,8 @@ def test_on_rl_like_batches_it_drops_much_and_loses_little(zipf):
     assert true <= bound
     x, w = hidden.requires_grad_(), weight.requires_grad_()
     dx, dw = torch.autograd.grad(linear_logprob(x, w, target).logp, (x, w), grad)
-    assert_grad_close(got_dx, dx, rel=1.5e-3)
-    assert_grad_close(got_dw, dw, rel=1.5e-3, row=0.1)
+    assert_grad_close(got_dx, dx, rel=1.5e-3, row=0.05)
+    assert_grad_close(got_dw, dw, rel=1.5e-3, row=0.4)
 
 
 def test_rows_of_dlogits_still_sum_to_zero():

@@ -118,7 +118,7 @@ def _(grad_logp, grad_entropy, hidden, weight, target, bias, temperature, lse, e
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, target, bias, temperature, *settings = inputs
-    logit_scale, softcap, ignore_index, _, epsilon, report, main_grad, impl = settings
+    logit_scale, softcap, ignore_index, ctx.entropy, epsilon, report, main_grad, impl = settings
     _, ent, lse, stats = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, stats)
@@ -131,6 +131,7 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     saved = ctx.saved_tensors
     nothing = (None,) * 13
+    grad_entropy = grad_entropy if ctx.entropy else None
     if grad_logp is None and grad_entropy is None:
         return nothing
     main_grad = saved[9]

@@ -97,7 +97,7 @@ def _(*_) -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, target, temperature, softcap, ignore_index, _, inplace, impl = inputs
+    logits, target, temperature, softcap, ignore_index, ctx.entropy, inplace, impl = inputs
     _, ent, lse = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse)
@@ -106,6 +106,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple:
+    grad_entropy = grad_entropy if ctx.entropy else None
     if grad_logp is None and grad_entropy is None:
         return (None,) * 8
     logits, *rest = ctx.saved_tensors
