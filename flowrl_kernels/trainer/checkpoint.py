@@ -70,7 +70,8 @@ def save(
             dcp.save(state, checkpoint_id=partial, no_dist=world.size == 1)
         torch.save(_rng(), partial / f"rng_{world.rank}.pt")
         if world.main:
-            (partial / "progress.json").write_text(json.dumps(progress))
+            logs = {file.name: file.stat().st_size for file in run.glob("*.jsonl")}
+            (partial / "progress.json").write_text(json.dumps({**progress, "logs": logs}))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as problem:  # dcp's CheckpointException is no Exception
@@ -129,20 +130,17 @@ def load_model(path: Path, run: Path, policy: nn.Module) -> None:
     policy.load_state_dict(state["model"])
 
 
-def truncate(file: Path, step: int) -> None:
-    """Drops the lines of a JSONL log that were written after `step` (and a torn last line), atomically."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    partial = file.with_suffix(".incomplete")
-    partial.write_text("".join(kept))
-    os.replace(partial, file)
+def log_size(path: Path | None, name: str) -> int:
+    """Bytes that the run's log `name` had when a checkpoint was written; 0 without a checkpoint."""
+    if path is None:
+        return 0
+    return int(json.loads((path / "progress.json").read_text())["logs"].get(name, 0))
+
+
+def truncate(file: Path, size: int) -> None:
+    """Cuts a log back to the bytes it had at a checkpoint: what was written after it will be written again."""
+    if file.exists() and file.stat().st_size > size:
+        os.truncate(file, size)
 
 
 def _root(problem: BaseException) -> str:

@@ -117,9 +117,7 @@ def override(config: Config, args: list[str]) -> Config:
     """`config` with `--section.field value` arguments applied; exits with the nearest flag on a bad one."""
     import tyro
 
-    return tyro.cli(
-        Config, default=config, args=args, config=(tyro.conf.FlagConversionOff,), prog="flowrl train FILE"
-    )
+    return tyro.cli(Config, default=config, args=args, config=(tyro.conf.FlagConversionOff,), prog="flowrl train FILE")
 
 
 def _toml(value: Any) -> str:
@@ -155,8 +153,9 @@ def flat(config: Config) -> dict[str, Any]:
 def changed(old: Config, new: Config) -> list[str]:
     """The fields that differ and that a resumed run may not change, as `path: old -> new`."""
     before, after = flat(old), flat(new)
+    falling = old.optim.schedule != "constant"  # then the rate depends on the number of steps
     return [
         f"{path}: {before[path]!r} -> {after[path]!r}"
         for path in before
-        if before[path] != after[path] and not path.startswith(FREE_ON_RESUME)
+        if before[path] != after[path] and (not path.startswith(FREE_ON_RESUME) or (falling and path == "run.steps"))
     ]

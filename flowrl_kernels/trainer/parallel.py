@@ -45,11 +45,6 @@ class World:
         return self.rank == 0
 
 
-def world_size() -> int:
-    """Processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start(run: RunConfig, parallel: ParallelConfig) -> World:
     """Joins the process group, where there is one to join, and picks the device.
 

@@ -117,6 +117,7 @@ def build_model(config: Config, tokenizer: Any, attention: str) -> nn.Module:
         num_key_value_heads=m.heads,
         max_position_embeddings=m.context,
         tie_word_embeddings=m.tied,
+        initializer_range=m.init,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -129,7 +130,9 @@ def build_model(config: Config, tokenizer: Any, attention: str) -> nn.Module:
 def load_model(source: str, model: ModelConfig, attention: str, *, empty: bool = False) -> nn.Module:
     """A causal LM from a Hugging Face name or folder, in float32; `empty`: its shape on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # rank 0's bars are the run's own
     options = {"attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
     if empty:
         shape = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
@@ -190,15 +193,18 @@ def make_policy(
     reference: bool = False,
 ) -> Policy:
     """Wraps, prepares and shards a model (real on rank 0, on the meta device elsewhere where sharded)."""
-    from flowrl_kernels.nn import LogPartition
-
     hidden = model.config.get_text_config().hidden_size
+    zeta = critic = None
     with torch.random.fork_rng():
         torch.manual_seed(config.run.seed + 1)
-        norm = config.log_z.style == "release"
-        zeta = LogPartition(hidden, layer_norm=norm, dropout=0.1 if norm else 0.0, detach=config.log_z.detach)
-        critic = ValueHead(hidden, detach=config.critic.detach)
-    policy = Policy(model, log_z=zeta if log_z else None, value=critic if value else None)
+        if log_z:
+            from flowrl_kernels.nn import LogPartition
+
+            release = config.log_z.style == "release"
+            zeta = LogPartition(hidden, layer_norm=release, dropout=0.1 if release else 0.0, detach=config.log_z.detach)
+        if value:
+            critic = ValueHead(hidden, detach=config.critic.detach)
+    policy = Policy(model, log_z=zeta, value=critic)
     policy.eval()  # no dropout: old and current log-probabilities must agree bit for bit
     policy.requires_grad_(not reference)
     if world.main:
@@ -240,8 +246,6 @@ def save_folder(policy: Policy, tokenizer: Any, folder: Path, world: World) -> N
     inner = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
     policy.model.save_pretrained(folder, state_dict=inner)
     tokenizer.save_pretrained(folder)
-    zeta = {
-        name.removeprefix("log_z."): t.contiguous() for name, t in state.items() if name.startswith("log_z.")
-    }
+    zeta = {name.removeprefix("log_z."): t.contiguous() for name, t in state.items() if name.startswith("log_z.")}
     if zeta:
         save_file(zeta, folder / "log_z.safetensors", metadata={"format": "pt", "module": "LogPartition"})

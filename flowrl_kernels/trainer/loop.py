@@ -1,0 +1,291 @@
+"""The training loop: `train(config)` from prompts to an evaluated, exported model.
+
+One step reads top to bottom in `_steps`; everything else here is what its lines stand for.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowrl_kernels.trainer import advantage, checkpoint, losses, measure, parallel, setup
+from flowrl_kernels.trainer.config import Config
+from flowrl_kernels.trainer.packing import MicroBatch, pack, stand_in
+from flowrl_kernels.trainer.setup import Run
+from flowrl_kernels.trainer.tasks import Problem
+
+
+class NotFinite(RuntimeError):
+    """Too many updates in a row had a loss or gradient that is not finite."""
+
+
+@dataclass
+class Progress:
+    """What a checkpoint says about the loop; the position in the data follows from `step`."""
+
+    step: int = 0
+    updates: int = 0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+
+
+@dataclass
+class Rollouts:
+    """This rank's responses of one step, those of a prompt next to each other."""
+
+    problems: list[Problem]  # per sequence
+    numbers: list[int]  # per sequence, its number among those of all ranks
+    prompts: list[np.ndarray]
+    responses: list[np.ndarray]
+    logp: Tensor  # [B, T] fp32 as sampled
+    finished: Tensor  # [B] bool
+    texts: list[str]
+    reward: list[float | None] = field(default_factory=list)
+
+
+def train(config: Config) -> dict[str, float]:
+    """Runs a whole configuration and returns the final evaluation's figures (on every rank).
+
+    Raises:
+        ValueError, FileNotFoundError, RuntimeError: settings or data that cannot work, before any step.
+        NotFinite: `run.max_bad_updates` updates in a row were not finite.
+    """
+    world = parallel.start(config.run, config.parallel)
+    try:
+        run = setup.prepare(config, world)
+        try:
+            progress = setup.resume(run, Progress)
+            _steps(run, progress)
+            return _finish(run, progress)
+        finally:
+            run.scorer.close()
+            run.log.close()
+    finally:
+        parallel.stop()
+
+
+def _steps(run: Run, progress: Progress) -> None:
+    """The loop."""
+    config, needs = run.config, losses.needs(run.config)
+    while progress.step < config.run.steps:
+        step, lap = progress.step + 1, Lap()
+        rollouts = collect(run, step)
+        lap("rollout")
+        rollouts.reward = run.scorer.score(rollouts.problems, rollouts.texts)
+        shaped = advantage.shape(config, rollouts, run.world)
+        lap("reward")
+        updates = pack_updates(run, rollouts, shaped)
+        batches = [batch for update in updates for batch in update.batches]
+        if needs.reference:
+            score(run, run.reference, batches, "ref")
+        if needs.old:
+            score(run, run.policy, batches, "old")
+        advantage.finish(config, batches, run.world)
+        lap("score")
+        results = [apply(run, progress, update) for _ in range(config.algorithm.epochs) for update in updates]
+        run.engine.update_weights(run.weights(), progress.updates)
+        lap("update")
+        progress.step = step
+        run.log.step(step, measure.of_step(run, rollouts, shaped, updates, results, progress, lap))
+        measure.samples(run, rollouts, step)
+        if config.eval.every and step % config.eval.every == 0 and step < config.run.steps:
+            measure.evaluation(run, step, "valid")
+        if config.checkpoint.every and step % config.checkpoint.every == 0 and step < config.run.steps:
+            save(run, progress)
+
+
+# ------------------------------------------------------------------------------------------------ pieces of a step
+
+
+def prompt_numbers(seed: int, step: int, count: int, total: int) -> list[int]:
+    """Which problems step `step` (from 1) asks: each epoch is a permutation from (seed, epoch); no state."""
+    first, out = (step - 1) * count, []
+    for epoch in range(first // total, (first + count - 1) // total + 1):
+        order = np.random.default_rng((seed, 1, epoch)).permutation(total)
+        out += order[max(first - epoch * total, 0) : first + count - epoch * total].tolist()
+    return out
+
+
+def share(config: Config, world: parallel.World) -> list[int]:
+    """This rank's prompts of a step, as numbers into it: an even slice of every update's."""
+    size = config.algorithm.minibatch_prompts or config.rollout.prompts
+    mine = size // world.size
+    starts = range(world.rank * mine, config.rollout.prompts, size)
+    return [i for start in starts for i in range(start, start + mine)]
+
+
+def collect(run: Run, step: int) -> Rollouts:
+    """Samples `rollout.samples` responses to each of this rank's prompts."""
+    config, r = run.config, run.config.rollout
+    train = run.problems
+    asked = prompt_numbers(config.run.seed, step, r.prompts, len(train))
+    numbers = share(config, run.world)
+    problems = [train[asked[i]] for i in numbers]
+    prompts = [run.encode(problem) for problem in problems]
+    seed = config.run.seed * 2_000_003 + step
+    out = run.engine.generate(prompts, r.samples, run.sampling, seed, numbers)
+    n, tokens = r.samples, out.tokens.numpy()
+    lengths = out.length.tolist()
+    return Rollouts(
+        problems=[problem for problem in problems for _ in range(n)],
+        numbers=[i * n + j for i in numbers for j in range(n)],
+        prompts=[array for array in map(np.asarray, prompts) for _ in range(n)],
+        responses=[tokens[b, :length] for b, length in enumerate(lengths)],
+        logp=out.logp,
+        finished=out.finished,
+        texts=run.decode([tokens[b, :length].tolist() for b, length in enumerate(lengths)]),
+    )
+
+
+@dataclass
+class Update:
+    """The micro-batches of one optimiser step on this rank, and what all ranks hold together."""
+
+    batches: list[MicroBatch]
+    tokens: int
+    sequences: int
+
+
+def pack_updates(run: Run, rollouts: Rollouts, shaped: advantage.Shaped) -> list[Update]:
+    """Packs each update's sequences; every rank ends up with the same number of micro-batches."""
+    config, world = run.config, run.world
+    a, p = config.algorithm, config.parallel
+    count = config.rollout.prompts // (a.minibatch_prompts or config.rollout.prompts)
+    size = len(rollouts.problems) // count
+    packed = []
+    for first in range(0, len(rollouts.problems), size):
+        part = slice(first, first + size)
+        keep = [i for i in range(size) if shaped.keep[first + i]]
+        batches = pack(
+            keep,
+            rollouts.prompts[part],
+            rollouts.responses[part],
+            max_tokens=p.max_tokens,
+            row_tokens=p.row_tokens,
+            device=world.device,
+        )
+        for batch in batches:
+            fill(batch, rollouts, shaped, batch.which.cpu() + first)
+        packed.append(batches)
+    live = [[batch for batch in batches if batch.live] for batches in packed]
+    sums = torch.tensor([[sum(b.tokens for b in bs), sum(b.sequences for b in bs)] for bs in live])
+    sums = parallel.total(sums.to(world.device), world)
+    most = parallel.total(torch.tensor([len(bs) for bs in packed], device=world.device), world, "max")
+    for i, batches in enumerate(packed):
+        part = slice(i * size, (i + 1) * size)
+        while len(batches) < most[i]:
+            batches.append(stand_in(rollouts.prompts[part], rollouts.responses[part], world.device))
+            fill(batches[-1], rollouts, shaped, batches[-1].which.cpu() + i * size)
+    return [Update(batches, int(t), int(s)) for batches, (t, s) in zip(packed, sums.tolist())]
+
+
+def fill(batch: MicroBatch, rollouts: Rollouts, shaped: advantage.Shaped, rows: Tensor) -> None:
+    """Adds what is known per sequence (`shaped`) and per sampled token to a micro-batch."""
+    device = batch.ids.device
+    batch.per_sequence = {name: values[rows].to(device) for name, values in shaped.values.items()}
+    lengths = batch.cu_seqlens.diff().tolist()
+    sampled = [rollouts.logp[row, :n] for row, n in zip(rows.tolist(), lengths)]
+    batch.logp_sampler = torch.cat(sampled).to(device)
+
+
+@torch.no_grad()
+def score(run: Run, policy: Any, batches: list[MicroBatch], which: str) -> None:
+    """Log-probabilities under `policy` on the very micro-batches that training will see."""
+    for batch in batches:
+        out = policy(losses.score_head(run.config, batch), batch.ids, batch.positions)
+        if which == "ref":
+            batch.logp_ref = out.logp
+        else:
+            batch.logp_old, batch.value_old = out.logp, out.value
+
+
+@dataclass
+class Result:
+    """One optimiser step as every rank saw it; tensors stay on the device until the step is logged."""
+
+    outputs: list[Any]
+    loss: float
+    grad_norm: float
+    lr: float
+    skipped: bool
+
+
+def apply(run: Run, progress: Progress, update: Update) -> Result:
+    """Gradient of one update over its micro-batches, clipped and applied; skipped where it is not finite."""
+    config, world = run.config, run.world
+    run.optimizer.zero_grad(set_to_none=True)
+    outputs = []
+    value = torch.zeros((), device=world.device)
+    for batch in update.batches:
+        head = run.loss(batch, tokens=update.tokens, sequences=update.sequences)
+        out = run.policy(head, batch.ids, batch.positions)
+        # FSDP averages gradients over ranks; the normalisers already count all of them
+        (out.loss * (world.size if batch.live else 0.0)).backward()
+        if batch.live:
+            value += out.loss.detach()
+            outputs.append((out, batch))
+    norm = parallel.clip(run.parameters, config.optim.max_grad_norm)
+    loss, grad_norm = parallel.total(torch.stack([value, norm.to(value.device) / world.size]), world).tolist()
+    factor = learning_rate(config, progress.updates, run.total_updates)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
+    progress.updates += 1
+    if bad:
+        progress.skipped += 1
+        progress.bad_in_a_row += 1
+        message = f"update {progress.updates} skipped: loss {loss}, gradient norm {grad_norm}"
+        run.log.note(message, progress.step + 1)
+        if progress.bad_in_a_row >= config.run.max_bad_updates:
+            raise NotFinite(f"{message}; that is {progress.bad_in_a_row} in a row (run.max_bad_updates)")
+    else:
+        progress.bad_in_a_row = 0
+        run.optimizer.step()
+    return Result(outputs, loss, grad_norm, config.optim.lr * factor, bad)
+
+
+def learning_rate(config: Config, update: int, total: int) -> float:
+    """Share of the learning rate at update `update` (from 0)."""
+    o = config.optim
+    rise = min(1.0, (update + 1) / (o.warmup + 1))
+    if o.schedule == "constant":
+        return rise
+    left = 1.0 - min(1.0, max(0, update - o.warmup) / max(1, total - o.warmup))
+    return rise * (left if o.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
+
+
+def save(run: Run, progress: Progress) -> None:
+    """A checkpoint; a disk that is full costs this checkpoint and a note, not the run."""
+    try:
+        checkpoint.save(
+            run.folder, progress.step, run.policy, run.optimizer, vars(progress), run.world, run.config.checkpoint.keep
+        )
+    except checkpoint.CheckpointError as error:
+        run.log.note(str(error), progress.step)
+
+
+class Lap:
+    """Seconds by phase: `lap("name")` ends one."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
+
+
+def _finish(run: Run, progress: Progress) -> dict[str, float]:
+    """Final evaluation, last checkpoint, export, table."""
+    final = measure.final(run, progress.step)
+    save(run, progress)
+    if run.config.checkpoint.export:
+        setup.export(run, run.folder / "final")
+    return final

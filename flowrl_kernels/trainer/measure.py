@@ -1,0 +1,216 @@
+"""What a step, an evaluation and a run are reported by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowrl_kernels.trainer import losses, parallel
+from flowrl_kernels.trainer.evaluate import Response, Sample, evaluate, exact
+from flowrl_kernels.trainer.packing import pack
+from flowrl_kernels.trainer.parallel import World
+from flowrl_kernels.trainer.policy import Policy
+from flowrl_kernels.trainer.rollout import Engine, Sampling
+from flowrl_kernels.trainer.setup import Run
+from flowrl_kernels.trainer.tasks import Problem
+
+if TYPE_CHECKING:
+    from flowrl_kernels.trainer.advantage import Shaped
+    from flowrl_kernels.trainer.loop import Lap, Progress, Result, Rollouts, Update
+
+
+def of_step(
+    run: Run,
+    rollouts: Rollouts,
+    shaped: Shaped,
+    updates: list[Update],
+    results: list[Result],
+    progress: Progress,
+    lap: Lap,
+) -> dict[str, float]:
+    """The metrics of a step, the same on every rank; the one place where a step waits for its tensors."""
+    n = run.config.rollout.samples
+    known = [r for r in rollouts.reward if r is not None]
+    groups = [rollouts.reward[i : i + n] for i in range(0, len(rollouts.reward), n)]
+    mixed = [len({r for r in group if r is not None}) > 1 for group in groups]
+    lengths = list(map(len, rollouts.responses))
+    slots = sum(batch.ids.numel() for update in updates for batch in update.batches)
+    fed = sum(int(batch.cu_seqlens[-1]) for update in updates for batch in update.batches)
+    fed += sum(int(batch.prompt_cu_seqlens[-1]) - batch.sequences for u in updates for batch in u.batches)
+    local: dict[str, tuple[float, float]] = {  # name -> (sum, count), added over ranks
+        "reward": (sum(known), len(known)),
+        "reward_square": (sum(r * r for r in known), len(known)),
+        "accuracy": (sum(map(run.task.correct, known)), len(known)),
+        "groups_mixed": (sum(mixed), len(mixed)),
+        "entropy": (-float(rollouts.logp.double().sum()), sum(lengths)),
+        "length": (sum(lengths), len(lengths)),
+        "truncated": (float((~rollouts.finished).sum()), len(lengths)),
+        "fill": (fed, slots),
+        "tokens": (sum(lengths), 1.0 / run.world.size),
+        **{name: (count, 1.0 / run.world.size) for name, count in run.scorer.take_counts().items()},
+    }
+    extreme: dict[str, float] = {}
+    for result in results:
+        for out, batch in result.outputs:
+            for name, value in out.metrics.items():
+                number = float(value)
+                if name.endswith(("_max", "_min")):
+                    sign = -1.0 if name.endswith("_min") else 1.0
+                    extreme[name] = max(extreme.get(name, -math.inf), sign * number)
+                else:
+                    before = local.get(name, (0.0, 0.0))
+                    local[name] = (before[0] + number * batch.sequences, before[1] + batch.sequences)
+    merged = _merge(run, local, extreme)
+    mean, square = merged["reward"], merged.pop("reward_square")
+    seconds = sum(lap.seconds.values())
+    return {
+        **merged,
+        "reward_std": math.sqrt(max(0.0, square - mean * mean)),
+        "loss": float(np.mean([result.loss for result in results])),
+        "grad_norm": float(np.mean([result.grad_norm for result in results])),
+        "lr": results[-1].lr,
+        "skipped": progress.skipped,
+        "rows": sum(len(batch.ids) for update in updates for batch in update.batches),
+        "tokens_per_s": merged["tokens"] / seconds,
+        "time/step": seconds,
+        **{f"time/{name}": value for name, value in lap.seconds.items()},
+    }
+
+
+def _merge(run: Run, local: dict[str, tuple[float, float]], extreme: dict[str, float]) -> dict[str, float]:
+    sums: dict[str, tuple[float, float]] = {}
+    most: dict[str, float] = {}
+    for ranks_sums, ranks_most in parallel.gather((local, extreme), run.world):
+        for name, (value, count) in ranks_sums.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + value, before[1] + count)
+        for name, value in ranks_most.items():
+            most[name] = max(most.get(name, -math.inf), value)
+    out = {name: value / count if count else math.nan for name, (value, count) in sums.items()}
+    out.update({name: -value if name.endswith("_min") else value for name, value in most.items()})
+    return out
+
+
+def samples(run: Run, rollouts: Rollouts, step: int) -> None:
+    """A few responses with their rewards, to read."""
+    log = run.config.log
+    if not log.samples or (step != 1 and step % log.samples_every != 0):
+        return
+    rows = [
+        {"prompt": rollouts.problems[i].prompt, "response": rollouts.texts[i], "reward": rollouts.reward[i]}
+        for i in range(min(log.samples, len(rollouts.texts)))
+    ]
+    run.log.samples(step, rows)
+
+
+# ------------------------------------------------------------------------------------------------ evaluations
+
+
+def evaluation(run: Run, step: int, split: str, *, last: bool = False) -> dict[str, float]:
+    """Samples and scores a split; without sampling noise too where the task lists its right answers.
+
+    last: also the distance to the optimum, which needs the probability of every well-formed response.
+    """
+    config = run.config
+    out = evaluate(run.task, split, sampler(run), run.scorer, config.eval)
+    if config.eval.exact:
+        known = last and run.reference is not None
+        out |= exact(
+            run.task,
+            split,
+            summed_logp(run, run.policy),
+            summed_logp(run, run.reference) if known and run.reference is not None else None,
+            log_z_of(run) if known and run.policy.log_z is not None else None,
+            beta=config.algorithm.beta,
+            cfg=config.eval,
+        )
+    run.log.evaluation(step, split, out)
+    return out
+
+
+def final(run: Run, step: int) -> dict[str, float]:
+    """The figures the run is judged by, on the test split (valid or train where there is none)."""
+    split = next(name for name in ("test", "valid", "train") if len(run.task.problems(name)))
+    out = evaluation(run, step, split, last=True)
+    run.log.final(step, out)
+    run.log.table(f"{run.config.algorithm.name} after {step} steps, {split} split", out)
+    return out
+
+
+def sampler(run: Run) -> Sample:
+    """evaluate's `sample` with the run's policy."""
+    sampling = Sampling(run.config.rollout.max_new_tokens, run.config.eval.temperature, run.sampling.stop)
+    return make_sampler(run.engine, run.encode, run.decode, sampling, run.world)
+
+
+def make_sampler(
+    engine: Engine,
+    encode: Callable[[Problem], list[int]],
+    decode: Callable[[list[list[int]]], list[str]],
+    sampling: Sampling,
+    world: World,
+) -> Sample:
+    """Each rank generates for its share of the problems, then every rank gets all responses."""
+
+    def sample(problems: Sequence[Problem], n: int, seed: int) -> list[list[Response]]:
+        mine = list(range(world.rank, len(problems), world.size)) or [0]
+        out = engine.generate([encode(problems[i]) for i in mine], n, sampling, seed, mine)
+        lengths = out.length.tolist()
+        texts = decode([out.tokens[b, :length].tolist() for b, length in enumerate(lengths)])
+        rows = [Response(*row) for row in zip(texts, lengths, out.finished.tolist())]
+        found = {i: rows[k * n : (k + 1) * n] for k, i in enumerate(mine)}
+        for other in parallel.gather(found, world):
+            found |= other
+        return [found[i] for i in range(len(problems))]
+
+    return sample
+
+
+def summed_logp(run: Run, policy: Policy) -> Any:
+    """evaluate's `LogProbs`: log-probability of each text and its end token, float64, on the CPU."""
+    p = run.config.parallel
+
+    @torch.no_grad()
+    def logp(problems: list[Problem], texts: list[str]) -> Tensor:
+        prompts = [np.asarray(run.encode(problem)) for problem in problems]
+        tokens = run.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        answers = [np.asarray(ids + [run.tokenizer.eos_token_id]) for ids in tokens]
+        out = torch.zeros(len(texts), dtype=torch.float64)
+        every = list(range(len(texts)))
+        for batch in pack(
+            every, prompts, answers, max_tokens=p.max_tokens, row_tokens=p.row_tokens, device=run.world.device
+        ):
+            scored = policy(losses.score_head(run.config, batch), batch.ids, batch.positions)
+            total = scored.logp.new_zeros(batch.sequences, dtype=torch.float64)
+            total.index_add_(0, batch.segment(), scored.logp.double())
+            out[batch.which.cpu()] = total.cpu()
+        return out
+
+    return logp
+
+
+def log_z_of(run: Run) -> Any:
+    """evaluate's `log_z`: the learned log Z of each prompt, on the CPU."""
+
+    @torch.no_grad()
+    def log_z(problems: list[Problem]) -> Tensor:
+        prompts = [np.asarray(run.encode(problem)) for problem in problems]
+        dummy = [np.asarray([run.tokenizer.eos_token_id])] * len(prompts)
+        out = torch.zeros(len(prompts))
+        p = run.config.parallel
+        for batch in pack(
+            list(range(len(prompts))), prompts, dummy, max_tokens=p.max_tokens, row_tokens=p.row_tokens,
+            device=run.world.device,
+        ):  # fmt: skip
+            value = run.policy(
+                lambda actor, hidden, b=batch: losses.log_z(actor, hidden, b), batch.ids, batch.positions
+            )
+            out[batch.which.cpu()] = value.float().cpu()
+        return out
+
+    return log_z

@@ -1,0 +1,223 @@
+"""The loop from the outside: bad input is refused before a step, bad numbers cost a step, odd rewards cost nothing."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from flowrl_kernels.trainer import __main__ as main
+from flowrl_kernels.trainer import config_file, loop, setup
+from flowrl_kernels.trainer.config import Config
+from flowrl_kernels.trainer.loop import learning_rate, prompt_numbers, share
+
+SMALL = ["--model.hidden", "32", "--model.layers", "1", "--model.heads", "2", "--model.ffn", "48", "--model.context", "16", "--model.init", "0.2", "--rollout.prompts", "4", "--rollout.samples", "4", "--rollout.max_new_tokens", "6", "--run.steps", "2", "--run.threads", "1", "--eval.samples", "2", "--eval.problems", "4", "--eval.exact", "False", "--checkpoint.export", "False", "--log.progress", "False"]
+
+
+def settings(tmp_path, *args):
+    return config_file.override(
+        Config(), [*SMALL, "--run.dir", str(tmp_path / "run"), "--run.cache", str(tmp_path / "cache"), *args]
+    )
+
+
+def lines(tmp_path, kind):
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    return [row for row in map(json.loads, text.splitlines()) if row["kind"] == kind]
+
+
+# ------------------------------------------------------------------------------------------- what a run leaves
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with warm start, evaluation, checkpoint and export."""
+    tmp_path = tmp_path_factory.mktemp("finished")
+    loop.train(
+        settings(tmp_path, "--warm.steps", "3", "--warm.batch", "8", "--eval.every", "1", "--checkpoint.export", "True",
+                 "--eval.exact", "True")
+    )  # fmt: skip
+    return tmp_path
+
+
+def test_a_run_leaves_its_config_metrics_samples_checkpoint_and_model(finished):
+    run = finished / "run"
+    assert {"config.toml", "metrics.jsonl", "samples.jsonl", "checkpoints", "start", "final"} <= {
+        p.name for p in run.iterdir()
+    }
+    assert config_file.load(run / "config.toml").rollout.prompts == 4
+    assert [row["step"] for row in lines(finished, "train")] == [1, 2]
+    assert [(row["step"], row["split"]) for row in lines(finished, "eval")] == [(1, "valid"), (2, "test")]
+    assert "accuracy" in lines(finished, "final")[0]
+    assert all(math.isfinite(row["loss"]) and row["tokens_per_s"] > 0 for row in lines(finished, "train"))
+
+
+def test_export_and_eval_work_on_a_finished_run(finished, capsys):
+    out = finished / "exported"
+    assert main.cli(["export", str(finished / "run"), str(out)]) == 0
+    for name in ("model.safetensors", "log_z.safetensors"):
+        assert (out / name).read_bytes() == (finished / "run" / "final" / name).read_bytes()
+    assert main.cli(["eval", str(finished / "run"), "--eval.problems", "3", "--split", "valid"]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert main.cli(["export", str(finished / "run"), str(out)]) == 2  # never over something
+
+
+def test_the_warm_start_is_read_from_the_cache_the_second_time(finished, tmp_path):
+    args = ["--warm.steps", "3", "--warm.batch", "8", "--run.steps", "0", "--run.cache", str(finished / "cache")]
+    loop.train(settings(tmp_path, *args))
+    assert any("warm start read from" in row["text"] for row in lines(tmp_path, "note"))
+    weights = [p / "run" / "start" / "model.safetensors" for p in (finished, tmp_path)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_samples_to_read_have_their_rewards(finished):
+    rows = [json.loads(line) for line in (finished / "run" / "samples.jsonl").read_text().splitlines()]
+    assert rows[0].keys() >= {"step", "prompt", "response", "reward"}
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--rollout.max_new_tokens", "3"], "rollout.max_new_tokens: sums's longest answer has 6 tokens; got 3"),
+        (["--model.context", "8"], "exceed the model's context of 8"),
+        (["--task.name", "file", "--task.train", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--rollout.max_prompt_tokens", "2"], "no training problem (of 20) with a prompt of at most 2 tokens"),
+        (["--run.resume", "True"], "holds no run"),
+        (["--parallel.max_tokens", "5"], "parallel.max_tokens"),
+        (["--rollout.top_p", "0.9"], "rollout.top_p"),
+    ],
+)
+def test_bad_settings_end_in_one_line_that_names_them(tmp_path, capsys, args, said):
+    file = tmp_path / "run.toml"
+    file.write_text("")
+    base = [*SMALL, "--run.dir", str(tmp_path / "run"), "--run.cache", str(tmp_path / "cache")]
+    assert main.cli(["train", str(file), *base, *args]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+
+
+def test_a_malformed_row_is_named_by_its_line(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "1", "answer": "2"}\n{"prompt": "1"\n')
+    with pytest.raises(ValueError, match=r"data\.jsonl:2"):
+        loop.train(settings(tmp_path, "--task.name", "file", "--task.train", str(data), "--task.reward", "exact"))
+
+
+def test_a_run_folder_that_cannot_be_written_is_named(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(OSError, match=r"run\.dir: cannot write to"):
+        loop.train(settings(tmp_path, "--run.dir", str(blocked / "run")))
+
+
+def test_another_runs_folder_is_not_overwritten_unasked(tmp_path):
+    loop.train(settings(tmp_path, "--run.steps", "1"))
+    with pytest.raises(ValueError, match="holds a run; use --resume"):
+        loop.train(settings(tmp_path, "--run.steps", "1"))
+    loop.train(settings(tmp_path, "--run.steps", "1", "--run.overwrite", "True"))
+    assert len(lines(tmp_path, "train")) == 1
+
+
+# ------------------------------------------------------------------------------------------- bad numbers
+
+
+class Rewards(setup.Scorer):
+    """Scores every response by `give`, whatever it says."""
+
+    give = staticmethod(lambda i: 1.0)
+
+    def score(self, problems, responses):
+        return [self.give(i) for i in range(len(responses))]
+
+
+def train_with(monkeypatch, tmp_path, give, *args):
+    monkeypatch.setattr(Rewards, "give", staticmethod(give))
+    monkeypatch.setattr(setup, "Scorer", Rewards)
+    return loop.train(settings(tmp_path, *args))
+
+
+@pytest.mark.parametrize("name", ["flowrl", "grpo", "dapo", "ppo", "reinforce_pp", "reinforce_rej", "raft"])
+@pytest.mark.parametrize("give", [lambda i: 1.0, lambda i: 0.0, lambda i: None], ids=["ones", "zeros", "unscorable"])
+def test_rewards_that_are_all_equal_or_missing_leave_the_numbers_finite(monkeypatch, tmp_path, name, give):
+    train_with(monkeypatch, tmp_path, give, "--algorithm.name", name)
+    rows = lines(tmp_path, "train")
+    assert len(rows) == 2
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
+    assert rows[-1]["skipped"] == 0
+
+
+def test_unscorable_responses_are_left_out_of_the_mean(monkeypatch, tmp_path):
+    train_with(monkeypatch, tmp_path, lambda i: None if i % 2 else 1.0)
+    assert all(row["reward"] == 1.0 for row in lines(tmp_path, "train"))
+
+
+def test_an_update_that_is_not_finite_is_skipped_counted_and_named(monkeypatch, tmp_path):
+    bad = iter([True, False, False])
+    make = setup.losses.make_loss
+
+    def poisoned(config):
+        loss = make(config)
+
+        def wrapped(batch, **counts):
+            head = loss(batch, **counts)
+            factor = float("nan") if next(bad) else 1.0
+
+            def inner(actor, hidden):
+                out = head(actor, hidden)
+                return out._replace(loss=out.loss * factor)
+
+            return inner
+
+        return wrapped
+
+    monkeypatch.setattr(setup.losses, "make_loss", poisoned)
+    train_with(monkeypatch, tmp_path, lambda i: float(i % 3), "--run.steps", "3")
+    rows = lines(tmp_path, "train")
+    assert [row["skipped"] for row in rows] == [1, 1, 1]
+    assert any("update 1 skipped: loss nan" in row["text"] for row in lines(tmp_path, "note"))
+    assert all(math.isfinite(row["loss"]) for row in rows[1:])  # the weights were left alone
+
+
+def test_too_many_bad_updates_in_a_row_stop_the_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(loop.parallel, "clip", lambda parameters, most: torch.tensor(float("inf")))
+    with pytest.raises(loop.NotFinite, match=r"2 in a row \(run.max_bad_updates\)"):
+        train_with(monkeypatch, tmp_path, lambda i: float(i), "--run.max_bad_updates", "2", "--run.steps", "9")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# ------------------------------------------------------------------------------------------- pure functions
+
+
+def test_each_epoch_asks_every_problem_once_in_an_order_of_its_own():
+    asked = [i for step in range(1, 9) for i in prompt_numbers(3, step, 5, 20)]
+    assert sorted(asked[:20]) == sorted(asked[20:]) == list(range(20))
+    assert asked[:20] != asked[20:]
+    assert prompt_numbers(3, 1, 20, 20) != prompt_numbers(4, 1, 20, 20)
+
+
+def test_a_step_may_ask_more_prompts_than_there_are():
+    assert sorted(prompt_numbers(0, 1, 32, 16)) == sorted(list(range(16)) * 2)
+
+
+def test_ranks_share_every_update_evenly():
+    cfg = settings_for_share()
+    ranks = [share(cfg, loop.parallel.World(r, 2, torch.device("cpu"), None)) for r in range(2)]
+    assert ranks == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+def settings_for_share():
+    return config_file.override(Config(), ["--rollout.prompts", "8", "--algorithm.minibatch_prompts", "4"])
+
+
+def test_the_learning_rate_rises_and_falls():
+    cfg = config_file.override(Config(), ["--optim.warmup", "4", "--optim.schedule", "linear"])
+    rates = [learning_rate(cfg, update, 10) for update in range(11)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4] == 1.0
+    assert all(a > b for a, b in zip(rates[4:], rates[5:]))
+    assert rates[10] == 0.0
+    constant = config_file.override(Config(), ["--optim.warmup", "0"])
+    assert {learning_rate(constant, update, 10) for update in range(10)} == {1.0}

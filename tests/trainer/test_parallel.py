@@ -1,0 +1,74 @@
+"""Ranks and splits: the same samples and the same gradient however the work is divided."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import worker
+
+HERE = Path(__file__).parent
+SMALL = ["--model.hidden", "32", "--model.layers", "2", "--model.heads", "2", "--model.ffn", "48", "--model.context", "16", "--model.init", "0.2", "--rollout.prompts", "8", "--rollout.samples", "4", "--rollout.max_new_tokens", "6", "--run.steps", "1", "--run.threads", "1", "--optim.warmup", "0", "--eval.samples", "2", "--eval.problems", "4", "--eval.exact", "False", "--checkpoint.export", "False", "--log.progress", "False"]
+
+
+def alone(tmp_path, *args):
+    return worker.record([*SMALL, "--run.dir", str(tmp_path / "run"), "--run.cache", str(tmp_path / "c"), *args])
+
+
+def spread(tmp_path, ranks, *args):
+    """The same run under torchrun."""
+    out = tmp_path / "seen.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [str(HERE / "worker.py"), str(out), *SMALL, "--run.dir", str(tmp_path / "run")]
+    command += ["--run.cache", str(tmp_path / "cache"), *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(out, weights_only=True)
+
+
+def assert_same(actual, expected):
+    """Relative difference at most 1e-5, where 1.02 of the right answer, or none, is far off."""
+    assert expected.norm() > 1e-4
+    assert (actual - expected).norm() <= 1e-5 * expected.norm()
+
+
+ALGORITHMS = {
+    "flowrl": [],
+    "flowrl group": ["--algorithm.log_z", "group"],
+    "grpo": ["--algorithm.name", "grpo", "--algorithm.kl", "0.1"],
+    "dr_grpo": ["--algorithm.name", "dr_grpo"],
+    "ppo": ["--algorithm.name", "ppo"],
+    "reinforce_pp": ["--algorithm.name", "reinforce_pp"],
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_gradient_is_the_same_for_any_split_into_micro_batches(tmp_path, name):
+    whole = alone(tmp_path / "a", *ALGORITHMS[name])
+    for i, split in enumerate((["20", "0"], ["64", "16"])):
+        sizes = ["--parallel.max_tokens", split[0], "--parallel.row_tokens", split[1]]
+        parts = alone(tmp_path / str(i), *ALGORITHMS[name], *sizes)
+        assert_same(parts["gradients"][0], whole["gradients"][0])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["flowrl", "grpo"])
+def test_two_ranks_have_the_gradients_of_one(tmp_path, name):
+    args = [*ALGORITHMS[name], "--algorithm.minibatch_prompts", "4", "--parallel.max_tokens", "40"]
+    one = alone(tmp_path / "one", *args)
+    two = spread(tmp_path, 2, *args)
+    assert len(one["gradients"]) == len(two["gradients"]) == 2
+    for ours, theirs in zip(two["gradients"], one["gradients"]):
+        assert_same(ours, theirs)
+    assert two["final"]["accuracy"] == one["final"]["accuracy"]
+
+
+@pytest.mark.parametrize("name", ["flowrl", "grpo"])
+def test_the_first_update_has_weights_of_exactly_one(tmp_path, name):
+    seen = alone(tmp_path, *ALGORITHMS[name], "--algorithm.minibatch_prompts", "4", "--parallel.max_tokens", "50")
+    first, second = seen["weights"]
+    assert first.eq(1.0).all()
+    assert not second.eq(1.0).all()
