@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 RUN ?= runs/sums
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train compare countdown test lint matrix bench csrc clean
+.PHONY: setup train compare countdown test lint matrix bench bench-report csrc clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,15 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# Every peer that PY can import takes part; docs/benchmarks.md says how to make an environment with more of them.
+bench: setup
+	$(PY) -m benchmarks $(BENCH)
+	$(PY) -m benchmarks end-to-end
+
+# docs/benchmarks.md from the committed JSON
+bench-report: setup
+	$(PY) -m benchmarks report
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

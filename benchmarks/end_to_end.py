@@ -1,0 +1,196 @@
+"""A whole optimiser step with and without our head: forward, loss, backward, AdamW, on a random-weight model.
+
+The model has Qwen2.5-0.5B's shape on a GPU. On a CPU it is a scaled-down variant (fewer and narrower layers, smaller
+vocabulary), marked as such in the JSON and the table: its tokens/s say nothing about the full model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine, measure
+from benchmarks.run import MALLOC, ROOT
+
+# Qwen2.5-0.5B: https://huggingface.co/Qwen/Qwen2.5-0.5B/blob/main/config.json
+FULL = {
+    "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+    "intermediate_size": 4864, "vocab_size": 151936,
+}  # fmt: skip
+SMALL = {
+    "hidden_size": 224, "num_hidden_layers": 4, "num_attention_heads": 7, "num_key_value_heads": 1,
+    "intermediate_size": 1216, "vocab_size": 37984,
+}  # fmt: skip
+TOKENS = {"cuda": (8, 4096), "cpu": (4, 256)}  # sequences, tokens of each
+HEADS = ("eager", "ours")
+
+
+def model(device: str, seed: int) -> torch.nn.Module:
+    """The random-weight model, tied embeddings; bf16 on a GPU, fp32 on a CPU."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    shape = FULL if device == "cuda" else SMALL
+    config = Qwen2Config(**shape, tie_word_embeddings=True, max_position_embeddings=8192, use_cache=False)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return Qwen2ForCausalLM(config).to(device=device, dtype=dtype)
+
+
+def logp_eager(network: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """All logits, fp32 log-softmax: the usual trainer. [B, T - 1]"""
+    logits = network(input_ids=ids).logits[:, :-1]
+    return torch.log_softmax(logits.float(), dim=-1).gather(2, ids[:, 1:, None])[..., 0]
+
+
+def logp_ours(network: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states into linear_logprob. [B, T - 1]"""
+    from flowrl_kernels.functional import linear_logprob
+
+    hidden = network.model(input_ids=ids).last_hidden_state[:, :-1]
+    return linear_logprob(hidden, network.lm_head.weight, ids[:, 1:]).logp
+
+
+def loss_of(logp: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
+    """FlowRL's squared residual on the first minibatch (w = 1) against a reference of 0; log Z = 0. docs/maths.md"""
+    return (logp.mean(1) - 15.0 * reward).square().mean()
+
+
+def prepare(head: str, device: str, seed: int):
+    """(step, tokens per step): step() does one whole optimiser step and returns the loss."""
+    network = model(device, seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=device == "cuda")
+    b, t = TOKENS[device]
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, network.config.vocab_size, (b, t), generator=generator).to(device)
+    reward = torch.randn(b, generator=generator).to(device)
+    logp = {"eager": logp_eager, "ours": logp_ours}[head]
+
+    def step() -> torch.Tensor:
+        loss = loss_of(logp(network, ids), reward)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step, b * t
+
+
+def memory_of(head: str, device: str, seed: int) -> dict:
+    """Peak of the second step (the optimiser's state is there by then) beyond weights and state."""
+    step, _ = prepare(head, device, seed)
+    step()
+    peak = measure.cuda_peak if device == "cuda" else measure.cpu_peak
+    return peak(step, lambda made: 0)
+
+
+def run(device: str, repeats: int, seed: int, threads: int | None) -> dict:
+    """Time both heads in turns, then memory each in a fresh process; losses of the two must agree."""
+    if threads:
+        torch.set_num_threads(threads)
+    steps = {}
+    for head in HEADS:
+        steps[head], tokens = prepare(head, device, seed)
+    losses = {head: float(step()) for head, step in steps.items()}
+    before = machine.load()
+    times = measure.take_turns(steps, measure.Clock(device), repeats)
+    steps.clear()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    gap = abs(losses["ours"] - losses["eager"]) / abs(losses["eager"])
+    limit = 1e-4 if device == "cpu" else 2e-2  # bf16 logits in the eager head
+    document = {
+        "schema": 1,
+        "kind": "end-to-end",
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine.describe(device),
+        "versions": machine.versions(),
+        **machine.commit(),
+        "seed": seed,
+        "model": FULL if device == "cuda" else SMALL,
+        "scaled_down": device != "cuda",
+        "sequences_tokens": TOKENS[device],
+        "tokens": tokens,
+        "loss_gap": gap,
+        "status": "ok" if gap <= limit else f"failed: losses differ by {gap:.3g} > {limit:g}",
+        "heads": {},
+        "load": {"before": before, "after": machine.load()},
+    }
+    for head in HEADS:
+        entry = {"step": times[head], "memory": _fresh(head, device, seed, threads)}
+        entry["tokens_per_s"] = tokens / times[head]["median_s"]
+        document["heads"][head] = entry
+    return document
+
+
+def _fresh(head: str, device: str, seed: int, threads: int | None) -> dict:
+    command = [sys.executable, "-m", "benchmarks", "end-to-end", "--memory-of", head, "--device", device]
+    command += ["--seed", str(seed), *(["--threads", str(threads)] if threads else [])]
+    made = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, env={**os.environ, **MALLOC})
+    if made.returncode != 0:
+        return {"error": (made.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+    return json.loads(made.stdout.strip().splitlines()[-1])
+
+
+def rows(document: dict) -> list[tuple[str, str, str, str]]:
+    from benchmarks.report import size
+
+    made = []
+    for head, entry in document["heads"].items():
+        step, extra = entry["step"], entry["memory"].get("extra")
+        made.append((head, f"{entry['tokens_per_s']:.0f}", f"{step['median_s'] * 1e3:.1f} ms", size(extra)))
+    return made
+
+
+HEADER = ("head", "tokens/s", "step", "peak memory beyond weights and optimiser state")
+
+
+def section(document: dict, source: str) -> str:
+    """The result as markdown."""
+    shape = document["model"]
+    b, t = document["sequences_tokens"]
+    hardware = document["machine"]["gpu"]["name"] if document["machine"]["gpu"] else document["machine"]["cpu"]
+    what = "Qwen2.5-0.5B's shape" if not document["scaled_down"] else "a scaled-down variant of Qwen2.5-0.5B"
+    lines = [
+        f"## A whole optimiser step, {hardware}",
+        "",
+        f"`{source}`, {document['started'][:10]}. {what}, random weights ({shape['num_hidden_layers']} layers, "
+        f"H={shape['hidden_size']}, V={shape['vocab_size']}), {b} sequences of {t} tokens; {document['status']}.",
+        "",
+    ]
+    if document["status"] == "ok":
+        cells = [" | ".join(row) for row in (HEADER, ("---",) * len(HEADER), *rows(document))]
+        lines += [f"| {line} |" for line in cells]
+    else:
+        lines.append("No speed is given: the check failed.")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks end-to-end", description=__doc__)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "benchmarks")
+    parser.add_argument("--tag", default=None)
+    parser.add_argument("--memory-of", choices=HEADS, default=None, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    device = given.device if given.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if given.memory_of:
+        if given.threads:
+            torch.set_num_threads(given.threads)
+        print(json.dumps(memory_of(given.memory_of, device, given.seed)))
+        return 0
+    document = run(device, given.repeats, given.seed, given.threads)
+    given.out.mkdir(parents=True, exist_ok=True)
+    name = given.tag or f"{document['started'][:10]}-end-to-end-{device}"
+    (given.out / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    print(section(document, f"{name}.json"))
+    return 0 if document["status"] == "ok" else 1

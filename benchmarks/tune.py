@@ -1,0 +1,149 @@
+"""Times the free settings of the matrix kernels on this GPU: `python -m benchmarks.tune --out FILE`.
+
+Free are the pipeline stages, the programs per multiprocessor and the raster (how many row blocks walk the vocabulary
+together): none of them changes a bit of the result, which is checked here for every candidate. Block sizes and warps
+fix the order of the reductions, so they are fixed by contract; candidates for them are timed apart, marked with
+whether they kept the bits, for whoever revises the table in flowrl_kernels/triton/tiles.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine, measure
+from benchmarks.cases import HEADS
+
+STAGES, PROGRAMS, RASTERS = (2, 3, 4, 5), (1, 2), (0.5, 1.0, 2.0)
+BLOCKS = (
+    (128, 256, 64, 8),
+    (128, 128, 64, 4),
+    (128, 128, 64, 8),
+    (64, 256, 64, 4),
+    (128, 256, 32, 8),
+    (256, 128, 64, 8),
+)
+
+
+class Overrides:
+    """Replaces the table's answer while a candidate runs; the launchers look the functions up at every call."""
+
+    def __init__(self):
+        from flowrl_kernels.triton import tiles
+
+        self.tiles, self.tile_for, self.group_rows = tiles, tiles.tile_for, tiles.group_rows
+        self.rows_factor, self.change = 1.0, {}
+
+    def __enter__(self):
+        self.tiles.tile_for = lambda *a: self.tile_for(*a)._replace(**self.change)
+        self.tiles.group_rows = lambda *a: max(4, int(self.group_rows(*a) * self.rows_factor))
+        return self
+
+    def __exit__(self, *_):
+        self.tiles.tile_for, self.tiles.group_rows = self.tile_for, self.group_rows
+
+
+def candidates(tile) -> list[tuple[str, dict, float]]:
+    """(kind, change of the tile, raster factor): the table's own entry first, then free ones, then other blocks."""
+    made = [("table", {}, 1.0)]
+    for stages, programs, raster in itertools.product(STAGES, PROGRAMS, RASTERS):
+        change = {"num_stages": stages, "programs_per_sm": programs}
+        if stages != tile.num_stages or programs != tile.programs_per_sm or raster != 1.0:
+            made.append(("free", change, raster))
+    for m, n, k, warps in BLOCKS:
+        change = {"block_m": m, "block_n": n, "block_k": k, "num_warps": warps}
+        if any(getattr(tile, field) != value for field, value in change.items()):
+            made.append(("blocks", change, 1.0))
+    return made
+
+
+def tune_head(name: str, tokens: int, dtype: torch.dtype, repeats: int, deadline: float) -> dict:
+    """Every candidate's forward time on one head, until the deadline."""
+    from flowrl_kernels.triton import linear_logprob as kernels
+    from flowrl_kernels.triton import tiles
+
+    h, v = HEADS[name]
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, h, device="cuda", dtype=dtype)
+    weight = torch.randn(v, h, device="cuda", dtype=dtype) * h**-0.5
+    target = torch.randint(0, v, (tokens,), device="cuda")
+    one = torch.ones(1, device="cuda")
+    arch = tiles.arch_of(hidden.device)
+    own = tiles.tile_for(arch, dtype, True)
+    clock = measure.Clock("cuda")
+
+    def run():
+        return kernels.linear_logprob_fwd(hidden, weight, target, None, one, 1.0, None, False, False)
+
+    expected = run()[:2]
+    made = []
+    with Overrides() as overrides:
+        for kind, change, factor in candidates(own):
+            if time.monotonic() > deadline:
+                break
+            overrides.change, overrides.rows_factor = change, factor
+            entry = {"kind": kind, **own._replace(**change)._asdict(), "raster_factor": factor}
+            try:
+                got = run()[:2]
+                entry["same_bits"] = all(torch.equal(a, b) for a, b in zip(got, expected))
+                clock(run)
+                times = [clock(run)[0] for _ in range(repeats)]
+                entry["median_ms"] = sorted(times)[len(times) // 2] * 1e3
+                entry["tflops"] = 2 * tokens * h * v / entry["median_ms"] / 1e9
+                entry["repeats_ms"] = [t * 1e3 for t in times]
+            except Exception as error:  # too much shared memory, say: a candidate that does not exist here
+                entry["error"] = f"{type(error).__name__}: {str(error)[:200]}"
+            made.append(entry)
+    fit = [e for e in made if "median_ms" in e and e["kind"] != "blocks" and e["same_bits"]]
+    return {
+        "head": name, "tokens": tokens, "h": h, "v": v, "dtype": str(dtype).removeprefix("torch."), "arch": arch,
+        "best": min(fit, key=lambda e: e["median_ms"], default=None), "candidates": made,
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.tune", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=7.0)
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU: tile timings were not taken")
+        return 2
+    deadline = time.monotonic() + 60 * given.minutes
+    document = {
+        "schema": 1,
+        "kind": "tune",
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine.describe("cuda"),
+        "versions": machine.versions(),
+        **machine.commit(),
+        "ceilings": machine.ceilings("cuda", False),
+        "heads": [],
+    }
+    for name in ("qwen2.5-7b", "llama-3.1-8b", "qwen2.5-1.5b", "qwen2.5-32b"):
+        if time.monotonic() > deadline:
+            print(f"{name}: not timed, out of minutes")
+            continue
+        record = tune_head(name, given.tokens, torch.bfloat16, given.repeats, deadline)
+        document["heads"].append(record)
+        given.out.write_text(json.dumps(document, indent=1) + "\n")
+        own = record["candidates"][0]
+        print(f"{name}: table {own.get('median_ms', float('nan')):.2f} ms {own.get('tflops', 0):.0f} TFLOP/s; ", end="")
+        best = record["best"]
+        print(f"best {best['median_ms']:.2f} ms, {best['tflops']:.0f} TFLOP/s with {best}" if best else "nothing ran")
+        for entry in record["candidates"]:
+            if entry["kind"] != "blocks" and entry.get("same_bits") is False:
+                print(f"  WRONG: changed the bits: {entry}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
