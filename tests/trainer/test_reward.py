@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,6 +13,22 @@ from flowrl_kernels.trainer.tasks.sums import Sums
 
 def score(scorer, *responses):
     return scorer.score([Problem(0, "p", "a")] * len(responses), list(responses))
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat") as stat:  # a zombie waits for its reaper, but is dead
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def gone(pid, seconds=5.0):
+    until = time.monotonic() + seconds
+    while alive(pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not alive(pid)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +46,7 @@ def test_a_trusted_task_is_scored_without_processes():
     assert scorer.take_counts() == {"raised": 0, "timed_out": 0, "unscorable": 0}
 
 
-def test_order_survives_two_workers(scorer):
+def test_order_survives_two_workers():
     by_length = Scorer(TaskConfig(reward="rewards_for_tests:by_length"), Sums())
     assert score(by_length, *("x" * (i % 7) for i in range(60))) == [(i % 7) / 10 for i in range(60)]
     by_length.close()
@@ -58,17 +76,7 @@ def test_a_hang_is_killed_at_the_deadline_and_the_others_are_scored(scorer):
 def test_the_kill_takes_the_childrens_children_along(scorer, tmp_path):
     assert score(scorer, f"child {tmp_path / 'pid'}") == [None]
     scorer.take_counts()
-    pid = int((tmp_path / "pid").read_text())
-    for _ in range(50):
-        try:
-            os.kill(pid, 0)
-            with open(f"/proc/{pid}/stat") as stat:  # a zombie waits for its reaper, but is dead
-                if stat.read().rpartition(")")[2].split()[0] == "Z":
-                    return
-        except (ProcessLookupError, FileNotFoundError):
-            return
-        time.sleep(0.1)
-    pytest.fail(f"process {pid} outlived its reward")
+    assert gone(int((tmp_path / "pid").read_text()))
 
 
 def test_math_hangs_are_bounded_by_the_same_deadline():
@@ -103,3 +111,36 @@ def test_one_response_per_problem():
 
 def test_built_in_rewards_have_names():
     assert find_reward("exact")("p", "7", 7) == 1.0
+
+
+def test_a_task_that_is_not_trusted_is_scored_apart():
+    task = Sums(trusted=False)
+    scorer = Scorer(TaskConfig(reward_workers=1), task)
+    problems = list(task.problems("train"))[:2]
+    assert scorer.score(problems, ["1+2+1", "1+2+1"]) == [1.0, 0.0]
+    assert scorer._workers[0] is not None
+    scorer.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a signal at the parent's death")
+def test_workers_do_not_outlive_a_killed_trainer(tmp_path):
+    code = """if True:
+        from flowrl_kernels.trainer.config import TaskConfig
+        from flowrl_kernels.trainer.reward import Scorer
+        from flowrl_kernels.trainer.tasks.base import Problem
+        from flowrl_kernels.trainer.tasks.sums import Sums
+        scorer = Scorer(TaskConfig(reward="rewards_for_tests:as_told", reward_workers=1), Sums())
+        problem = Problem(0, "", "")
+        scorer.score([problem], ["fine"])
+        print(scorer._workers[0].process.pid, flush=True)
+        scorer._timeout = 600
+        scorer.score([problem], ["hang"])
+    """
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
+    pid = int(trainer.stdout.readline())
+    assert alive(pid)
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    assert gone(pid)
