@@ -30,6 +30,7 @@ from flowrl_kernels.triton.primitives import (
     matmul_tile,
     raster,
     round_up_fp16,
+    row_factor,
     scatter_rows,
 )
 from flowrl_kernels.types import TILE
@@ -37,34 +38,39 @@ from flowrl_kernels.types import TILE
 
 @triton.jit
 def _absorb(
-    acc, b_max, b_sum, b_dot, b_logit, bias, tile_lse, i_col0, N, V, source, live, b_target, b_temperature,
-    logit_scale, softcap, ENTROPY: tl.constexpr, STATS: tl.constexpr, TILE: tl.constexpr,
+    acc, b_max, b_sum, b_dot, b_logit, bias, tile_lse, order, i_row, num_live, i_col0, N, V, b_target, b_factor,
+    logit_scale, softcap, ENTROPY: tl.constexpr, STATS: tl.constexpr, EVEN_V: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Take [BLOCK_M, TILE] products into a row's running max, sum, entropy sum and target logit."""
     i_col = i_col0 + tl.arange(0, TILE)
-    z, _ = activate(acc, bias, i_col, V, b_temperature, logit_scale, softcap)
-    picked = tl.sum(tl.where(i_col[None, :] == b_target[:, None], z, 0.0), 1)
-    b_logit = tl.where((b_target >= i_col0) & (b_target < i_col0 + TILE), picked, b_logit)
+    z, _ = activate(acc, bias, i_col, V, b_factor, logit_scale, softcap)
+    held = (b_target >= i_col0) & (b_target < i_col0 + TILE)
+    if tl.max(held.to(tl.int32), 0) > 0:
+        b_logit += tl.sum(tl.where(i_col[None, :] == b_target[:, None], z, 0.0), 1)
 
     # against the tile's own maximum, so that its mass is known however small it is beside the row's
-    z = tl.where((i_col < V)[None, :], z, float("-inf"))
+    if not EVEN_V:
+        z = tl.where((i_col < V)[None, :], z, float("-inf"))
     t_max = tl.max(z, 1) * LOG2E
     d = tl.fma(z, LOG2E, -tl.where(t_max == float("-inf"), 0.0, t_max)[:, None])
     e = tl.exp2(d)
     t_sum = tl.sum(e, 1)
+    t_dot = t_sum
+    if ENTROPY:
+        t_dot = tl.sum(tl.maximum(d, -200.0) * e, 1)  # e is 0 there: keeps 0 * -inf out
     if STATS:
         lse = (t_max + tl.log2(t_sum)) * LN2
         # covers the rounding of the fp32 logits; then up to fp16: an upper bound
         lse += (tl.abs(lse) + 1.0) * 3.8e-6
-        p_lse = tile_lse + (i_col0 // TILE).to(tl.int64) * N + source
-        tl.store(p_lse, round_up_fp16(lse), mask=live & (i_col0 < V))
+        live = i_row < num_live
+        source = tl.load(order + i_row, mask=live, other=0)
+        tl.store(tile_lse + (i_col0 // TILE).to(tl.int64) * N + source, round_up_fp16(lse), mask=live)
 
     new_max = tl.maximum(b_max, t_max)
     ref = tl.where(new_max == float("-inf"), 0.0, new_max)
     t_scale = tl.exp2(t_max - ref)
     scale = tl.exp2(b_max - ref)
     if ENTROPY:
-        t_dot = tl.sum(tl.where(e > 0.0, d * e, 0.0), 1)
         t_shift = tl.where(t_sum > 0.0, t_max - ref, 0.0)
         shift = tl.where(b_sum > 0.0, b_max - ref, 0.0)
         b_dot = scale * tl.fma(shift, b_sum, b_dot) + t_scale * tl.fma(t_shift, t_sum, t_dot)
@@ -99,6 +105,7 @@ def forward_kernel(
     group_rows,
     ENTROPY: tl.constexpr,
     STATS: tl.constexpr,
+    EVEN_V: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -116,6 +123,7 @@ def forward_kernel(
         source = tl.load(order + i_row, mask=live, other=0)
         b_target = tl.load(target + source, mask=live, other=-1).to(tl.int32)
         b_temperature = tl.load(temperature + source * temperature_stride, mask=live, other=1.0)
+        b_factor = row_factor(b_temperature, logit_scale, softcap)
         first = i_split * tiles_per_split
         last = tl.minimum(first + tiles_per_split, num_tiles)
         b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -132,18 +140,19 @@ def forward_kernel(
                 # half a tile at a time: the epilogue of a whole one does not fit the registers beside it
                 left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, TILE)), (0, 2, 1)))
                 b_max, b_sum, b_dot, b_logit = _absorb(
-                    left, b_max, b_sum, b_dot, b_logit, bias, tile_lse, col0, N, V, source, live,
-                    b_target, b_temperature, logit_scale, softcap, ENTROPY, STATS, TILE,
+                    left, b_max, b_sum, b_dot, b_logit, bias, tile_lse, order, i_row, num_live, col0,
+                    N, V, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V, TILE,
                 )  # fmt: skip
-                b_max, b_sum, b_dot, b_logit = _absorb(
-                    right, b_max, b_sum, b_dot, b_logit, bias, tile_lse, col0 + TILE, N, V, source, live,
-                    b_target, b_temperature, logit_scale, softcap, ENTROPY, STATS, TILE,
-                )  # fmt: skip
+                if col0 + TILE < V:  # a branch also keeps the compiler from weaving the halves together
+                    b_max, b_sum, b_dot, b_logit = _absorb(
+                        right, b_max, b_sum, b_dot, b_logit, bias, tile_lse, order, i_row, num_live, col0 + TILE,
+                        N, V, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V, TILE,
+                    )  # fmt: skip
             else:
                 tl.static_assert(BLOCK_N == TILE)
                 b_max, b_sum, b_dot, b_logit = _absorb(
-                    acc, b_max, b_sum, b_dot, b_logit, bias, tile_lse, col0, N, V, source, live,
-                    b_target, b_temperature, logit_scale, softcap, ENTROPY, STATS, TILE,
+                    acc, b_max, b_sum, b_dot, b_logit, bias, tile_lse, order, i_row, num_live, col0,
+                    N, V, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V, TILE,
                 )  # fmt: skip
 
         held = (b_target >= first * BLOCK_N) & (b_target < tl.minimum(last * BLOCK_N, V))
@@ -197,21 +206,21 @@ def merge_kernel(
 
 @triton.jit
 def _store_dlogits(
-    acc, dz, part_bias, bias, i_block, i_col0, i_out0, N, V, col_end, stride_dz, live, b_target, b_temperature, b_lse,
+    acc, dz, part_bias, bias, i_block, i_col0, i_out0, N, V, stride_dz, b_target, b_factor, b_lse,
     b_grad, b_grad_entropy, b_entropy, b_scale, logit_scale, softcap,
     ENTROPY: tl.constexpr, BIAS: tl.constexpr, DESCRIPTOR: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """[g (1{v=y} - p_v) - g_H p_v (log p_v + H)] dz/d(h W^T + b) of [BLOCK_M, COLUMNS] products, rounded and stored."""
     i_col = i_col0 + tl.arange(0, COLUMNS)
-    z, bend = activate(acc, bias, i_col, V, b_temperature, logit_scale, softcap)
+    z, bend = activate(acc, bias, i_col, V, b_factor, logit_scale, softcap)
     logp = z - b_lse[:, None]
     p = tl.exp2(logp * LOG2E)
     d = b_grad[:, None] * (tl.where(i_col[None, :] == b_target[:, None], 1.0, 0.0) - p)
     if ENTROPY:
-        d -= b_grad_entropy[:, None] * tl.where(p > 0.0, p * (logp + b_entropy[:, None]), 0.0)
+        d -= b_grad_entropy[:, None] * (p * (tl.maximum(logp, -200.0) + b_entropy[:, None]))  # p is 0 below
     if softcap is not None:
         d *= 1.0 - bend * bend
-    d = tl.where(live[:, None] & (i_col < col_end)[None, :], d * b_scale[:, None], 0.0)
+    d *= b_scale[:, None]
     if BIAS:
         tl.store(part_bias + i_block.to(tl.int64) * stride_dz + i_out0 + tl.arange(0, COLUMNS), tl.sum(d, 0))
     if DESCRIPTOR:
@@ -258,7 +267,7 @@ def dlogits_kernel(
     BLOCK_K: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """dz of one slab of the vocabulary; row blocks that take no part get 0. Columns past the slab get 0 too."""
+    """dz of one slab of the vocabulary; rows that take no part get 0, columns past the slab anything."""
     ENTROPY: tl.constexpr = grad_entropy is not None
     num_live = tl.load(count).to(tl.int32)
     num_row_blocks = tl.cdiv(N, BLOCK_M)
@@ -275,13 +284,14 @@ def dlogits_kernel(
         source = tl.load(order + i_row, mask=live, other=0)
         b_target = tl.load(target + source, mask=live, other=-1).to(tl.int32)
         b_temperature = tl.load(temperature + source * temperature_stride, mask=live, other=1.0)
-        b_lse = tl.load(lse + source, mask=live, other=0.0)
+        b_lse = tl.load(lse + source, mask=live, other=float("inf"))  # p = 0 in rows that take no part
         b_grad = tl.load(grad_logp + source, mask=live, other=0.0)
         b_grad_entropy = b_grad
         b_entropy = b_grad
         if ENTROPY:
             b_grad_entropy = tl.load(grad_entropy + source, mask=live, other=0.0)
             b_entropy = tl.load(entropy + source, mask=live, other=0.0)
+        b_factor = row_factor(b_temperature, logit_scale, softcap)
         b_scale = tl.div_rn(logit_scale + tl.zeros_like(b_temperature), b_temperature)
         if factor is not None:
             b_scale *= tl.load(factor)
@@ -289,20 +299,21 @@ def dlogits_kernel(
             # half a tile at a time: the epilogue of a whole one does not fit the registers beside it
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, TILE)), (0, 2, 1)))
             _store_dlogits(
-                left, dz, part_bias, bias, i_block, col0, i_tile * BLOCK_N, N, V, col_end, stride_dz, live,
-                b_target, b_temperature, b_lse, b_grad, b_grad_entropy, b_entropy, b_scale, logit_scale, softcap,
+                left, dz, part_bias, bias, i_block, col0, i_tile * BLOCK_N, N, V, stride_dz,
+                b_target, b_factor, b_lse, b_grad, b_grad_entropy, b_entropy, b_scale, logit_scale, softcap,
                 ENTROPY, BIAS, DESCRIPTOR, BLOCK_M, TILE,
             )  # fmt: skip
-            _store_dlogits(
-                right, dz, part_bias, bias, i_block, col0 + TILE, i_tile * BLOCK_N + TILE, N, V, col_end, stride_dz,
-                live, b_target, b_temperature, b_lse, b_grad, b_grad_entropy, b_entropy, b_scale, logit_scale, softcap,
-                ENTROPY, BIAS, DESCRIPTOR, BLOCK_M, TILE,
-            )  # fmt: skip
+            if col0 + TILE < col_end:
+                _store_dlogits(
+                    right, dz, part_bias, bias, i_block, col0 + TILE, i_tile * BLOCK_N + TILE, N, V, stride_dz,
+                    b_target, b_factor, b_lse, b_grad, b_grad_entropy, b_entropy, b_scale, logit_scale, softcap,
+                    ENTROPY, BIAS, DESCRIPTOR, BLOCK_M, TILE,
+                )  # fmt: skip
         else:
             tl.static_assert(BLOCK_N == TILE)
             _store_dlogits(
-                acc, dz, part_bias, bias, i_block, col0, i_tile * BLOCK_N, N, V, col_end, stride_dz, live,
-                b_target, b_temperature, b_lse, b_grad, b_grad_entropy, b_entropy, b_scale, logit_scale, softcap,
+                acc, dz, part_bias, bias, i_block, col0, i_tile * BLOCK_N, N, V, stride_dz,
+                b_target, b_factor, b_lse, b_grad, b_grad_entropy, b_entropy, b_scale, logit_scale, softcap,
                 ENTROPY, BIAS, DESCRIPTOR, BLOCK_M, TILE,
             )  # fmt: skip
 
@@ -362,7 +373,7 @@ def linear_logprob_fwd(
     target_logit = torch.zeros(n, dtype=torch.float32, device=device)
     lse = empty(n)
     entropies = empty(n if entropy else 0)
-    tile_lse = torch.zeros((-(-v // TILE), n) if stats else 0, dtype=torch.float16, device=device)
+    tile_lse = torch.zeros((-(-v // TILE), n) if stats else (0, 0), dtype=torch.float16, device=device)
     if n == 0:
         return target_logit, lse, entropies, tile_lse
     with torch.cuda.device_of(hidden):
@@ -378,7 +389,7 @@ def linear_logprob_fwd(
             target_logit, parts[0], parts[1], parts[-1], tile_lse,
             n, v, h, rows.stride(0), weight.stride(0), int(temperature.shape[0] > 1), logit_scale, softcap,
             num_splits, tiles_per_split, tiles.group_rows(h, hidden.element_size(), tile),
-            ENTROPY=entropy, STATS=stats, DESCRIPTOR=tile.descriptor, EVEN_K=h % tile.block_k == 0, TILE=TILE,
+            ENTROPY=entropy, STATS=stats, EVEN_V=v % TILE == 0, DESCRIPTOR=tile.descriptor, EVEN_K=h % tile.block_k == 0, TILE=TILE,
             **_options(tile),
         )  # fmt: skip
         merge_kernel[(triton.cdiv(n, 16),)](

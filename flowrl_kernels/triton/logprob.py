@@ -69,7 +69,7 @@ def forward_kernel(
             scale = tl.exp2(b_max - ref)
             if ENTROPY:
                 shift = tl.where(b_sum > 0.0, b_max - ref, 0.0)
-                b_dot = scale * tl.fma(shift, b_sum, b_dot) + tl.sum(tl.where(e > 0.0, d * e, 0.0), 1)
+                b_dot = scale * tl.fma(shift, b_sum, b_dot) + tl.sum(tl.maximum(d, -200.0) * e, 1)
             b_sum = tl.fma(b_sum, scale, tl.sum(e, 1))
             b_max = new_max
         top = tl.max(b_max, 0)
@@ -126,7 +126,7 @@ def backward_kernel(
         p = tl.exp2(logp * LOG2E)
         d = b_grad * (tl.where(i_col == b_target, 1.0, 0.0) - p)
         if grad_entropy is not None:
-            d -= b_grad_entropy * tl.where(p > 0.0, p * (logp + tl.load(entropy + i)), 0.0)
+            d -= b_grad_entropy * (p * (tl.maximum(logp, -200.0) + tl.load(entropy + i)))  # p is 0 below
         if softcap is not None:
             d *= 1.0 - bend * bend
         d = d * tl.div_rn(1.0, b_temperature)

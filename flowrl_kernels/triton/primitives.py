@@ -20,7 +20,8 @@ def tanh(x):
     """Within 1e-7 of tanh; overflow-free, and -1 / 1 at -inf / inf."""
     t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     magnitude = (1.0 - t) / (1.0 + t)
-    return tl.where(x < 0, -magnitude, magnitude)
+    sign = x.to(tl.int32, bitcast=True) & -2147483648
+    return (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -78,15 +79,24 @@ def matmul_tile(
 
 
 @triton.jit
-def activate(acc, bias, i_col, V, temperature, logit_scale, softcap):
+def row_factor(temperature, logit_scale, softcap):
+    """What `activate` multiplies a row by last: (softcap or logit_scale) / temperature."""
+    if softcap is not None:
+        return tl.div_rn(softcap + tl.zeros_like(temperature), temperature)
+    else:
+        return tl.div_rn(logit_scale + tl.zeros_like(temperature), temperature)
+
+
+@triton.jit
+def activate(acc, bias, i_col, V, b_factor, logit_scale, softcap):
     """z = softcap(logit_scale (acc + bias)) / temperature, and tanh(...) of the soft-cap (else z again)."""
     if bias is not None:
         acc += tl.load(bias + i_col, mask=i_col < V, other=0.0).to(tl.float32)[None, :]
     if softcap is not None:
         bend = tanh(acc * (logit_scale / softcap))
-        z = bend * tl.div_rn(softcap + tl.zeros_like(temperature), temperature)[:, None]
+        z = bend * b_factor[:, None]
     else:
-        z = acc * tl.div_rn(logit_scale + tl.zeros_like(temperature), temperature)[:, None]
+        z = acc * b_factor[:, None]
         bend = z
     return z, bend
 

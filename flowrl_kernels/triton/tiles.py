@@ -29,11 +29,11 @@ class Tile(NamedTuple):
 
 # 16-bit inputs with 16-byte rows; sm_89 and sm_120 have 99 KB of shared memory, gfx942 64 KB
 _HALF = {
-    "sm_80": Tile(128, 256, 32, 8, 3, 1, False),
+    "sm_80": Tile(128, 128, 64, 8, 4, 1, False),
     "sm_89": Tile(128, 128, 32, 8, 3, 1, False),
-    "sm_90": Tile(128, 256, 64, 8, 3, 1, True),
-    "sm_100": Tile(128, 256, 64, 8, 3, 1, True),
-    "sm_120": Tile(128, 128, 64, 8, 3, 1, True),
+    "sm_90": Tile(128, 256, 64, 8, 4, 1, True),
+    "sm_100": Tile(128, 256, 64, 8, 4, 1, True),
+    "sm_120": Tile(128, 128, 32, 8, 4, 1, True),
     "gfx942": Tile(128, 128, 64, 8, 2, 1, False),
     "interpreter": Tile(32, 256, 64, 4, 1, 1, True),
 }
