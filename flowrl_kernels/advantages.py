@@ -1,0 +1,226 @@
+"""Rewards to advantages: group and batch normalisation, GAE, and the transforms that are methods of their own.
+
+All of them are plain torch over [B] or the tokens' layout, detached, in float64 inside and the input's dtype outside.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowrl_kernels import checks
+from flowrl_kernels.reference.residual import Segments, group_mean
+
+
+def _per_group(reward: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """reward [B] in float64, its group's mean [B], its group's size [B]."""
+    checks.floating("reward", reward, dims=1)
+    checks.integers("groups", groups, tuple(reward.shape))
+    value = reward.detach().double()
+    one = torch.ones_like(value)
+    size = (groups[:, None] == groups[None, :]).double() @ one
+    return value, group_mean(value, groups, one), size
+
+
+def group_normalize(reward: Tensor, groups: Tensor, *, eps: float = 1e-6, scale: bool = True) -> Tensor:
+    """(r - mean) / (std + eps) within each group (GRPO, arXiv 2402.03300); std unbiased, a group of one gives 0.
+
+    Args:
+        reward: [B] floats.
+        groups: [B] integer group ids in any order.
+        eps: added to the standard deviation.
+        scale: False leaves out the division (Dr.GRPO, arXiv 2503.20783).
+    """
+    value, mean, size = _per_group(reward, groups)
+    centred = torch.where(size > 1, value - mean, 0.0)
+    if scale:
+        variance = group_mean(centred.square(), groups, torch.ones_like(value)) * size / (size - 1).clamp_min(1.0)
+        centred = centred / (variance.sqrt() + eps)
+    return centred.to(reward.dtype)
+
+
+def leave_one_out(reward: Tensor, groups: Tensor) -> Tensor:
+    """r minus the mean of the group's other members (RLOO, arXiv 2402.14740); a group of one gives 0. [B]"""
+    value, mean, size = _per_group(reward, groups)
+    return torch.where(size > 1, (value - mean) * size / (size - 1).clamp_min(1.0), 0.0).to(reward.dtype)
+
+
+def raft(reward: Tensor) -> Tensor:
+    """max(r, 0): only good samples are trained (RAFT, arXiv 2304.06767). [B]"""
+    return reward.detach().clamp_min(0.0)
+
+
+def reinforce_rej(reward: Tensor, groups: Tensor, *, tolerance: float = 1e-9) -> Tensor:
+    """r, or 0 where all rewards of the group are equal (Reinforce-Rej, arXiv 2504.11343). [B]"""
+    value, mean, _ = _per_group(reward, groups)
+    spread = group_mean((value - mean).abs(), groups, torch.ones_like(value))
+    return torch.where(spread > tolerance, value, 0.0).to(reward.dtype)
+
+
+def unlikeliness_reward(reward: Tensor, logp_old_mean: Tensor, groups: Tensor, *, strength: float = 0.25) -> Tensor:
+    """r (1 - strength rank / G), rank 0 for the least likely of its group (arXiv 2506.02355). [B]
+
+    logp_old_mean: [B] length-normalised log-prob of each response under the behaviour policy. Normalise afterwards.
+    """
+    value, _, size = _per_group(reward, groups)
+    checks.floating("logp_old_mean", logp_old_mean, dims=1)
+    same = groups[:, None] == groups[None, :]
+    likelier = logp_old_mean[:, None] > logp_old_mean[None, :]
+    index = torch.arange(len(value), device=value.device)
+    tie = (logp_old_mean[:, None] == logp_old_mean[None, :]) & (index[:, None] > index[None, :])
+    rank = (same & (likelier | tie)).sum(1)
+    return (value * (1.0 - strength * rank / size)).to(reward.dtype)
+
+
+def whiten(value: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over the mask, unbiased variance; 0 outside. The layout of `value`."""
+    x, m = value.detach().double(), mask.to(torch.bool)
+    num = m.sum().clamp_min(1)
+    mean = torch.where(m, x, 0.0).sum() / num
+    centred = torch.where(m, x - mean, 0.0)
+    variance = centred.square().sum() / (num - 1).clamp_min(1)
+    return (centred * (variance + eps).rsqrt()).to(value.dtype)
+
+
+def reinforce_pp_advantage(
+    reward: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    token_reward: Tensor | None = None,
+) -> Tensor:
+    """Returns-to-go, whitened over the whole batch (REINFORCE++, arXiv 2501.03262); 0 outside the mask.
+
+    Args:
+        reward: [B], paid at each response's last token.
+        mask: [B, T], or [N] with `cu_seqlens`.
+        gamma: discount per token.
+        cu_seqlens: [B+1] for packed tokens.
+        token_reward: the layout of `mask`: paid per token besides (a KL penalty, say).
+    """
+    layout = _segments(mask, cu_seqlens)
+    value = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+    if token_reward is not None:
+        value = torch.where(layout.mask, token_reward.detach().double(), 0.0)
+    rewards = value + last_token(reward.double(), layout)
+    return whiten(discounted(rewards, layout, gamma), layout.mask).to(reward.dtype)
+
+
+def gae(
+    reward: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    token_reward: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates (arXiv 1506.02438), not whitened, and returns; 0 outside the mask.
+
+    Args:
+        reward: [B], paid at each response's last token.
+        value: the layout of `mask`: V of the state before each token.
+        mask: [B, T], or [N] with `cu_seqlens`. Holes are stepped over.
+        gamma, lam: discount and trace decay per token.
+    Returns:
+        (advantage, returns), the layout of `mask`.
+    """
+    layout = _segments(mask, cu_seqlens)
+    v = torch.where(layout.mask, value.detach().double(), 0.0)
+    r = last_token(reward.double(), layout)
+    if token_reward is not None:
+        r = r + torch.where(layout.mask, token_reward.detach().double(), 0.0)
+    # with V(s_t+1) of the next token that counts: delta_t = r_t + gamma V_t+1 - V_t, A_t = delta_t + gamma lam A_t+1
+    advantage = _scan(r, v, layout, gamma, lam)
+    returns = torch.where(layout.mask, advantage + v, 0.0)
+    return advantage.to(value.dtype), returns.to(value.dtype)
+
+
+def discounted(reward: Tensor, segments: Segments, gamma: float) -> Tensor:
+    """Returns-to-go of token rewards. The layout of `reward`."""
+    return _scan(reward, torch.zeros_like(reward), segments, gamma, 1.0)
+
+
+def last_token(reward: Tensor, segments: Segments) -> Tensor:
+    """Each sequence's reward [B] at its last counting token, 0 elsewhere."""
+    mask = segments.mask
+    position = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
+    counted = torch.where(mask, position, -1)
+    if segments.cu_seqlens is None:
+        last = counted.amax(1, keepdim=True)
+    else:
+        tops = torch.segment_reduce(
+            counted.double(), "max", offsets=segments.cu_seqlens, axis=0, initial=-1.0, unsafe=True
+        )
+        last = segments.spread(tops).long()
+    return torch.where(mask & (position == last), segments.spread(reward), 0.0)
+
+
+def _scan(reward: Tensor, value: Tensor, segments: Segments, gamma: float, lam: float) -> Tensor:
+    """A backward recursion over the counting tokens: one step per position, all sequences at once."""
+    mask = segments.mask
+    if segments.cu_seqlens is not None:
+        owner = segments.owner()
+        start = segments.cu_seqlens[owner.clamp_max(len(segments.cu_seqlens) - 2)]
+        place = torch.arange(len(mask), device=mask.device) - start
+        longest = int(segments.cu_seqlens.diff().max()) if len(segments.cu_seqlens) > 1 else 0
+        shape = (len(segments.cu_seqlens) - 1, longest)
+
+        def padded(x: Tensor) -> Tensor:
+            return x.new_zeros(shape).index_put_((owner, place), x)
+
+        out = _scan(padded(reward), padded(value), Segments(padded(mask), None), gamma, lam)
+        return out[owner, place]
+    advantage = torch.zeros_like(reward)
+    running = reward.new_zeros(reward.shape[0])
+    following = reward.new_zeros(reward.shape[0])
+    for t in range(reward.shape[1] - 1, -1, -1):
+        on = mask[:, t]
+        step = reward[:, t] + gamma * following - value[:, t] + gamma * lam * running
+        running = torch.where(on, step, running)
+        following = torch.where(on, value[:, t], following)
+        advantage[:, t] = torch.where(on, running, 0.0)
+    return advantage
+
+
+def _segments(mask: Tensor, cu_seqlens: Tensor | None) -> Segments:
+    checks.plain("mask", mask)
+    if cu_seqlens is None and mask.dim() != 2:
+        checks.fail("mask", "shape [B, T], or [N] with cu_seqlens", checks.shape(mask))
+    return Segments(mask.to(torch.bool), None if cu_seqlens is None else cu_seqlens.long())
+
+
+def optimal_value(reference_rewards: Tensor, *, temperature: float = 0.5) -> Tensor:
+    """V* = t log mean exp(r / t) over rollouts of the reference, [B, K] -> [B] (A*-PO, arXiv 2505.20686)."""
+    r = reference_rewards.detach().double()
+    mean = torch.logsumexp(r / temperature, -1) - torch.log(torch.tensor(float(r.shape[-1])))
+    return (temperature * mean).to(reference_rewards.dtype)
+
+
+def qrpo_target(reward: Tensor, reference_rewards: Tensor, *, beta: float) -> Tensor:
+    """Quantile of r [B] among rewards of the reference [B, K], less beta log Z, log Z = log beta + 1/beta
+    (QRPO, arXiv 2507.08068, identity transform). [B]"""
+    beta = checks.positive("beta", beta)
+    quantile = (reference_rewards <= reward[:, None]).double().mean(1)
+    log_z = torch.log(torch.tensor(beta, dtype=torch.float64)) + 1.0 / beta
+    return (quantile - beta * log_z).to(reward.dtype)
+
+
+def gflowrl_target(
+    reward: Tensor,
+    log_ratio_ref: Tensor,
+    groups: Tensor,
+    *,
+    beta: float = 8.0,
+    clip: tuple[float, float] = (0.2, 0.28),
+) -> Tensor:
+    """-clip(g), g = Z + mean(log old - log ref) - beta r, Z the group's mean of the rest (arXiv 2607.13394).
+
+    log_ratio_ref: [B] mean over tokens of log pi_old - log pi_ref. As read from third-party notes; not checked
+    against the authors' code, which is not public.
+    """
+    own = beta * reward.detach().double() - log_ratio_ref.detach().double()
+    gap = group_mean(own, groups, torch.ones_like(own)) - own
+    return (-gap.clamp(-clip[0], clip[1])).to(reward.dtype)

@@ -1,0 +1,81 @@
+"""The residual's loss and its gradient in one pass: the gradient is closed, so nothing is kept for a backward.
+
+dL/dlogp_bt = c_b a_b m_bt with c_b = w_b phi'(d_b) / normalizer (docs/maths.md, eq. 8): one number per sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowrl_kernels.presets import Row
+from flowrl_kernels.reference import residual as reference
+from flowrl_kernels.reference.residual import BOUND, Segments
+
+
+def slope(d: Tensor, kind: str) -> Tensor:
+    """phi'(d)."""
+    if kind == "square":
+        return 2.0 * d
+    if kind == "abs":
+        return d.sign()
+    c = d.clamp(-BOUND, BOUND)
+    if kind == "exp":
+        return c.exp() - 1.0
+    if kind == "exp_half":
+        return 2.0 * (c / 2).exp() - 2.0
+    return c.exp() - (-c).exp()
+
+
+def residual_fwd(
+    row: Row,
+    logp: Tensor,  # [B, T] or [N]
+    anchor: Tensor | None,
+    old: Tensor | None,
+    sampler: Tensor | None,
+    reward: Tensor,  # [B]
+    log_z: Tensor | None,  # [B]
+    mask: Tensor,  # bool, the layout of logp
+    cu_seqlens: Tensor | None,  # int64 [B+1]
+    groups: Tensor | None,  # [B]
+    normalizer: Tensor | None,  # scalar
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, residual [B], weight [B], metrics [12], dlogp (layout of logp), dlog_z [B]; all float64."""
+    segments = Segments(mask, cu_seqlens)
+    terms = reference.residual(row, logp, anchor, old, sampler, reward, log_z, segments, groups, normalizer)
+    segments, count = terms.segments, terms.count
+    length, used = count.clamp_min(1.0), (count > 0).double()
+    if row.level == "token":
+        total = count.sum().clamp_min(1.0) if normalizer is None else normalizer.double()
+        a = 1.0 if row.scale is None else row.scale
+        target = row.beta * reward.double() - (0.0 if log_z is None else log_z.double())
+        difference = logp.double() if anchor is None else logp.double() - anchor.double()
+        if row.token_weight and old is not None:
+            weight = reference.bounded_ratio(logp.double() - old.double(), row.clip)
+        else:
+            weight = segments.spread(terms.weight)
+        step = weight * slope(a * difference - segments.spread(target), row.phi) / total
+        dlogp = a * step
+        dlog_z = segments.total(step)
+    else:
+        total = float(len(reward)) if normalizer is None else normalizer.double()
+        step = terms.weight * used * slope(terms.residual, row.phi) / total  # [B]
+        dlog_z = step
+        if row.log_z == "through" and log_z is None and groups is not None:
+            step = (step - reference.group_mean(step, groups, used)) * used
+        a = 1.0 / length if row.scale is None else row.scale
+        dlogp = segments.spread(step * a * terms.open)
+        if row.surrogate is not None and old is not None:
+            dlogp = dlogp + _surrogate(row.surrogate, logp, old, terms.residual, segments, count)
+    dlogp = torch.where(segments.mask, dlogp, 0.0)
+    out = reference.metrics(terms, logp, anchor, log_z)
+    return terms.loss, terms.residual, terms.weight, out, dlogp, dlog_z
+
+
+def _surrogate(eps: float, logp: Tensor, old: Tensor, d: Tensor, segments: Segments, count: Tensor) -> Tensor:
+    """Gradient of the token-mean PPO surrogate whose advantage is the residual."""
+    ratio = (logp.double() - old.double()).clamp(-BOUND, BOUND).exp()
+    a = segments.spread(d)
+    inside = (ratio >= 1 - eps) & (ratio <= 1 + eps)
+    moves = inside | (-a * ratio > -a * ratio.clamp(1 - eps, 1 + eps))
+    return torch.where(moves, -a * ratio, 0.0) / count.sum().clamp_min(1.0)

@@ -1,0 +1,415 @@
+"""The front door of the losses: FlowRL, its family, policy gradients and the value loss.
+
+Tokens come padded, [B, T] with `mask` [B, T], or packed, [N] with `cu_seqlens` [B+1] (and, where tokens inside are to
+be left out, `mask` [N]). Results do not depend on which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowrl_kernels import checks, dispatch, presets
+from flowrl_kernels.ops.residual import NUM_METRICS
+from flowrl_kernels.presets import CLIPS, Row
+from flowrl_kernels.reference import policy_gradient as pg
+from flowrl_kernels.reference import residual as reference
+from flowrl_kernels.reference.residual import METRICS, Segments
+from flowrl_kernels.types import LossOutput
+
+__all__ = ["flowrl_loss", "policy_gradient_loss", "residual_loss", "value_loss"]
+
+assert len(METRICS) == NUM_METRICS
+UNSET: Any = ...  # an argument that was not given: a preset may set it
+
+
+def flowrl_loss(
+    logp: Tensor,
+    logp_ref: Tensor | None,
+    reward: Tensor,
+    log_z: Tensor | str | None = UNSET,
+    *,
+    logp_old: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    beta: float = UNSET,
+    ratio: str | None = UNSET,
+    clip: str | tuple[float | None, float | None] = UNSET,
+    length_normalize: bool = UNSET,
+    anchor: str | None = UNSET,
+    phi: str = UNSET,
+    logp_sampler: Tensor | None = None,
+    tis: str | None = UNSET,
+    tis_cap: float = UNSET,
+    normalizer: Tensor | float | None = None,
+    groups: Tensor | None = None,
+    preset: str | None = None,
+    impl: str = "auto",
+) -> LossOutput:
+    """The FlowRL loss (arXiv 2509.15207, eq. 6), or the released variant that `preset` names.
+
+    ``delta_b = log_z_b + mean_t(logp) - beta * reward_b - mean_t(logp_ref)`` over the response's tokens, and
+    ``loss = sum_b w_b delta_b^2 / normalizer`` with ``w_b = clip(exp(sum_t(logp - logp_old)))``, detached.
+
+    Args:
+        logp: [B, T] or [N] log-probs of the sampled tokens under the policy, at the sampling temperature, in nats.
+        logp_ref: the same under the reference model; None where the row has no reference anchor.
+        reward: [B], used as given: `group_normalize` is a call of its own.
+        log_z: [B] (from `LogPartition`), "group" (mean of the group's beta r + mean(logp_ref - logp), detached),
+            "through" (the same with its gradient), or None. Left out, the preset decides.
+        logp_old: log-probs under the policy that sampled, recomputed by the trainer; None gives w = 1.
+        mask: bool or 0/1, True at response tokens (EOS in, padding and tool tokens out). Rows may be empty.
+        cu_seqlens: [B+1] int boundaries of packed sequences, from 0 to N.
+        beta: factor of the reward, 15.
+        ratio: "sum" (the sequence's ratio, the paper's), "mean" (geometric), or None (w = 1).
+        clip: (low, high) of the weight, either side None; or "paper" (0.8, 1.2), "release" (None, 10), "unclipped".
+        length_normalize: False gives the trajectory-balance residual of sums instead of means.
+        anchor: "ref", "old" or None.
+        phi: "square", "exp", "exp_half", "cosh" or "abs".
+        logp_sampler: log-probs as the rollout engine reported them, for the second weight.
+        tis: "token", "mean" or "sequence": a second weight min(pi_old / pi_sampler, tis_cap).
+        normalizer: what the sum over sequences is divided by; B if None. For gradient accumulation and data parallelism
+            hand in the global number of sequences. A 0-d tensor costs no sync.
+        groups: [B] integer ids of the prompts, for log_z "group" and "through".
+        preset: a row of `presets.PRESETS`; an explicit argument that contradicts it raises.
+        impl: "auto", "reference", "chunked" or "triton".
+
+    Returns:
+        LossOutput(loss, residual [B], weight [B], metrics). Gradients reach `logp` and `log_z`. Sequences without
+        tokens contribute nothing, but count in B.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+    explicit = {
+        "beta": beta, "ratio": ratio, "anchor": anchor, "phi": phi, "tis": tis, "tis_cap": tis_cap,
+        "clip": clip if clip is UNSET else _clip(clip),
+        "scale": length_normalize if length_normalize is UNSET else (None if length_normalize else 1.0),
+    }  # fmt: skip
+    return _residual(
+        logp, logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer, preset,
+        presets.PRESETS["paper"], explicit, impl,
+    )  # fmt: skip
+
+
+def residual_loss(
+    logp: Tensor,
+    target: Tensor,
+    *,
+    anchor: Tensor | None = None,
+    logp_old: Tensor | None = None,
+    scale: float | None = UNSET,
+    center: str | None = None,
+    groups: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ratio: str | None = UNSET,
+    clip: str | tuple[float | None, float | None] = UNSET,
+    phi: str = UNSET,
+    level: str = UNSET,
+    log_z: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    preset: str | None = None,
+    impl: str = "auto",
+) -> LossOutput:
+    """The squared-residual family: ``d = a sum_t (logp - anchor) - target [- group mean]``, ``sum_b w phi(d) / n``.
+
+    One form covers trajectory balance, TBA, VarGrad, REBEL, A*-PO, QRPO, SPPO, GVPO, AGRO, Kimi k1.5 and others:
+    `presets.PRESETS` names each with its source, and says what to hand in as `target`.
+
+    Args:
+        logp: [B, T] or [N] log-probs under the policy.
+        target: [B] what the scaled log-ratio should be, less the group's mean where `center` asks for it. With a preset
+            it is multiplied by the preset's beta (1 for most).
+        anchor: log-probs subtracted from `logp` per token, or None. Detached.
+        logp_old: log-probs of the weight's denominator; None gives w = 1.
+        scale: a: a number, or None for 1 / number of tokens.
+        center: None, "detached" (VarGrad) or "through" (gradient through the group's mean).
+        groups: [B] integer ids, for `center`.
+        level: "sequence", or "token" for one residual per token.
+        log_z: [B] learned partition, added to the residual, or None.
+        ratio, clip, phi, mask, cu_seqlens, normalizer, preset, impl: as in `flowrl_loss`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+    if center not in (None, "detached", "through"):
+        checks.fail("center", "None, 'detached' or 'through'", repr(center))
+    explicit = {
+        "ratio": ratio, "phi": phi, "scale": scale, "level": level, "clip": clip if clip is UNSET else _clip(clip),
+    }  # fmt: skip
+    partition: Any = {"detached": "group", "through": "through", None: UNSET if preset else None}[center]
+    if log_z is not None:
+        partition = log_z
+    base = dataclasses.replace(presets.PRESETS["paper"], ratio=None, beta=1.0, anchor="old")
+    return _residual(
+        logp, anchor, target, partition, logp_old, None, mask, cu_seqlens, groups, normalizer, preset, base, explicit,
+        impl, anchor_is_given=True,
+    )  # fmt: skip
+
+
+def _residual(
+    logp, logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer, preset, base, explicit,
+    impl, anchor_is_given=False,
+) -> LossOutput:  # fmt: skip
+    explicit = {name: value for name, value in explicit.items() if value is not UNSET}
+    row = presets.settle(preset, base, explicit)
+    _check_row(row)
+    partition = log_z if isinstance(log_z, Tensor) else None
+    if partition is None and log_z is not UNSET:
+        if log_z not in (None, "group", "through"):
+            checks.fail("log_z", "a tensor [B], 'group', 'through' or None", repr(log_z))
+        if preset is not None and log_z != row.log_z and not (log_z is None and row.log_z == "learned"):
+            checks.fail("log_z", f"{row.log_z!r}, which preset={preset!r} sets", repr(log_z))
+        row = dataclasses.replace(row, log_z=log_z)
+    checks.floating("logp", logp)
+    reward = checks.floating("reward", reward, dims=1)
+    segments = _segments(logp, mask, cu_seqlens, len(reward))
+    for name, value in (("logp_ref", logp_ref), ("logp_old", logp_old), ("logp_sampler", logp_sampler)):
+        _tokens(name, value, logp)
+    if partition is not None:
+        checks.floating("log_z", partition, dims=1)
+        if partition.shape != reward.shape:
+            checks.fail("log_z", f"shape {tuple(reward.shape)} as reward has", checks.shape(partition))
+        if row.log_z is None:
+            checks.fail("log_z", f"None, which preset={preset!r} sets", checks.shape(partition))
+    elif row.log_z == "learned":
+        checks.fail("log_z", "a tensor [B], 'group', 'through', or log_z=None to go without", "nothing")
+    elif row.log_z in ("group", "through"):
+        if groups is None:
+            checks.fail("groups", f"[B] integer ids, for log_z={row.log_z!r}", None)
+        checks.integers("groups", groups, tuple(reward.shape))
+        if row.level == "token":
+            checks.fail("log_z", "a tensor or None at token level", repr(row.log_z))
+    if anchor_is_given or row.anchor == "ref":
+        anchor = logp_ref
+        if anchor is None and not anchor_is_given:
+            checks.fail("logp_ref", "log-probs of the reference (anchor='ref')", None)
+    else:
+        anchor = logp_old if row.anchor == "old" else None
+        if row.anchor == "old" and logp_old is None:
+            checks.fail("logp_old", "log-probs of the behaviour policy (anchor='old')", None)
+    if row.tis is not None and (logp_sampler is None or logp_old is None):
+        missing = "logp_sampler" if logp_sampler is None else "logp_old"
+        checks.fail(missing, f"log-probs, for tis={row.tis!r}", None)
+    chosen = dispatch.resolve("residual", impl, logp)
+    scalar = _normalizer(normalizer, logp)
+    reward, anchor = reward.detach(), None if anchor is None else anchor.detach()
+    old = None if logp_old is None else logp_old.detach()
+    if chosen == "reference":
+        terms = reference.residual(row, logp, anchor, old, logp_sampler, reward, partition, segments, groups, scalar)
+        dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+        with torch.no_grad():
+            values = reference.metrics(terms, logp, anchor, partition).to(dtype)
+        return LossOutput(
+            terms.loss.to(dtype), terms.residual.to(dtype), terms.weight.to(dtype), dict(zip(METRICS, values.unbind()))
+        )
+    from flowrl_kernels.ops.residual import residual as op
+
+    loss, d, weight, values, _, _ = op(
+        logp.contiguous(), partition, anchor, old, logp_sampler, reward, segments.mask, segments.cu_seqlens, groups,
+        scalar, row.dumps(), chosen,
+    )  # fmt: skip
+    return LossOutput(loss, d, weight, dict(zip(METRICS, values.unbind())))
+
+
+def policy_gradient_loss(
+    logp: Tensor,
+    logp_old: Tensor,
+    advantage: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    clip: tuple[float | None, float | None] = (0.8, 1.2),
+    dual_clip: float | None = None,
+    ratio: str = "token",
+    kl: float | None = None,
+    kl_kind: str = "k3",
+    logp_ref: Tensor | None = None,
+    aggregate: str = "token-mean",
+    normalizer: Tensor | float | None = None,
+    horizon: int | None = None,
+) -> LossOutput:
+    """Clipped policy gradients: PPO and the methods that differ from it by a setting.
+
+    PPO (arXiv 1707.06347): the defaults with `advantages.gae`; verl adds dual_clip=3. GRPO (arXiv 2402.03300):
+    `group_normalize`, kl=0.001. DAPO (arXiv 2503.14476): clip=(0.8, 1.28). Dr.GRPO (arXiv 2503.20783):
+    `group_normalize(scale=False)`, aggregate="seq-mean-token-sum-norm". GSPO (arXiv 2507.18071): ratio="sequence",
+    clip=(1 - 3e-4, 1 + 4e-4), aggregate="seq-mean-token-mean". CISPO (arXiv 2506.13585): ratio="detached",
+    clip=(None, 1.28). REINFORCE++ (arXiv 2501.03262): `reinforce_pp_advantage`. RAFT (arXiv 2304.06767): `raft`,
+    ratio="none"; RAFT++ (arXiv 2504.11343): `raft`. Reinforce-Rej (arXiv 2504.11343): `reinforce_rej`.
+
+    Args:
+        logp: [B, T] or [N] log-probs of the sampled tokens under the policy, in nats.
+        logp_old: the same under the policy that sampled.
+        advantage: [B] per sequence, or the layout of `logp` per token.
+        mask, cu_seqlens: as in `flowrl_loss`.
+        clip: bounds (1 - eps_low, 1 + eps_high) of the ratio, either side None.
+        dual_clip: upper bound c of the loss -c A for negative advantages, above 1, or None.
+        ratio: "token", "sequence" (GSPO), "detached" (CISPO) or "none" (plain -A log pi).
+        kl: coefficient of the penalty towards `logp_ref`, or None.
+        kl_kind: "k1", "k2" (the `mse` of verl) or "k3".
+        aggregate: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum" or "seq-mean-token-sum-norm" (divided by
+            `horizon`, T of a padded batch if None).
+        normalizer: replaces the count the mode divides by: tokens for "token-mean", sequences for the others.
+
+    Returns:
+        LossOutput(loss, residual [B]: mean token loss, weight [B]: mean ratio, metrics).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+    checks.floating("logp", logp)
+    checks.floating("advantage", advantage)
+    per_sequence = advantage.shape != logp.shape
+    num = len(advantage) if per_sequence else (len(logp) if cu_seqlens is None else len(cu_seqlens) - 1)
+    segments = _segments(logp, mask, cu_seqlens, num)
+    if per_sequence and advantage.dim() != 1:
+        checks.fail("advantage", f"shape ({num},) or {tuple(logp.shape)}", checks.shape(advantage))
+    _tokens("logp_old", checks.plain("logp_old", logp_old), logp)
+    _tokens("logp_ref", logp_ref, logp)
+    low, high = _clip(clip)
+    _one_of("ratio", ratio, ("token", "sequence", "detached", "none"))
+    _one_of("kl_kind", kl_kind, ("k1", "k2", "k3"))
+    modes = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+    _one_of("aggregate", aggregate, modes)
+    if dual_clip is not None and not dual_clip > 1.0:
+        checks.fail("dual_clip", "a number above 1, or None", dual_clip)
+    if kl is not None and logp_ref is None:
+        checks.fail("logp_ref", "log-probs of the reference, for kl", None)
+    if horizon is None and aggregate == "seq-mean-token-sum-norm" and cu_seqlens is not None:
+        checks.fail("horizon", "the length to divide by, for packed tokens", None)
+    length = logp.shape[1] if horizon is None and logp.dim() == 2 else (horizon or 1)
+    a = segments.spread(advantage.detach()) if per_sequence else advantage.detach()
+    old = logp_old.detach()
+    tokens, rho, clipped = pg.token_losses(logp, old, a, segments, ratio, (low, high), dual_clip)
+    scalar = _normalizer(normalizer, logp)
+    loss = pg.aggregate(tokens, segments, aggregate, scalar, length)
+    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+    metrics = {}
+    if kl is not None and logp_ref is not None:
+        penalty = pg.kl_penalty(logp, logp_ref.detach(), kl_kind)
+        loss = loss + kl * pg.aggregate(penalty, segments, aggregate, scalar, length)
+        metrics["kl"] = pg.aggregate(penalty.detach(), segments, "token-mean", None, length)
+    with torch.no_grad():
+        count = segments.total(torch.ones_like(tokens)).clamp_min(1.0)
+        mean_loss, mean_ratio = segments.total(tokens) / count, segments.total(rho) / count
+        used = (segments.total(torch.ones_like(tokens)) > 0).double()
+        log_ratio = segments.total(logp.double() - old.double()) * used
+        metrics |= {
+            "clipped": pg.aggregate(clipped, segments, "token-mean", None, length),
+            "weight_mean": (mean_ratio * used).sum() / used.sum().clamp_min(1.0),
+            "log_ratio_old_mean": log_ratio.sum() / used.sum().clamp_min(1.0),
+            "nonfinite": (~mean_loss.isfinite()).sum().double(),
+        }
+    metrics = {name: value.detach().to(dtype) for name, value in metrics.items()}
+    return LossOutput(loss.to(dtype), mean_loss.to(dtype), mean_ratio.to(dtype), metrics)
+
+
+def value_loss(
+    value: Tensor,
+    returns: Tensor,
+    *,
+    old_value: Tensor | None = None,
+    clip: float | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    aggregate: str = "token-mean",
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    """The critic's loss: half the squared error to `returns`, the larger one of the plain and the clipped value's.
+
+    Args:
+        value: [B, T] or [N] values of the states before each token.
+        returns: the same layout, detached here.
+        old_value: values at rollout time, for `clip`.
+        clip: how far the value may move from `old_value` (0.5 in verl), or None.
+        mask, cu_seqlens, aggregate, normalizer: as in `policy_gradient_loss`.
+    """
+    checks.floating("value", value)
+    _tokens("returns", checks.plain("returns", returns), value)
+    _tokens("old_value", old_value, value)
+    if clip is not None and old_value is None:
+        checks.fail("old_value", "values at rollout time, for clip", None)
+    num = len(value) if cu_seqlens is None else len(cu_seqlens) - 1
+    segments = _segments(value, mask, cu_seqlens, num)
+    _one_of("aggregate", aggregate, ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"))
+    tokens = pg.value_losses(value, None if old_value is None else old_value.detach(), returns.detach(), clip)
+    loss = pg.aggregate(tokens, segments, aggregate, _normalizer(normalizer, value), 1)
+    return loss.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
+
+
+def _clip(clip: Any) -> tuple[float | None, float | None]:
+    if isinstance(clip, str):
+        if clip not in CLIPS:
+            checks.fail("clip", f"(low, high) or one of {', '.join(map(repr, CLIPS))}", repr(clip))
+        return CLIPS[clip]
+    if not (isinstance(clip, (tuple, list)) and len(clip) == 2):
+        checks.fail("clip", f"(low, high) or one of {', '.join(map(repr, CLIPS))}", repr(clip))
+    low, high = (None if bound is None else float(bound) for bound in clip)
+    if (low is not None and low < 0) or (low is not None and high is not None and not low <= high):
+        checks.fail("clip", "0 <= low <= high", repr(clip))
+    return low, high
+
+
+def _one_of(name: str, value: Any, wanted: tuple) -> None:
+    if value not in wanted:
+        checks.fail(name, f"one of {', '.join(map(repr, wanted))}", repr(value))
+
+
+def _check_row(row: Row) -> None:
+    _one_of("ratio", row.ratio, ("sum", "mean", None))
+    _one_of("anchor", row.anchor, ("ref", "old", None))
+    _one_of("phi", row.phi, ("square", "exp", "exp_half", "cosh", "abs"))
+    _one_of("tis", row.tis, ("token", "mean", "sequence", None))
+    _one_of("level", row.level, ("sequence", "token"))
+
+
+def _tokens(name: str, value: Any, like: Tensor) -> None:
+    if value is None:
+        return
+    checks.floating(name, value)
+    if value.shape != like.shape:
+        checks.fail(name, f"shape {tuple(like.shape)} as the first argument has", checks.shape(value))
+    checks.same_device(name, value, "the first argument", like)
+
+
+def _segments(tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num: int) -> Segments:
+    """The layout, checked; looks at values only where that costs no sync."""
+    if mask is not None:
+        checks.plain("mask", mask)
+        if mask.shape != tokens.shape:
+            checks.fail("mask", f"shape {tuple(tokens.shape)} as the tokens have", checks.shape(mask))
+        checks.same_device("mask", mask, "the first argument", tokens)
+    if cu_seqlens is None:
+        if tokens.dim() != 2:
+            checks.fail("logp", "[B, T] with mask, or [N] with cu_seqlens", checks.shape(tokens))
+        if tokens.shape[0] != num:
+            checks.fail("reward", f"one number per sequence, ({tokens.shape[0]},)", f"shape ({num},)")
+        if mask is None:
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+        return Segments(mask.to(torch.bool), None)
+    checks.integers("cu_seqlens", cu_seqlens, (num + 1,))
+    checks.same_device("cu_seqlens", cu_seqlens, "the first argument", tokens)
+    if tokens.dim() != 1:
+        checks.fail("logp", "[N] beside cu_seqlens", checks.shape(tokens))
+    if not torch.compiler.is_compiling() and (tokens.device.type == "cpu" or dispatch.check_enabled()):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != len(tokens) or bounds != sorted(bounds):
+            checks.fail("cu_seqlens", f"rising boundaries from 0 to {len(tokens)}", bounds)
+    if mask is None:
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+    return Segments(mask.to(torch.bool), cu_seqlens.long())
+
+
+def _normalizer(value: Tensor | float | None, like: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            checks.fail("normalizer", "a number or a tensor of one", checks.shape(value))
+        return value.detach().reshape(()).to(like.device, torch.float64)
+    return torch.full((), checks.positive("normalizer", value), dtype=torch.float64, device=like.device)

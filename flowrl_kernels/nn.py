@@ -1,0 +1,192 @@
+"""Modules over the losses, and the network that learns log Z."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowrl_kernels import checks
+from flowrl_kernels.functional import linear_logprob
+from flowrl_kernels.losses import flowrl_loss
+from flowrl_kernels.reference.residual import Segments
+from flowrl_kernels.types import LossOutput
+
+__all__ = ["FlowRLLoss", "LinearFlowRLLoss", "LogPartition"]
+
+
+class FlowRLLoss(nn.Module):
+    """`flowrl_loss` with its settings held: `FlowRLLoss(preset="release")(logp, logp_ref, reward, log_z, ...)`.
+
+    The constructor takes the settings (preset, beta, ratio, clip, length_normalize, anchor, phi, tis, tis_cap, impl),
+    the call takes the tensors (logp_old, mask or cu_seqlens, groups, normalizer, logp_sampler).
+    """
+
+    def __init__(self, **settings: Any):
+        super().__init__()
+        self.settings = settings
+
+    def forward(
+        self, logp: Tensor, logp_ref: Tensor | None, reward: Tensor, log_z: Any = ..., **tensors: Any
+    ) -> LossOutput:
+        return flowrl_loss(logp, logp_ref, reward, log_z, **tensors, **self.settings)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+class LinearFlowRLLoss(FlowRLLoss):
+    """The FlowRL loss from hidden states: log-probs, residual and gradients without a vocabulary-sized tensor.
+
+    Args of the constructor: `temperature`, `epsilon` (see `linear_logprob`) and those of `FlowRLLoss`.
+    """
+
+    def __init__(self, *, temperature: float = 1.0, epsilon: float = 0.0, **settings: Any):
+        super().__init__(**settings)
+        self.temperature = temperature
+        self.epsilon = epsilon
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        logp_ref: Tensor | None,
+        reward: Tensor,
+        log_z: Any = ...,
+        *,
+        logp_old: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        groups: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+        logp_sampler: Tensor | None = None,
+        bias: Tensor | None = None,
+        temperature: float | Tensor | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        main_grad: Tensor | None = None,
+        report: Tensor | None = None,
+    ) -> LossOutput:
+        """The loss of response positions only.
+
+        Args:
+            hidden: [B, T, H] with `mask` [B, T], or packed [N, H] with `cu_seqlens`: what predicts each token.
+            weight: [V, H] the head.
+            target: [B, T] or [N] the sampled token ids. Masked-out positions are not computed.
+            logp_ref, reward, log_z, logp_old, mask, cu_seqlens, groups, normalizer, logp_sampler: as in `flowrl_loss`.
+            bias, temperature, logit_scale, softcap, main_grad, report: as in `linear_logprob`.
+        """
+        checks.floating("hidden", hidden)
+        ids = checks.integers("target", target, tuple(hidden.shape[:-1]))
+        if mask is not None:
+            checks.plain("mask", mask)
+            if mask.shape != ids.shape:
+                checks.fail("mask", f"shape {tuple(ids.shape)} as target has", checks.shape(mask))
+            ids = ids.long().masked_fill(~mask.to(torch.bool), -100)
+        logp = linear_logprob(
+            hidden,
+            weight,
+            ids,
+            bias=bias,
+            temperature=self.temperature if temperature is None else temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            epsilon=self.epsilon,
+            report=report,
+            main_grad=main_grad,
+            impl=self.settings.get("impl", "auto"),
+        ).logp
+        return super().forward(
+            logp, logp_ref, reward, log_z, logp_old=logp_old, mask=mask, cu_seqlens=cu_seqlens, groups=groups,
+            normalizer=normalizer, logp_sampler=logp_sampler,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, epsilon={self.epsilon}, {super().extra_repr()}"
+
+
+class LogPartition(nn.Module):
+    """log Z(x): an MLP on the mean of the prompt's final-norm hidden states (arXiv 2509.15207, section 3).
+
+    Args:
+        hidden_size: H of the states.
+        layers: linear layers, 3 in the paper; all but the last are H wide and followed by GELU.
+        layer_norm: a LayerNorm after each GELU, as in the authors' code.
+        dropout: dropout after each of these layers, 0.1 in the authors' code.
+        detach: stop the gradient at the hidden states. The authors' code lets it flow, and reports lower accuracy
+            without it.
+
+    The last layer starts at zero, so that log Z starts at 0: with pi = pi_ref the residual then starts at -beta r.
+    (The authors' code keeps PyTorch's default there.) Parameters may be any float dtype; the output is fp32.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        layers: int = 3,
+        layer_norm: bool = False,
+        dropout: float = 0.0,
+        detach: bool = False,
+    ):
+        super().__init__()
+        if layers < 1:
+            checks.fail("layers", "at least 1", layers)
+        self.detach = detach
+        body: list[nn.Module] = []
+        for _ in range(layers - 1):
+            body += [nn.Linear(hidden_size, hidden_size), nn.GELU()]
+            body += [nn.LayerNorm(hidden_size)] if layer_norm else []
+            body += [nn.Dropout(dropout)] if dropout > 0 else []
+        self.body = nn.Sequential(*body)
+        self.out = nn.Linear(hidden_size, 1)
+        self.reset_parameters()
+
+    @classmethod
+    def as_released(cls, hidden_size: int, **settings: Any) -> LogPartition:
+        """The authors' block: LayerNorm and dropout 0.1. (They also leave out the last prompt token: mask it.)"""
+        return cls(hidden_size, layer_norm=True, dropout=0.1, **settings)
+
+    def reset_parameters(self) -> None:
+        for module in self.body:
+            if isinstance(module, (nn.Linear, nn.LayerNorm)):
+                module.reset_parameters()
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """log Z per prompt, fp32. [B]
+
+        Args:
+            hidden: [B, P, H] with `mask` [B, P] (True at prompt tokens), or packed [N, H] with `cu_seqlens` [B+1].
+                A prompt without tokens pools to zeros.
+        """
+        checks.floating("hidden", hidden)
+        if self.detach:
+            hidden = hidden.detach()
+        pooled = prompt_mean(hidden, mask, cu_seqlens)  # [B, H] fp32
+        with torch.autocast(pooled.device.type, enabled=False):
+            x = self.body(pooled.to(self.out.weight.dtype))
+            return torch.nn.functional.linear(x.float(), self.out.weight.float(), self.out.bias.float())[:, 0].float()
+
+
+def prompt_mean(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Mean hidden state over each prompt's tokens, in fp32. [B, H]"""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if cu_seqlens is None:
+        if hidden.dim() != 3 or mask is None or mask.shape != hidden.shape[:2]:
+            got = checks.shape(hidden) + ("" if mask is None else f" and mask {checks.shape(mask)}")
+            checks.fail("hidden", "[B, P, H] with mask [B, P], or [N, H] with cu_seqlens", got)
+            raise AssertionError
+        on = mask.to(dtype)
+        total = torch.einsum("bph,bp->bh", hidden.to(dtype).masked_fill(mask[..., None] == 0, 0.0), on)
+        return total / on.sum(1, keepdim=True).clamp_min(1.0)
+    checks.floating("hidden", hidden, dims=2)
+    cu_seqlens = checks.integers("cu_seqlens", cu_seqlens).long()
+    on = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device) if mask is None else mask.to(torch.bool)
+    value = hidden.to(dtype).masked_fill(~on[:, None], 0.0)
+    total = torch.segment_reduce(value, "sum", offsets=cu_seqlens, axis=0, initial=0.0, unsafe=True)
+    count = Segments(on, cu_seqlens).total(torch.ones(len(hidden), device=hidden.device))
+    return total / count.clamp_min(1.0)[:, None].to(dtype)
