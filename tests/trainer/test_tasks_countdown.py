@@ -115,20 +115,34 @@ def test_four_numbers_keep_their_listing_and_bounds():
         assert max(len(text) for text, _ in listed) + 1 <= task.max_response_tokens
 
 
+def what(asked):
+    return (*asked.answer["numbers"], asked.answer["target"])
+
+
 def test_splits_are_disjoint_and_fixed_by_the_seed(task):
-    splits = {s: {p.prompt for p in task.problems(s)} for s in ("train", "valid", "test")}
+    splits = {s: {what(p) for p in task.problems(s)} for s in ("train", "valid", "test")}
     assert sum(map(len, splits.values())) == 1553 == len(set.union(*splits.values()))
-    assert len(splits["valid"]) == len(splits["test"]) == 200
+    assert len(splits["valid"]) == len(splits["test"]) == len(task.problems("test")) == 200
     assert [p.prompt for p in Countdown().problems("test")] == [p.prompt for p in task.problems("test")]
-    assert {p.prompt for p in Countdown(seed=1).problems("test")} != splits["test"]
+    assert {what(p) for p in Countdown(seed=1).problems("test")} != splits["test"]
+
+
+def test_prompts_give_the_numbers_in_every_order_in_train_and_in_one_elsewhere(task):
+    for split in ("train", "test"):
+        for asked in task.problems(split):
+            given, _, target = asked.prompt.rstrip(":").partition("=")
+            assert sorted(map(int, given.split(","))) == asked.answer["numbers"]
+            assert int(target) == asked.answer["target"]
+    prompts = [p.prompt for p in task.problems("train")]
+    assert len(prompts) == len(set(prompts)) > 4 * len({what(p) for p in task.problems("train")})
 
 
 def test_the_warm_start_never_shows_a_held_out_problem(task):
-    held_out = {p.prompt for split in ("valid", "test") for p in task.problems(split)}
-    pairs = task.warm_start(np.random.default_rng(0), 20_000)
-    shown = {asked.prompt for asked, _ in pairs}
+    held_out = {what(p) for split in ("valid", "test") for p in task.problems(split)}
+    pairs = task.warm_start(np.random.default_rng(0), 80_000)
+    shown = {what(asked) for asked, _ in pairs}
     assert not shown & held_out
-    assert shown == {p.prompt for p in task.problems("train")}  # 20,000 draws do reach all of train
+    assert shown == {what(p) for p in task.problems("train")}  # so many draws do reach all of train
     assert all(task.verify(asked, text) == 1.0 for asked, text in pairs[:500])
 
 
