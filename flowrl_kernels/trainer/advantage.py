@@ -8,13 +8,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flowrl_kernels.trainer import parallel
+from flowrl_kernels.trainer import losses, parallel
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.packing import MicroBatch
 from flowrl_kernels.trainer.parallel import World
 
 if TYPE_CHECKING:
     from flowrl_kernels.trainer.loop import Rollouts
+
+
+# what each policy-gradient algorithm makes of a response's reward before tokens come in
+SHAPES = {
+    "grpo": "zscore",
+    "dapo": "zscore",
+    "dr_grpo": "centred",
+    "gspo": "zscore",
+    "cispo": "zscore",
+    "ppo": "raw",
+    "reinforce_pp": "raw",
+    "raft": "good",
+    "reinforce_rej": "raw",
+}
 
 
 @dataclass
@@ -44,43 +58,87 @@ def shape(config: Config, rollouts: Rollouts, world: World) -> Shaped:
         over = (length - (r.max_new_tokens - a.overlong_buffer)) / a.overlong_buffer
         reward = reward - a.overlong_penalty * over.clamp(0.0, 1.0)
     keep = reward.isfinite()
-    if a.name == "flowrl":
-        value = reward.clone()
-        if a.reward != "raw":
-            value[keep] = advantages.group_normalize(reward[keep], group[keep], scale=a.reward == "zscore")
+    value, members = reward[keep], group[keep]
+    if a.unlikeliness > 0:
+        mean_logp = logp[keep] / length[keep]
+        value = advantages.unlikeliness_reward(value, mean_logp, members, strength=a.unlikeliness)
+    mixed = advantages.group_normalize(value, members, scale=False).abs() > 1e-9
+    equal = torch.ones_like(keep)
+    equal[group[keep][mixed]] = False  # indexed by group: True where all its rewards are the same
+    how = a.reward if a.name == "flowrl" else SHAPES[a.name]
+    if how in ("zscore", "centred"):
+        value = advantages.group_normalize(value, members, scale=how == "zscore")
+    elif how == "good":
+        value = advantages.raft(value)
+    shaped = torch.full_like(reward, float("nan")).masked_scatter(keep, value)
+    if how == "good":
+        keep &= shaped > 0
+    if a.filter_groups or a.name in ("dapo", "reinforce_rej"):
+        keep &= ~equal[group]
     mine = torch.tensor(rollouts.numbers)
-    return Shaped(keep[mine].tolist(), {"reward": value[mine].float(), "group": group[mine]})
+    return Shaped(keep[mine].tolist(), {"reward": shaped[mine].float(), "group": group[mine]})
 
 
 def finish(config: Config, batches: list[MicroBatch], world: World) -> None:
-    """What needs log-probs or values: the group's log Z, PPO's and REINFORCE++'s advantages."""
+    """What needs log-probs or values: the group's log Z, PPO's and REINFORCE++'s advantages per token."""
     a = config.algorithm
-    if a.name == "flowrl" and a.log_z == "group":
-        group_log_z(batches, a.beta)
+    if a.name == "flowrl":
+        if losses.log_z_kind(config) == "group":
+            group_log_z(config, batches)
+    elif a.name in ("ppo", "reinforce_pp"):
+        token_advantages(config, batches, world)
+    else:
+        for batch in batches:
+            batch.per_token["advantage"] = batch.per_sequence["reward"][batch.segment()]
 
 
-def segment_mean(values: Tensor, batch: MicroBatch) -> Tensor:
-    """[N] -> [B]: mean over each response."""
-    total = values.new_zeros(batch.sequences).index_add_(0, batch.segment(), values)
-    return total / batch.cu_seqlens.diff()
+def token_advantages(config: Config, batches: list[MicroBatch], world: World) -> None:
+    """Advantages per token (with the critic's values: GAE; without: returns), whitened over all ranks' tokens."""
+    from flowrl_kernels import advantages
+
+    a = config.algorithm
+    for batch in batches:
+        token, value = batch.per_token, batch.per_token.get("value")
+        advantage, returns = advantages.gae(
+            batch.per_sequence["reward"],
+            torch.zeros_like(token["sampler"]) if value is None else value,
+            torch.ones_like(batch.target, dtype=torch.bool),
+            gamma=a.gamma,
+            lam=1.0 if value is None else a.gae_lambda,
+            cu_seqlens=batch.cu_seqlens,
+            token_reward=-a.kl * (token["old"] - token["ref"]) if losses.kl_in_reward(config) else None,
+        )
+        token["advantage"], token["returns"] = advantage, returns
+    live = [batch.per_token["advantage"].double() for batch in batches if batch.live]
+    empty = torch.zeros(0, dtype=torch.float64, device=world.device)
+    every = torch.cat([empty, *live])
+    count, first = parallel.total(torch.stack([empty.new_tensor(len(every)), every.sum()]), world).tolist()
+    mean = first / max(count, 1.0)
+    square = float(parallel.total((every - mean).square().sum()[None], world))
+    scale = (square / max(count - 1.0, 1.0) + 1e-8) ** -0.5
+    for batch in batches:
+        batch.per_token["advantage"] = (batch.per_token["advantage"] - mean) * scale
 
 
-def group_log_z(batches: list[MicroBatch], beta: float) -> None:
-    """log Z of each group as the mean of beta r + mean(logp_ref - logp) over it (VarGrad; no network, no gradient).
+def group_log_z(config: Config, batches: list[MicroBatch]) -> None:
+    """log Z of each group: the mean of beta r - a sum(logp_old - anchor) over it, a being 1/|y| or the row's number.
 
-    Groups never span ranks, but may span micro-batches.
+    VarGrad (arXiv 2010.10436): no network, no gradient. Groups never span ranks, but may span micro-batches.
     """
-    own = [
-        beta * batch.per_sequence["reward"] + segment_mean(batch.logp_ref - batch.logp_old, batch)
-        for batch in batches
-        if batch.live
-    ]
-    if not own:
-        return
-    value, group = torch.cat(own), torch.cat([batch.per_sequence["group"] for batch in batches if batch.live])
-    unique, inverse = group.unique(return_inverse=True)
-    total = value.new_zeros(len(unique)).index_add_(0, inverse, value)
-    count = value.new_zeros(len(unique)).index_add_(0, inverse, torch.ones_like(value))
-    mean = (total / count)[inverse].split([batch.sequences for batch in batches if batch.live])
-    for batch, log_z in zip((batch for batch in batches if batch.live), mean):
+    row, beta = losses.row(config), config.algorithm.beta
+    own = []
+    for batch in batches:
+        token, count = batch.per_token, batch.cu_seqlens.diff()
+        moved = token["old"] if row.anchor is None else token["old"] - token[row.anchor]
+        total = moved.new_zeros(batch.sequences).index_add_(0, batch.segment(), moved)
+        total = total / count if row.scale is None else total * row.scale
+        own.append((beta * batch.per_sequence["reward"] - total) if batch.live else total * 0)
+    # a stand-in is in no group: its number is one that no group has
+    group = [b.per_sequence["group"] if b.live else torch.full_like(b.per_sequence["group"], -1) for b in batches]
+    _, inverse = torch.cat(group).unique(return_inverse=True)
+    value = torch.cat(own)
+    summed = torch.zeros_like(value).index_add_(0, inverse, value)
+    members = torch.zeros_like(value).index_add_(0, inverse, torch.ones_like(value))
+    mean = (summed / members.clamp_min(1.0))[inverse]
+    for batch, log_z in zip(batches, mean.split([batch.sequences for batch in batches])):
         batch.per_sequence["log_z"] = log_z

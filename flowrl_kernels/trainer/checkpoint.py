@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from flowrl_kernels.trainer import parallel
 from flowrl_kernels.trainer.parallel import World, barrier, gather
 
 
@@ -53,6 +54,8 @@ def save(
             written is removed and older checkpoints stay as they were.
     """
     final = folder(run) / f"step_{step}"
+    if parallel.first(final.exists, world):
+        return final  # a run that was resumed from here and has not moved
     partial = final.with_name(final.name + ".incomplete")
     error = ""
     if world.main:
@@ -84,7 +87,6 @@ def save(
             f"checkpoint of step {step} was not written ({errors[0]}); older ones are intact"
         )
     if world.main:
-        shutil.rmtree(final, ignore_errors=True)  # of this very step: only a re-run of it gets here
         os.rename(partial, final)
         whole = sorted((int(p.name[5:]), p) for p in folder(run).glob("step_*") if p.name[5:].isdigit())
         for _, old in whole[:-keep]:
@@ -106,7 +108,7 @@ def load(
             f"checkpoint {path} is not in the run folder {run}; only a run's own checkpoints are loaded"
         )
     model_state, optimizer_state = get_state_dict(policy, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(state, checkpoint_id=path, no_dist=world.size == 1)
@@ -162,7 +164,7 @@ def _rng() -> dict[str, Any]:
         "python": [version, list(internal), gauss],
         "numpy": [
             name,
-            torch.from_numpy(keys.astype(np.int64)),
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
             int(position),
             int(has_gauss),
             float(cached),

@@ -140,11 +140,9 @@ class AlgorithmConfig:
     name: AlgorithmName = "flowrl"
     """The loss and its advantage."""
     preset: str = "paper"
-    """For flowrl: the library's preset, which sets clip, ratio, anchor, phi and more."""
-    family: str = ""
-    """For flowrl: a row of the squared-residual family by name ("tba", ...) instead of `preset`."""
-    log_z: Literal["learned", "group", "none"] = "learned"
-    """For flowrl: a network on the prompt, the group's mean (VarGrad), or none."""
+    """For flowrl: a row of `flowrl_kernels.presets.PRESETS`, which sets clip, ratio, anchor, phi and more."""
+    log_z: Literal["preset", "learned", "group", "none"] = "preset"
+    """For flowrl: what the preset says, a network on the prompt, the group's mean (VarGrad), or none."""
     reward: Literal["zscore", "centred", "raw"] = "zscore"
     """For flowrl: the reward in the residual, normalised in its group, centred in it, or as it came."""
     beta: float = 15.0
@@ -230,7 +228,8 @@ class ParallelConfig:
     max_tokens: int = 8192
     """Most tokens in a micro-batch on one rank."""
     row_tokens: int = 0
-    """Most tokens in one packed row; 0: one row per micro-batch (short rows make SDPA's mask cheap)."""
+    """Most tokens in one packed row; 0: one row per micro-batch with flash-attention, else short rows, because
+    SDPA's block mask grows with the square of the row."""
     impl: Literal["auto", "reference", "chunked", "triton", "cuda"] = "auto"
     """Implementation of the library's fused head and losses."""
 
@@ -351,10 +350,3 @@ def check(config: Config, world: int = 1) -> None:
     )
     row = f"at most parallel.max_tokens = {parallel.max_tokens}"
     want(parallel.row_tokens <= parallel.max_tokens, "parallel.row_tokens", row, parallel.row_tokens)
-    if algorithm.name == "flowrl" and algorithm.log_z == "group":
-        want(
-            rollout.samples > 1,
-            "rollout.samples",
-            "at least 2 for algorithm.log_z = 'group'",
-            rollout.samples,
-        )

@@ -34,7 +34,7 @@ def restore(config: Config, newest: Path, world: World) -> policy.Policy:
     start = folder / "start"
     source = str(start) if start.exists() else config.model.name
     needs = losses.needs(config)
-    model = policy.load_model(source, config.model, parallel.attention_of(config.model, world.device))
+    model = policy.load_model(source, config.model, parallel.attention_of(config.model, config.parallel, world.device))
     actor = policy.make_policy(config, world, model, log_z=needs.log_z, value=needs.value)
     checkpoint.load_model(newest, folder, actor)
     return actor
@@ -102,7 +102,7 @@ def evaluate_run(source: str, args: list[str]) -> dict[str, float]:
     if newest is not None:
         actor = restore(config, newest, world)
     else:
-        attention = parallel.attention_of(config.model, world.device)
+        attention = parallel.attention_of(config.model, config.parallel, world.device)
         actor = policy.make_policy(config, world, policy.load_model(config.model.name, config.model, attention))
     stop = setup.stop_tokens(actor, tokenizer)
     sampling = Sampling(config.rollout.max_new_tokens, config.eval.temperature, stop)

@@ -169,6 +169,7 @@ def pack_updates(run: Run, rollouts: Rollouts, shaped: advantage.Shaped) -> list
             max_tokens=p.max_tokens,
             row_tokens=p.row_tokens,
             device=world.device,
+            together=config.rollout.samples if losses.whole_groups(config) else 1,
         )
         for batch in batches:
             fill(batch, rollouts, shaped, batch.which.cpu() + first)
@@ -188,10 +189,11 @@ def pack_updates(run: Run, rollouts: Rollouts, shaped: advantage.Shaped) -> list
 def fill(batch: MicroBatch, rollouts: Rollouts, shaped: advantage.Shaped, rows: Tensor) -> None:
     """Adds what is known per sequence (`shaped`) and per sampled token to a micro-batch."""
     device = batch.ids.device
-    batch.per_sequence = {name: values[rows].to(device) for name, values in shaped.values.items()}
+    # a stand-in may be of a sequence without a reward; 0 * NaN would not be 0
+    batch.per_sequence = {name: values[rows].nan_to_num().to(device) for name, values in shaped.values.items()}
     lengths = batch.cu_seqlens.diff().tolist()
     sampled = [rollouts.logp[row, :n] for row, n in zip(rows.tolist(), lengths)]
-    batch.logp_sampler = torch.cat(sampled).to(device)
+    batch.per_token["sampler"] = torch.cat(sampled).to(device)
 
 
 @torch.no_grad()
@@ -199,10 +201,9 @@ def score(run: Run, policy: Any, batches: list[MicroBatch], which: str) -> None:
     """Log-probabilities under `policy` on the very micro-batches that training will see."""
     for batch in batches:
         out = policy(losses.score_head(run.config, batch), batch.ids, batch.positions)
-        if which == "ref":
-            batch.logp_ref = out.logp
-        else:
-            batch.logp_old, batch.value_old = out.logp, out.value
+        batch.per_token[which] = out.logp
+        if out.value is not None:
+            batch.per_token["value"] = out.value
 
 
 @dataclass
@@ -219,6 +220,9 @@ class Result:
 def apply(run: Run, progress: Progress, update: Update) -> Result:
     """Gradient of one update over its micro-batches, clipped and applied; skipped where it is not finite."""
     config, world = run.config, run.world
+    if update.sequences == 0:
+        run.log.note("no response of this update has anything to learn from", progress.step + 1)
+        return Result([], 0.0, 0.0, 0.0, False)
     run.optimizer.zero_grad(set_to_none=True)
     outputs = []
     value = torch.zeros((), device=world.device)
@@ -283,9 +287,9 @@ class Lap:
 
 
 def _finish(run: Run, progress: Progress) -> dict[str, float]:
-    """Final evaluation, last checkpoint, export, table."""
-    final = measure.final(run, progress.step)
+    """Last checkpoint, final evaluation, exported model; a resumed run that was whole already does it again."""
     save(run, progress)
+    final = measure.final(run, progress.step)
     if run.config.checkpoint.export:
         setup.export(run, run.folder / "final")
     return final

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from flowrl_kernels.presets import Row, named
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.packing import MicroBatch
 from flowrl_kernels.trainer.policy import Policy
@@ -27,18 +28,54 @@ class Needs(NamedTuple):
     value: bool
 
 
+def row(config: Config) -> Row:
+    """The row of the family that a flowrl run minimises.
+
+    Raises:
+        ValueError: no such preset, or settings that only fit the paper's row beside another one.
+    """
+    a = config.algorithm
+    chosen = named(a.preset or "paper")
+    if (a.clip is not None or a.tis_cap > 0) and a.preset not in ("", "paper"):
+        raise ValueError(f"algorithm.clip, algorithm.tis_cap: preset {a.preset!r} sets its own; leave them out")
+    return chosen
+
+
+def log_z_kind(config: Config) -> str | None:
+    """ "learned", "group", "through" or None.
+
+    Raises:
+        ValueError: the config asks for a log Z and its preset has none.
+    """
+    wanted, own = config.algorithm.log_z, row(config).log_z
+    if wanted == "preset":
+        return own
+    if own is None and wanted != "none":
+        raise ValueError(f"algorithm.log_z: preset {config.algorithm.preset!r} has no log Z; got {wanted!r}")
+    return None if wanted == "none" else wanted
+
+
+def whole_groups(config: Config) -> bool:
+    """Whether the loss takes the group's mean itself, with its gradient: then a group shares a micro-batch."""
+    return config.algorithm.name == "flowrl" and log_z_kind(config) == "through"
+
+
+def kl_in_reward(config: Config) -> bool:
+    """REINFORCE++ pays its KL penalty per token, in the return; the others add it to the loss."""
+    return config.algorithm.name == "reinforce_pp" and config.algorithm.kl > 0
+
+
 def needs(config: Config) -> Needs:
     """What the configured algorithm needs."""
     a = config.algorithm
     several = a.epochs > 1 or 0 < a.minibatch_prompts < config.rollout.prompts
-    flow = a.name == "flowrl"
+    if a.name == "flowrl":
+        r, kind = row(config), log_z_kind(config)
+        own = r.anchor == "old" or r.tis is not None or r.gate is not None or r.drop is not None
+        old = several or own or r.token_weight or a.tis_cap > 0 or kind == "group"
+        return Needs(reference=r.anchor == "ref", old=old, log_z=kind == "learned", value=False)
     ppo = a.name == "ppo"
-    return Needs(
-        reference=flow or a.kl > 0,
-        old=several or ppo or a.tis_cap > 0 or (flow and a.log_z == "group") or (a.name == "reinforce_pp" and a.kl > 0),
-        log_z=flow and a.log_z == "learned",
-        value=ppo,
-    )
+    return Needs(reference=a.kl > 0, old=several or ppo or kl_in_reward(config), log_z=False, value=ppo)
 
 
 class Scores(NamedTuple):
@@ -89,31 +126,37 @@ def flow_loss(config: Config) -> Callable[..., Head]:
     """FlowRL and the squared-residual family: log-probs, residual and gradient in one fused call."""
     from flowrl_kernels.nn import LinearFlowRLLoss
 
-    a = config.algorithm
-    settings: dict[str, Any] = {"beta": a.beta, "preset": a.family or a.preset}
-    if a.clip is not None:
-        settings["clip"] = bounds(a.clip)
-    if a.tis_cap > 0:
-        settings |= {"tis": "sequence", "tis_cap": a.tis_cap}
-    fused = LinearFlowRLLoss(temperature=config.rollout.temperature, impl=config.parallel.impl, **settings)
+    a, kind, chosen = config.algorithm, log_z_kind(config), row(config)
+    if kind in ("group", "through") and config.rollout.samples < 2:
+        raise ValueError(f"rollout.samples: log Z by the group's mean needs at least 2; got {config.rollout.samples}")
+    settings: dict[str, Any] = {"beta": a.beta, "preset": a.preset or None, "impl": config.parallel.impl}
+    if a.clip is not None or a.tis_cap > 0:  # the paper's row with fields of one's own
+        settings["preset"] = None
+        settings |= {"clip": bounds(a.clip)} if a.clip is not None else {}
+        settings |= {"tis": "sequence", "tis_cap": a.tis_cap} if a.tis_cap > 0 else {}
+    fused = LinearFlowRLLoss(temperature=config.rollout.temperature, **settings)
+    second = chosen.tis is not None or a.tis_cap > 0
 
     def loss(batch: MicroBatch, *, tokens: int, sequences: int) -> Head:
+        token, sequence = batch.per_token, batch.per_sequence
+
         def head(actor: Policy, hidden: Tensor) -> Any:
-            if a.log_z == "learned":
-                zeta: Tensor | None = log_z(actor, hidden, batch)
+            if kind == "learned":
+                zeta: Any = log_z(actor, hidden, batch)
             else:
-                zeta = batch.per_sequence.get("log_z")
+                zeta = sequence["log_z"] if kind == "group" else kind
             return fused(
                 hidden.flatten(0, 1)[batch.predict],
                 actor.head.weight,
                 batch.target,
-                batch.logp_ref,
-                batch.per_sequence["reward"],
+                token.get("ref"),
+                sequence["reward"],
                 zeta,
-                logp_old=batch.logp_old,
-                logp_sampler=batch.logp_sampler if a.tis_cap > 0 else None,
+                logp_old=token.get("old"),
+                logp_sampler=token["sampler"] if second else None,
                 cu_seqlens=batch.cu_seqlens,
-                normalizer=float(max(1, sequences)),
+                groups=sequence["group"],
+                normalizer=float(sequences),
                 bias=getattr(actor.head, "bias", None),
                 logit_scale=actor.logit_scale,
                 softcap=actor.softcap,
@@ -130,5 +173,65 @@ def bounds(clip: tuple[float, float]) -> tuple[float | None, float | None]:
     return (low if low > 0 else None), (high if high != float("inf") else None)
 
 
+# ratio, bounds of the ratio, how tokens become a scalar
+ROWS: dict[str, tuple[str, tuple[float | None, float | None], str]] = {
+    "grpo": ("token", (0.8, 1.2), "seq-mean-token-mean"),  # arXiv 2402.03300
+    "dapo": ("token", (0.8, 1.28), "token-mean"),  # arXiv 2503.14476
+    "dr_grpo": ("token", (0.8, 1.2), "seq-mean-token-sum-norm"),  # arXiv 2503.20783
+    "gspo": ("sequence", (1 - 3e-4, 1 + 4e-4), "seq-mean-token-mean"),  # arXiv 2507.18071
+    "cispo": ("detached", (None, 1.28), "token-mean"),  # arXiv 2506.13585
+    "ppo": ("token", (0.8, 1.2), "token-mean"),  # arXiv 1707.06347
+    "reinforce_pp": ("token", (0.8, 1.2), "token-mean"),  # arXiv 2501.03262
+    "raft": ("none", (None, None), "token-mean"),  # arXiv 2304.06767
+    "reinforce_rej": ("token", (0.8, 1.2), "token-mean"),  # arXiv 2504.11343
+}
+
+
 def gradient_loss(config: Config) -> Callable[..., Head]:
-    raise ValueError
+    """The clipped policy gradients; PPO adds the value loss, whose head has an optimiser group of its own."""
+    from flowrl_kernels.losses import policy_gradient_loss, value_loss
+
+    a = config.algorithm
+    ratio, clip, how = ROWS[a.name]
+    clip = clip if a.clip is None else bounds(a.clip)
+    kl = a.kl if a.kl > 0 and not kl_in_reward(config) else None
+
+    def loss(batch: MicroBatch, *, tokens: int, sequences: int) -> Head:
+        token = batch.per_token
+        score = score_head(config, batch, entropy=a.entropy > 0)
+
+        def head(actor: Policy, hidden: Tensor) -> Any:
+            now = score(actor, hidden)
+            out = policy_gradient_loss(
+                now.logp,
+                token.get("old", now.logp.detach()),
+                token["advantage"],
+                cu_seqlens=batch.cu_seqlens,
+                ratio=ratio,
+                clip=clip,
+                dual_clip=a.dual_clip or None,
+                kl=kl,
+                logp_ref=token.get("ref") if kl is not None else None,
+                aggregate=how,
+                horizon=config.rollout.max_new_tokens,
+                normalizer=float(tokens if how == "token-mean" else sequences),
+            )
+            total = out.loss
+            if now.entropy is not None:
+                total = total - a.entropy * now.entropy.sum() / tokens
+            if now.value is not None:
+                value = value_loss(
+                    now.value,
+                    token["returns"],
+                    old_value=token["value"],
+                    clip=a.value_clip or None,
+                    cu_seqlens=batch.cu_seqlens,
+                    normalizer=float(tokens),
+                )
+                total = total + value
+                out.metrics["value_loss"] = value.detach()
+            return out._replace(loss=total)
+
+        return head
+
+    return loss

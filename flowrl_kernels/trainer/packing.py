@@ -7,11 +7,14 @@ sequence only what predicts something is fed: prompt and response without its la
 from __future__ import annotations
 
 import bisect
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
+
+SHORT_ROW = 128
 
 
 @dataclass
@@ -19,9 +22,7 @@ class MicroBatch:
     """B sequences with N response tokens and P prompt tokens, packed into R rows of L slots."""
 
     ids: Tensor  # [R, L] int64
-    positions: (
-        Tensor  # [R, L] int64, restarting at 0 with each sequence (and with the padding at a row's end)
-    )
+    positions: Tensor  # [R, L] int64, restarting at 0 with each sequence (and with the padding at a row's end)
     predict: Tensor  # [N] int64, flat slot whose hidden state predicts the response token
     target: Tensor  # [N] int64, that response token
     cu_seqlens: Tensor  # [B + 1] int32, where each response starts in the N tokens
@@ -29,12 +30,8 @@ class MicroBatch:
     prompt_cu_seqlens: Tensor  # [B + 1] int32
     which: Tensor  # [B] int64, index of the sequence in the list that was packed
     live: bool = True  # False: a stand-in that keeps ranks in step; its loss is multiplied by 0
-    logp_old: Tensor | None = None  # [N] fp32
-    logp_ref: Tensor | None = None  # [N] fp32
-    logp_sampler: Tensor | None = None  # [N] fp32
-    value_old: Tensor | None = None  # [N] fp32
-    per_sequence: dict[str, Tensor] = field(default_factory=dict)  # [B] each: reward, log_z, group, ...
-    per_token: dict[str, Tensor] = field(default_factory=dict)  # [N] each: advantage, returns, ...
+    per_sequence: dict[str, Tensor] = field(default_factory=dict)  # [B] each: reward, group, log_z
+    per_token: dict[str, Tensor] = field(default_factory=dict)  # [N] each: sampler, old, ref, value, advantage, returns
 
     @property
     def sequences(self) -> int:
@@ -67,9 +64,7 @@ def plan(lengths: list[int], *, max_tokens: int, row_tokens: int = 0) -> list[li
         length = lengths[index]
         if length > capacity:
             name = "parallel.row_tokens" if row_tokens else "parallel.max_tokens"
-            raise ValueError(
-                f"{name}: a sequence of {length} tokens does not fit into {capacity}; raise the budget"
-            )
+            raise ValueError(f"{name}: a sequence of {length} tokens does not fit into {capacity}; raise the budget")
         place = bisect.bisect_left(free, (length, -1))
         if place == len(free):
             rows.append([index])
@@ -148,18 +143,48 @@ def pack(
     max_tokens: int,
     row_tokens: int,
     device: torch.device | str,
+    together: int = 1,
 ) -> list[MicroBatch]:
-    """Micro-batches of the sequences in `keep`; where that is empty, one stand-in."""
-    lengths = [len(p) + len(r) - 1 for p, r in zip(prompts, responses)]
+    """Micro-batches of the sequences in `keep`; where that is empty, one stand-in.
+
+    Args:
+        row_tokens: see `plan`; 0 makes rows short, which suits attention with a dense mask.
+        together: sequences i with the same i // together go into the same micro-batch.
+
+    Raises:
+        ValueError: a sequence, or sequences that must go together, do not fit into `max_tokens`.
+    """
     if not keep:
         return [stand_in(prompts, responses, device)]
-    micro = plan([lengths[i] for i in keep], max_tokens=max_tokens, row_tokens=row_tokens)
-    return [build([[keep[j] for j in row] for row in rows], prompts, responses, device) for rows in micro]
+    lengths = [len(p) + len(r) - 1 for p, r in zip(prompts, responses)]
+    longest = max(lengths[i] for i in keep)
+    if longest > max_tokens:
+        raise ValueError(f"parallel.max_tokens: a sequence of {longest} tokens does not fit into {max_tokens}")
+    # a dense mask costs the square of the row: rows no longer than a sequence must have, or a short few
+    row_tokens = row_tokens or max(min(SHORT_ROW, max_tokens), longest)
+
+    def micro(part: list[int]) -> list[list[list[int]]]:
+        rows = plan([lengths[i] for i in part], max_tokens=max_tokens, row_tokens=row_tokens)
+        return [[[part[j] for j in row] for row in batch] for batch in rows]
+
+    if together == 1:
+        return [build(rows, prompts, responses, device) for rows in micro(keep)]
+    batches: list[list[list[int]]] = []
+    part: list[int] = []
+    for _, members in itertools.groupby(keep, lambda i: i // together):
+        group = list(members)
+        if len(micro(group)) > 1:
+            wanted = sum(lengths[i] for i in group)
+            raise ValueError(f"parallel.max_tokens: a group of {wanted} tokens does not fit into {max_tokens}")
+        if part and len(micro(part + group)) > 1:
+            batches += micro(part)
+            part = []
+        part += group
+    batches += micro(part)
+    return [build(rows, prompts, responses, device) for rows in batches]
 
 
-def stand_in(
-    prompts: list[np.ndarray], responses: list[np.ndarray], device: torch.device | str
-) -> MicroBatch:
+def stand_in(prompts: list[np.ndarray], responses: list[np.ndarray], device: torch.device | str) -> MicroBatch:
     """A micro-batch of the shortest sequence, for collectives alone: every gradient it gives is zero."""
     shortest = min(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
     batch = build([[shortest]], prompts, responses, device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,10 +66,10 @@ def start(run: RunConfig, parallel: ParallelConfig) -> World:
     if not launched and parallel.dtype == "float32":
         return World(0, 1, device, None)
     if not dist.is_initialized():
-        backend = parallel.backend if parallel.backend != "auto" else ("nccl" if kind == "cuda" else "gloo")
+        backend: str = parallel.backend if parallel.backend != "auto" else ("nccl" if kind == "cuda" else "gloo")
         if backend == "nccl":
             backend = "cpu:gloo,cuda:nccl"  # object gathers and checkpoints go over the CPU
-        single = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        single: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=timedelta(minutes=30), **single)
     size, copies = dist.get_world_size(), parallel.replicate
     if copies > 1:
@@ -177,7 +178,7 @@ def spread(root: nn.Module, state: dict[str, Tensor] | None, world: World, *, of
     else:
         root.to(home)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(root, state or {}, options=options)
+    set_model_state_dict(root, dict(state or {}), options=options)
     for buffer in root.buffers():  # those outside the state dict, rotary frequencies say, travel by hand
         if world.size > 1:
             whole = buffer.to(world.device)
@@ -205,7 +206,8 @@ def full_state(root: nn.Module) -> dict[str, Tensor]:
     """The whole state dict on rank 0's CPU (empty elsewhere); every rank must call it."""
     if not isinstance(root, FSDPModule):
         return {name: tensor.detach().cpu().clone() for name, tensor in root.state_dict().items()}
-    return get_model_state_dict(root, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole: Any = get_model_state_dict(root, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return whole
 
 
 def clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
@@ -214,14 +216,9 @@ def clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def attention_of(model: ModelConfig, device: torch.device) -> str:
-    """The attention implementation to ask transformers for."""
+def attention_of(model: ModelConfig, parallel: ParallelConfig, device: torch.device) -> str:
+    """The attention implementation to ask transformers for; flash-attention takes 16-bit inputs on CUDA only."""
     if model.attention != "auto":
         return model.attention
-    if device.type == "cuda":
-        try:
-            import flash_attn  # noqa: F401
-        except ImportError:
-            return "sdpa"
-        return "flash_attention_2"
-    return "sdpa"
+    flash = device.type == "cuda" and parallel.dtype != "float32"
+    return "flash_attention_2" if flash and importlib.util.find_spec("flash_attn") else "sdpa"

@@ -25,14 +25,15 @@ class ValueHead(nn.Module):
     def __init__(self, hidden: int, *, detach: bool):
         super().__init__()
         self.detach = detach
-        self.net = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, 1))
-        nn.init.zeros_(self.net[2].weight)
-        nn.init.zeros_(self.net[2].bias)
+        self.body = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU())
+        self.out = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:  # [N, H] -> [N]
         if self.detach:
             hidden = hidden.detach()
-        return self.net(hidden.float()).squeeze(-1)
+        return self.out(self.body(hidden.float())).sum(-1)  # not a view: FSDP hooks on it
 
 
 class Policy(nn.Module):
@@ -41,7 +42,9 @@ class Policy(nn.Module):
     forward(head, ids, positions, ...) returns `head(policy, hidden)` with the final-norm states, `[R, L, H]`.
     """
 
-    def __init__(self, model: nn.Module, *, log_z: nn.Module | None = None, value: nn.Module | None = None):
+    model: Any
+
+    def __init__(self, model: Any, *, log_z: nn.Module | None = None, value: nn.Module | None = None):
         super().__init__()
         self.model = model
         self.log_z = log_z
@@ -53,7 +56,7 @@ class Policy(nn.Module):
         self.logit_scale: float = getattr(config, "logit_scale", None) or (1 / scaling if scaling else 1.0)
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> Any:
         return self.model.get_output_embeddings()
 
     def forward(
@@ -103,7 +106,7 @@ def load_tokenizer(source: str, model: ModelConfig) -> Any:
     return tokenizer
 
 
-def build_model(config: Config, tokenizer: Any, attention: str) -> nn.Module:
+def build_model(config: Config, tokenizer: Any, attention: str) -> Any:
     """A Qwen2-type model of the sizes in the config, weights from the run's seed."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -127,7 +130,7 @@ def build_model(config: Config, tokenizer: Any, attention: str) -> nn.Module:
         return AutoModelForCausalLM.from_config(shape, attn_implementation=attention)
 
 
-def load_model(source: str, model: ModelConfig, attention: str, *, empty: bool = False) -> nn.Module:
+def load_model(source: str, model: ModelConfig, attention: str, *, empty: bool = False) -> Any:
     """A causal LM from a Hugging Face name or folder, in float32; `empty`: its shape on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -141,7 +144,7 @@ def load_model(source: str, model: ModelConfig, attention: str, *, empty: bool =
     return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
 
 
-def apply_liger(model: nn.Module) -> None:
+def apply_liger(model: Any) -> None:
     """Liger kernels for norms, rotary embedding and feed-forward; the head and loss stay this library's.
 
     Raises:
@@ -186,7 +189,7 @@ def logits(policy: Policy, hidden: Tensor) -> Tensor:
 def make_policy(
     config: Config,
     world: World,
-    model: nn.Module,
+    model: Any,
     *,
     log_z: bool = False,
     value: bool = False,

@@ -75,7 +75,10 @@ def prepare(config: Config, world: World) -> Run:
     )
     problems = fitting(config, task, encode, log)
     torch.manual_seed(config.run.seed + world.rank)
-    attention = parallel.attention_of(config.model, world.device)
+    attention = parallel.attention_of(config.model, config.parallel, world.device)
+    if attention == "flash_attention_2" and not config.parallel.row_tokens:
+        one_row = dataclasses.replace(config.parallel, row_tokens=config.parallel.max_tokens)
+        config = dataclasses.replace(config, parallel=one_row)
     source = warm.start(config, world, task, tokenizer, encode, attention, log)
     needs = losses.needs(config)
     actor = policy.make_policy(

@@ -10,7 +10,42 @@ import torch
 import worker
 
 HERE = Path(__file__).parent
-SMALL = ["--model.hidden", "32", "--model.layers", "2", "--model.heads", "2", "--model.ffn", "48", "--model.context", "16", "--model.init", "0.2", "--rollout.prompts", "8", "--rollout.samples", "4", "--rollout.max_new_tokens", "6", "--run.steps", "1", "--run.threads", "1", "--optim.warmup", "0", "--eval.samples", "2", "--eval.problems", "4", "--eval.exact", "False", "--checkpoint.export", "False", "--log.progress", "False"]
+SMALL = [
+    "--model.hidden",
+    "32",
+    "--model.layers",
+    "2",
+    "--model.heads",
+    "2",
+    "--model.ffn",
+    "48",
+    "--model.context",
+    "16",
+    "--model.init",
+    "0.2",
+    "--rollout.prompts",
+    "8",
+    "--rollout.samples",
+    "4",
+    "--rollout.max_new_tokens",
+    "6",
+    "--run.steps",
+    "1",
+    "--run.threads",
+    "1",
+    "--optim.warmup",
+    "0",
+    "--eval.samples",
+    "2",
+    "--eval.problems",
+    "4",
+    "--eval.exact",
+    "False",
+    "--checkpoint.export",
+    "False",
+    "--log.progress",
+    "False",
+]
 
 
 def alone(tmp_path, *args):
@@ -54,12 +89,30 @@ def test_the_gradient_is_the_same_for_any_split_into_micro_batches(tmp_path, nam
         assert_same(parts["gradients"][0], whole["gradients"][0])
 
 
+def test_recomputed_activations_change_no_gradient(tmp_path):
+    plain = alone(tmp_path / "a")
+    recomputed = alone(tmp_path / "b", "--parallel.checkpoint_activations", "True")
+    assert_same(recomputed["gradients"][0], plain["gradients"][0])
+
+
+def test_bfloat16_trains_on_float32_master_weights(tmp_path):
+    plain = alone(tmp_path / "a")
+    half = alone(tmp_path / "b", "--parallel.dtype", "bfloat16")
+    ours, theirs = half["gradients"][0], plain["gradients"][0]
+    assert ours.shape == theirs.shape
+    cosine = ours @ theirs / (ours.norm() * theirs.norm())
+    assert 0.9 < cosine < 1 - 1e-7  # the same direction, by other arithmetic
+
+
+TWO = {"sharded": [], "replicated": ["--parallel.replicate", "2"]}
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["flowrl", "grpo"])
-def test_two_ranks_have_the_gradients_of_one(tmp_path, name):
+@pytest.mark.parametrize(("name", "mesh"), [("flowrl", "sharded"), ("grpo", "replicated")])
+def test_two_ranks_have_the_gradients_of_one(tmp_path, name, mesh):
     args = [*ALGORITHMS[name], "--algorithm.minibatch_prompts", "4", "--parallel.max_tokens", "40"]
     one = alone(tmp_path / "one", *args)
-    two = spread(tmp_path, 2, *args)
+    two = spread(tmp_path, 2, *args, *TWO[mesh])
     assert len(one["gradients"]) == len(two["gradients"]) == 2
     for ours, theirs in zip(two["gradients"], one["gradients"]):
         assert_same(ours, theirs)
