@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,40 +59,15 @@ def linear_logprob(
         TypeError, ValueError: an argument is not as above; the message names it.
         RuntimeError: the implementation that `impl` names cannot run here.
     """
-    hidden, weight = _autocast(checks.plain("hidden", hidden), checks.plain("weight", weight))
-    checks.floating("hidden", hidden)
-    checks.floating("weight", weight, dims=2)
-    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        checks.fail("hidden", f"shape [..., H] with H = {weight.shape[1]} as in weight", checks.shape(hidden))
-    if weight.shape[0] == 0:
-        checks.fail(
-            "weight",
-            "a vocabulary of at least 1 row (ZeRO-3 leaves parameters empty until gathered)",
-            "0 rows",
-        )
-    if hidden.dtype != weight.dtype:
-        raise TypeError(f"weight: wanted the dtype of hidden, {hidden.dtype}; got {weight.dtype}")
-    checks.same_device("weight", weight, "hidden", hidden)
-    leading = tuple(hidden.shape[:-1])
-    checks.integers("target", target, leading)
-    checks.same_device("target", target, "hidden", hidden)
-    vocab_size = weight.shape[0]
-    if bias is not None:
-        checks.floating("bias", bias, dims=1)
-        if bias.shape[0] != vocab_size:
-            checks.fail("bias", f"shape ({vocab_size},) as weight has rows", checks.shape(bias))
-        checks.same_device("bias", bias, "hidden", hidden)
-    rows_temperature = _temperature(temperature, leading, hidden)
-    softcap = None if softcap is None else checks.positive("softcap", softcap)
+    head = checked_head(hidden, weight, target, bias, temperature, softcap, ignore_index)
     if not 0.0 <= epsilon < 1.0:
         checks.fail("epsilon", "a number in [0, 1)", epsilon)
-    _accumulator("report", report, (3,), hidden)
-    _accumulator("main_grad", main_grad, tuple(weight.shape), hidden)
-    _check_targets(target, vocab_size, ignore_index)
-    chosen = dispatch.resolve("linear_logprob", impl, hidden)
-    flat, ids = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    flat, weight, ids, rows_temperature, softcap, leading = head
+    _accumulator("report", report, (3,), flat)
+    _accumulator("main_grad", main_grad, tuple(weight.shape), flat)
+    chosen = dispatch.resolve("linear_logprob", impl, flat)
     # autocast has had its say: inside, it would round the very products that must stay in fp32
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(flat.device.type, enabled=False):
         if chosen == "reference":
             if epsilon > 0.0 or main_grad is not None:
                 raise RuntimeError("impl='reference' is plain autograd: it takes neither epsilon nor main_grad")
@@ -103,7 +78,7 @@ def linear_logprob(
             from flowrl_kernels.ops.linear_logprob import linear_logprob as op
 
             logp, ent, _, _ = op(
-                flat.contiguous(), weight.contiguous(), ids.contiguous(), bias, rows_temperature, float(logit_scale),
+                flat, weight, ids, bias, rows_temperature, float(logit_scale),
                 softcap, ignore_index, entropy, float(epsilon), report, main_grad, chosen,
             )  # fmt: skip
     return _shaped(logp, ent if entropy else None, leading)
@@ -169,6 +144,57 @@ def logprob(
         chosen,
     )
     return _shaped(logp, ent if entropy else None, leading)
+
+
+class Head(NamedTuple):
+    """Checked arguments of a language-model head, flattened."""
+
+    hidden: Tensor  # [N, H] contiguous
+    weight: Tensor  # [V, H] contiguous
+    target: Tensor  # [N]
+    temperature: Tensor  # [N] or [1]
+    softcap: float | None
+    leading: tuple[int, ...]
+
+
+def checked_head(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    ignore_index: int = -100,
+) -> Head:
+    """The arguments of `linear_logprob` against their contract, after autocast."""
+    hidden, weight = _autocast(checks.plain("hidden", hidden), checks.plain("weight", weight))
+    checks.floating("hidden", hidden)
+    checks.floating("weight", weight, dims=2)
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        checks.fail("hidden", f"shape [..., H] with H = {weight.shape[1]} as in weight", checks.shape(hidden))
+    if weight.shape[0] == 0:
+        checks.fail(
+            "weight",
+            "a vocabulary of at least 1 row (ZeRO-3 leaves parameters empty until gathered)",
+            "0 rows",
+        )
+    if hidden.dtype != weight.dtype:
+        raise TypeError(f"weight: wanted the dtype of hidden, {hidden.dtype}; got {weight.dtype}")
+    checks.same_device("weight", weight, "hidden", hidden)
+    leading = tuple(hidden.shape[:-1])
+    checks.integers("target", target, leading)
+    checks.same_device("target", target, "hidden", hidden)
+    vocab_size = weight.shape[0]
+    if bias is not None:
+        checks.floating("bias", bias, dims=1)
+        if bias.shape[0] != vocab_size:
+            checks.fail("bias", f"shape ({vocab_size},) as weight has rows", checks.shape(bias))
+        checks.same_device("bias", bias, "hidden", hidden)
+    rows_temperature = _temperature(temperature, leading, hidden)
+    softcap = None if softcap is None else checks.positive("softcap", softcap)
+    _check_targets(target, vocab_size, ignore_index)
+    flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    return Head(flat, weight.contiguous(), target.reshape(-1).contiguous(), rows_temperature, softcap, leading)
 
 
 def _shaped(logp: Tensor, entropy: Tensor | None, leading: tuple[int, ...]) -> LogProb:

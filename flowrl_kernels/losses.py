@@ -7,7 +7,7 @@ be left out, `mask` [N]). Results do not depend on which.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,11 +84,10 @@ def flowrl_loss(
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
     """
-    explicit = {
-        "beta": beta, "ratio": ratio, "anchor": anchor, "phi": phi, "tis": tis, "tis_cap": tis_cap,
-        "clip": clip if clip is UNSET else _clip(clip),
-        "scale": length_normalize if length_normalize is UNSET else (None if length_normalize else 1.0),
-    }  # fmt: skip
+    explicit = flow_settings(
+        beta=beta, ratio=ratio, anchor=anchor, phi=phi, tis=tis, tis_cap=tis_cap, clip=clip,
+        length_normalize=length_normalize,
+    )  # fmt: skip
     return _residual(
         logp, logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer, preset,
         presets.PRESETS["paper"], explicit, impl,
@@ -151,10 +150,64 @@ def residual_loss(
     )  # fmt: skip
 
 
+def flow_settings(*, clip: Any = UNSET, length_normalize: Any = UNSET, **explicit: Any) -> dict[str, Any]:
+    """The arguments of `flowrl_loss` that set a row, under the row's names."""
+    if clip is not UNSET:
+        explicit["clip"] = _clip(clip)
+    if length_normalize is not UNSET:
+        explicit["scale"] = None if length_normalize else 1.0
+    return explicit
+
+
+class Settled(NamedTuple):
+    """A row with its tensors, checked: what every implementation reads."""
+
+    row: Row
+    anchor: Tensor | None
+    old: Tensor | None
+    sampler: Tensor | None
+    reward: Tensor
+    log_z: Tensor | None
+    segments: Segments
+    groups: Tensor | None
+    normalizer: Tensor | None
+
+
 def _residual(
     logp, logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer, preset, base, explicit,
     impl, anchor_is_given=False,
 ) -> LossOutput:  # fmt: skip
+    checks.floating("logp", logp)
+    settled = settle(
+        logp, logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer, preset, base,
+        explicit, anchor_is_given,
+    )  # fmt: skip
+    chosen = dispatch.resolve("residual", impl, logp)
+    row, anchor, old, sampler, reward, partition, segments, groups, scalar = settled
+    if chosen == "reference":
+        terms = reference.residual(row, logp, anchor, old, sampler, reward, partition, segments, groups, scalar)
+        dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+        with torch.no_grad():
+            values = reference.metrics(terms, logp, anchor, partition).to(dtype)
+        return output(terms.loss.to(dtype), terms.residual.to(dtype), terms.weight.to(dtype), values)
+    from flowrl_kernels.ops.residual import residual as op
+
+    loss, d, weight, values, _, _ = op(
+        logp.contiguous(), partition, anchor, old, sampler, reward, segments.mask, segments.cu_seqlens, groups, scalar,
+        row.dumps(), chosen,
+    )  # fmt: skip
+    return output(loss, d, weight, values)
+
+
+def output(loss: Tensor, residual: Tensor, weight: Tensor, metrics: Tensor) -> LossOutput:
+    return LossOutput(loss, residual, weight, dict(zip(METRICS, metrics.unbind())))
+
+
+def settle(
+    logp, logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer, preset, base, explicit,
+    anchor_is_given=False,
+) -> Settled:  # fmt: skip
+    """Preset and explicit arguments to one row, tensors checked against `logp` (of which only the layout is read)."""
     explicit = {name: value for name, value in explicit.items() if value is not UNSET}
     row = presets.settle(preset, base, explicit)
     _check_row(row)
@@ -165,7 +218,6 @@ def _residual(
         if preset is not None and log_z != row.log_z and not (log_z is None and row.log_z == "learned"):
             checks.fail("log_z", f"{row.log_z!r}, which preset={preset!r} sets", repr(log_z))
         row = dataclasses.replace(row, log_z=log_z)
-    checks.floating("logp", logp)
     reward = checks.floating("reward", reward, dims=1)
     segments = _segments(logp, mask, cu_seqlens, len(reward))
     for name, value in (("logp_ref", logp_ref), ("logp_old", logp_old), ("logp_sampler", logp_sampler)):
@@ -195,25 +247,10 @@ def _residual(
     if row.tis is not None and (logp_sampler is None or logp_old is None):
         missing = "logp_sampler" if logp_sampler is None else "logp_old"
         checks.fail(missing, f"log-probs, for tis={row.tis!r}", None)
-    chosen = dispatch.resolve("residual", impl, logp)
-    scalar = _normalizer(normalizer, logp)
-    reward, anchor = reward.detach(), None if anchor is None else anchor.detach()
-    old = None if logp_old is None else logp_old.detach()
-    if chosen == "reference":
-        terms = reference.residual(row, logp, anchor, old, logp_sampler, reward, partition, segments, groups, scalar)
-        dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
-        with torch.no_grad():
-            values = reference.metrics(terms, logp, anchor, partition).to(dtype)
-        return LossOutput(
-            terms.loss.to(dtype), terms.residual.to(dtype), terms.weight.to(dtype), dict(zip(METRICS, values.unbind()))
-        )
-    from flowrl_kernels.ops.residual import residual as op
-
-    loss, d, weight, values, _, _ = op(
-        logp.contiguous(), partition, anchor, old, logp_sampler, reward, segments.mask, segments.cu_seqlens, groups,
-        scalar, row.dumps(), chosen,
+    return Settled(
+        row, None if anchor is None else anchor.detach(), None if logp_old is None else logp_old.detach(), logp_sampler,
+        reward.detach(), partition, segments, groups, _normalizer(normalizer, logp),
     )  # fmt: skip
-    return LossOutput(loss, d, weight, dict(zip(METRICS, values.unbind())))
 
 
 def policy_gradient_loss(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flowrl_kernels import checks
 from flowrl_kernels.functional import linear_logprob
+from flowrl_kernels.linear_loss import linear_residual
 from flowrl_kernels.losses import flowrl_loss
 from flowrl_kernels.reference.residual import Segments
 from flowrl_kernels.types import LossOutput
@@ -39,11 +40,16 @@ class FlowRLLoss(nn.Module):
 class LinearFlowRLLoss(FlowRLLoss):
     """The FlowRL loss from hidden states: log-probs, residual and gradients without a vocabulary-sized tensor.
 
-    Args of the constructor: `temperature`, `epsilon` (see `linear_logprob`) and those of `FlowRLLoss`.
+    Args of the constructor: `temperature`, `epsilon` (see `linear_logprob`), those of `FlowRLLoss`, and `single_pass`.
+    With it, where gradients are wanted, epsilon is 0 and the implementation is `chunked`, the logits of whole sequences
+    are made once (6NHV instead of 8NHV) and held in a buffer of 2^26 numbers (2^30 on a GPU); logp has the same bits. A
+    batch with a sequence longer than the buffer allows, or one whose sequences depend on each other (group-centred,
+    token-level without normalizer) and does not fit as a whole, takes two passes.
     """
 
-    def __init__(self, *, temperature: float = 1.0, epsilon: float = 0.0, **settings: Any):
+    def __init__(self, *, temperature: float = 1.0, epsilon: float = 0.0, single_pass: bool = True, **settings: Any):
         super().__init__(**settings)
+        self.single_pass = single_pass
         self.temperature = temperature
         self.epsilon = epsilon
 
@@ -85,23 +91,27 @@ class LinearFlowRLLoss(FlowRLLoss):
             if mask.shape != ids.shape:
                 checks.fail("mask", f"shape {tuple(ids.shape)} as target has", checks.shape(mask))
             ids = ids.long().masked_fill(~mask.to(torch.bool), -100)
+        temperature = self.temperature if temperature is None else temperature
+        tensors: dict[str, Any] = {
+            "logp_old": logp_old, "mask": mask, "cu_seqlens": cu_seqlens, "groups": groups, "normalizer": normalizer,
+            "logp_sampler": logp_sampler,
+        }  # fmt: skip
+        head = {"bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+        if self.single_pass and self.epsilon == 0.0 and main_grad is None:
+            out = linear_residual(hidden, weight, ids, logp_ref, reward, log_z, tensors, head, self.settings)
+            if out is not None:
+                return out
         logp = linear_logprob(
             hidden,
             weight,
             ids,
-            bias=bias,
-            temperature=self.temperature if temperature is None else temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
             epsilon=self.epsilon,
             report=report,
             main_grad=main_grad,
             impl=self.settings.get("impl", "auto"),
+            **head,
         ).logp
-        return super().forward(
-            logp, logp_ref, reward, log_z, logp_old=logp_old, mask=mask, cu_seqlens=cu_seqlens, groups=groups,
-            normalizer=normalizer, logp_sampler=logp_sampler,
-        )  # fmt: skip
+        return super().forward(logp, logp_ref, reward, log_z, **tensors)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, epsilon={self.epsilon}, {super().extra_repr()}"

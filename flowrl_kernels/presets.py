@@ -6,9 +6,9 @@ FlowRL code follow its commits, with exact means where the code adds 1e-8 to the
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
-import json
 from functools import cache
 from typing import Any
 
@@ -57,19 +57,19 @@ class Row:
     beta: float = 15.0
 
     def dumps(self) -> str:
-        """The row as the string an operator can carry."""
-        fields = dataclasses.asdict(self)
-        del fields["source"]
-        return json.dumps(fields)
+        """The row as the string an operator can carry (a traced graph can build it, json it cannot)."""
+        return repr(
+            (
+                self.level, self.anchor, self.log_z, self.scale, self.ratio, self.clip, self.token_weight, self.phi,
+                self.tis, self.tis_cap, self.gate, self.gate_clip, self.drop, self.surrogate, self.beta,
+            )
+        )  # fmt: skip
 
 
 @cache
 def loads(text: str) -> Row:
     """The row behind a string made by `Row.dumps`."""
-    fields = json.loads(text)
-    for name in ("clip", "gate_clip", "drop"):
-        fields[name] = None if fields[name] is None else tuple(fields[name])
-    return Row(source="", **fields)
+    return Row("", *ast.literal_eval(text))
 
 
 CLIPS: dict[str, tuple[float | None, float | None]] = {

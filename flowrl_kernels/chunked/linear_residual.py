@@ -1,0 +1,118 @@
+"""Hidden states to loss and gradients in a single pass, 6NHV: a chunk's logits are made once and used three times.
+
+A sequence's coefficient is one number that is known after its own forward. So whole sequences are taken together, up
+to a buffer of logits: logits -> logp -> residual -> dlogits in place -> dhidden, dweight. The logits come from the tile
+code of `linear_logprob`, so logp has the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowrl_kernels.chunked import tiles
+from flowrl_kernels.chunked.residual import residual_fwd
+from flowrl_kernels.presets import Row
+
+
+def linear_residual_fwd(
+    row: Row,
+    hidden: Tensor,  # [N, H] packed response positions
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [N]; -1 skips the row
+    bias: Tensor | None,  # [V]
+    temperature: Tensor,  # [N] or [1]
+    logit_scale: float,
+    softcap: float | None,
+    anchor: Tensor | None,  # [N]
+    old: Tensor | None,  # [N]
+    sampler: Tensor | None,  # [N]
+    reward: Tensor,  # [B]
+    log_z: Tensor | None,  # [B]
+    mask: Tensor,  # [N] bool
+    cu_seqlens: Tensor,  # [B+1] int64
+    groups: Tensor | None,  # [B], for one chunk that holds the whole batch
+    bounds: list[int],  # sequence indices at which chunks begin, and B
+    normalizer: Tensor | None,  # scalar
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """logp [N] with the gradients of the loss in hidden, weight and bias (None where not needed)."""
+    dtype = tiles.accumulator_dtype(hidden.dtype)
+    x = tiles.operand(hidden)
+    vocab_size = weight.shape[0]
+    logp = x.new_zeros(hidden.shape[0], dtype=dtype)
+    dhidden = torch.zeros_like(hidden) if need_hidden else None
+    dweight = None
+    dbias = x.new_zeros(vocab_size, dtype=dtype) if need_bias else None
+    edges = cu_seqlens[torch.tensor(bounds, device=cu_seqlens.device)].tolist()
+    with tiles.exact_products():
+        for first, last, low, high in zip(bounds, bounds[1:], edges, edges[1:]):
+            own = slice(low, high)
+            scale = temperature if temperature.numel() == 1 else temperature[own]
+            z, lse, picked = _logits(x[own], weight, target[own], bias, scale[:, None], logit_scale, softcap)
+            skipped = target[own] < 0
+            logp[own] = (picked - lse).masked_fill(skipped, 0.0)
+            *_, dlogp, _ = residual_fwd(
+                row, logp[own], *(None if t is None else t[own] for t in (anchor, old, sampler)),
+                reward[first:last], None if log_z is None else log_z[first:last], mask[own],
+                cu_seqlens[first : last + 1] - low, groups, normalizer,
+            )  # fmt: skip
+            g = (dlogp.to(dtype).masked_fill(skipped, 0.0) * logit_scale)[:, None] / scale[:, None].to(dtype)
+            dz = _dlogits_(z, lse, target[own], g, scale[:, None], softcap)
+            if dbias is not None:
+                dbias += dz.sum(0)
+            dz = dz.to(x.dtype)
+            if dhidden is not None:
+                dhidden[own] = tiles.product(dz, tiles.operand(weight))
+            if need_weight:
+                part = tiles.product(dz.T, x[own])
+                dweight = part if dweight is None else dweight.add_(part)
+    if need_weight:
+        dweight = torch.zeros_like(weight) if dweight is None else dweight.to(weight.dtype)
+    return logp, dhidden, dweight, dbias
+
+
+def _logits(
+    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: Tensor, logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Logits [R, V], log-sum-exp [R] and target logit [R], bit for bit what `linear_logprob_fwd` makes."""
+    num_rows, vocab_size = x.shape[0], weight.shape[0]
+    dtype = tiles.accumulator_dtype(x.dtype)
+    block = tiles.row_block(x.shape[1], vocab_size)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -num_rows % block))
+    z = x.new_empty((num_rows, vocab_size), dtype=dtype)
+    starts = range(0, len(padded), block)
+    sums = [tiles.Sums(block, z, False) for _ in starts]
+    scale = temperature.to(dtype)
+    if scale.shape[0] > 1:
+        scale = torch.nn.functional.pad(scale, (0, 0, 0, -num_rows % block), value=1.0)
+    for start, stop in tiles.column_tiles(vocab_size, tiles.COLUMNS):
+        columns = tiles.operand(weight[start:stop])
+        for low, running in zip(starts, sums):
+            own = slice(low, low + block)
+            part = tiles.logits_tile(
+                padded[own], columns, None if bias is None else bias[start:stop], logit_scale, softcap
+            )
+            tiles.divide_by_temperature(part, scale if scale.shape[0] == 1 else scale[own])
+            z[own, start:stop] = part[: num_rows - low]
+            running.add(part)
+    lse = torch.cat([s.lse() for s in sums])[:num_rows]
+    known = (target >= 0) & (target < vocab_size)
+    picked = z.gather(1, target.where(known, 0)[:, None])[:, 0]
+    return z, lse, picked.where(known, 0.0)
+
+
+def _dlogits_(
+    z: Tensor, lse: Tensor, target: Tensor, scale: Tensor, temperature: Tensor, softcap: float | None
+) -> Tensor:
+    """Over the logits: the gradient of the product hidden weight^T. [R, V]"""
+    slope = None
+    if softcap is not None:
+        slope = (z * temperature).div_(softcap).square_().neg_().add_(1.0)
+    dz = z.sub_(lse[:, None]).exp_().mul_(-scale)
+    known = (target >= 0) & (target < z.shape[1])
+    dz.scatter_add_(1, target.where(known, 0)[:, None], torch.where(known[:, None], scale, 0.0))
+    return dz if slope is None else dz.mul_(slope)

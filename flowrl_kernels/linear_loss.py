@@ -1,0 +1,91 @@
+"""The loss from hidden states in one pass: whether a batch can take it, and the call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowrl_kernels import dispatch, losses, presets
+from flowrl_kernels.functional import checked_head
+from flowrl_kernels.ops import linear_residual as op
+from flowrl_kernels.reference.residual import Segments
+from flowrl_kernels.types import LossOutput
+
+
+def linear_residual(
+    hidden: Tensor,  # [B, T, H] or [N, H]
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [B, T] or [N], -100 where masked out
+    logp_ref: Tensor | None,
+    reward: Tensor,  # [B]
+    log_z: Any,
+    tensors: dict[str, Any],
+    head: dict[str, Any],
+    settings: dict[str, Any],
+) -> LossOutput | None:
+    """The single-pass loss (docs/maths.md), or None if this batch has to take two passes."""
+    explicit = dict(settings)
+    impl, preset = explicit.pop("impl", "auto"), explicit.pop("preset", None)
+    bias = head["bias"]
+    wants = [isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
+    if not any(wants) or dispatch.resolve("linear_logprob", impl, hidden) != "chunked":
+        return None
+    stand_in = torch.empty((), dtype=torch.float32, device=hidden.device).expand(target.shape)
+    names = ("logp_old", "logp_sampler", "mask", "cu_seqlens", "groups", "normalizer")
+    settled = losses.settle(
+        stand_in, logp_ref, reward, log_z, *(tensors[name] for name in names), preset, presets.PRESETS["paper"],
+        losses.flow_settings(**explicit),
+    )  # fmt: skip
+    flat, w, ids, temperature, softcap, _ = checked_head(
+        hidden, weight, target, bias, head["temperature"], head["softcap"]
+    )
+    segments = settled.segments
+    if segments.cu_seqlens is None:
+        step = target.shape[1]
+        edges = [step * i for i in range(target.shape[0] + 1)]
+        cu_seqlens = torch.arange(target.shape[0] + 1, device=hidden.device) * step
+        segments = Segments(segments.mask.reshape(-1), cu_seqlens)
+    elif torch.compiler.is_compiling():
+        return None  # the boundaries' values are not known to a traced graph
+    else:
+        edges = segments.cu_seqlens.tolist()
+    bounds = chunk_bounds(edges, w.shape[0], hidden.device.type, independent(settled))
+    if bounds is None or segments.cu_seqlens is None:
+        return None
+    row = settled.row
+    per_token = [None if t is None else t.reshape(-1) for t in (settled.anchor, settled.old, settled.sampler)]
+    normalizer = settled.normalizer
+    if normalizer is None and row.level == "sequence":
+        normalizer = torch.full((), float(max(1, len(reward))), dtype=torch.float64, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, d, weights, metrics, *_ = op.linear_residual(
+            flat, w, bias, settled.log_z, ids, temperature, float(head["logit_scale"]), softcap, *per_token,
+            settled.reward, segments.mask, segments.cu_seqlens, settled.groups, bounds, normalizer, row.dumps(), wants,
+            "chunked",
+        )  # fmt: skip
+    return losses.output(loss, d, weights, metrics)
+
+
+def independent(settled: losses.Settled) -> bool:
+    """Whether a sequence's coefficient needs nothing from other sequences."""
+    row = settled.row
+    centred = row.log_z in ("group", "through") and settled.log_z is None
+    counted = row.level == "token" and settled.normalizer is None
+    return not (centred or counted or row.surrogate is not None)
+
+
+def chunk_bounds(edges: list[int], vocab_size: int, device: str, split: bool) -> list[int] | None:
+    """Sequence indices at which chunks begin, and B; None if a chunk would outgrow the buffer of logits."""
+    limit = op.chunk_tokens(vocab_size, device)
+    if len(edges) < 2:
+        return None
+    bounds = [0]
+    for i in range(1, len(edges)):
+        if edges[i] - edges[i - 1] > limit:
+            return None
+        if edges[i] - edges[bounds[-1]] > limit:
+            bounds.append(i - 1)
+    bounds.append(len(edges) - 1)
+    return bounds if split or len(bounds) == 2 else None
