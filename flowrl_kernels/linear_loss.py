@@ -33,11 +33,16 @@ def linear_residual(
     if not any(wants) or dispatch.resolve("linear_logprob", impl, hidden) != "chunked":
         return None
     stand_in = torch.empty((), dtype=torch.float32, device=hidden.device).expand(target.shape)
-    names = ("logp_old", "logp_sampler", "mask", "cu_seqlens", "groups", "normalizer")
     settled = losses.settle(
-        stand_in, logp_ref, reward, log_z, *(tensors[name] for name in names), preset, presets.PRESETS["paper"],
-        losses.flow_settings(**explicit),
-    )  # fmt: skip
+        stand_in,
+        logp_ref,
+        reward,
+        log_z,
+        preset=preset,
+        base=presets.PRESETS["paper"],
+        explicit=losses.flow_settings(**explicit),
+        **tensors,
+    )
     flat, w, ids, temperature, softcap, _ = checked_head(
         hidden, weight, target, bias, head["temperature"], head["softcap"]
     )

@@ -96,7 +96,12 @@ class LinearFlowRLLoss(FlowRLLoss):
             "logp_old": logp_old, "mask": mask, "cu_seqlens": cu_seqlens, "groups": groups, "normalizer": normalizer,
             "logp_sampler": logp_sampler,
         }  # fmt: skip
-        head = {"bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+        head: dict[str, Any] = {
+            "bias": bias,
+            "temperature": temperature,
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+        }
         if self.single_pass and self.epsilon == 0.0 and main_grad is None:
             out = linear_residual(hidden, weight, ids, logp_ref, reward, log_z, tensors, head, self.settings)
             if out is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def rl_like_inputs(
     Synthetic: real hidden states decide what a bounded backward saves. Each kind of device has its own stream.
     """
     make = torch.Generator(device).manual_seed(seed)
-    on_device = {"generator": make, "device": device}
+    on_device: dict[str, Any] = {"generator": make, "device": device}
     frequency = (torch.arange(v, dtype=torch.float64, device=device) + 2.7).pow(-zipf)
     frequency /= frequency.sum()
     common = torch.nn.functional.normalize(torch.randn(h, **on_device), dim=0)
@@ -104,11 +105,12 @@ def oracle(hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor | None =
     for name in ("bias", "temperature"):
         if isinstance(settings.get(name), Tensor):
             settings[name] = settings[name].double()
-    out = reference.linear_logprob(x, w, target, entropy=True, **settings)
+    logp, entropy = reference.linear_logprob(x, w, target, entropy=True, **settings)
+    assert entropy is not None
     if grad is None:
-        return out.logp.detach(), out.entropy.detach(), None, None
-    dx, dw = torch.autograd.grad(out.logp, (x, w), grad.double())
-    return out.logp.detach(), out.entropy.detach(), dx, dw
+        return logp.detach(), entropy.detach(), None, None
+    dx, dw = torch.autograd.grad(logp, (x, w), grad.double())
+    return logp.detach(), entropy.detach(), dx, dw
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> tuple[float, float]:
@@ -160,11 +162,12 @@ def cu_seqlens_of(lengths: Tensor) -> Tensor:
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory holds NaN: whoever reads what was never written is found out."""
     before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    switch: Any = torch.utils.deterministic
+    fill = switch.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    switch.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        switch.fill_uninitialized_memory = fill

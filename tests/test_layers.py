@@ -11,7 +11,7 @@ ALLOWED = {
     "types": set(),
     "checks": set(),
     "dispatch": {"cuda", "triton", "chunked", "reference"},
-    "reference": {"types"},
+    "reference": {"types", "presets"},
     "chunked": {"types", "cuda", "presets", "reference"},
     "triton": {"types", "dispatch", "presets"},
     "cuda": {"types"},

@@ -177,14 +177,14 @@ def _compute(
                     acc[rows] += tiles.product(dz, w)
                 if need_weight:
                     part = tiles.product(dz.T, x[rows])
-            own = by_target[cuts[tile] : cuts[tile + 1]]
+            mine = by_target[cuts[tile] : cuts[tile + 1]]  # rows whose target is in this tile
             if dbias is not None:
                 dbias[start:stop] -= _per_column(bias_spread[runs, None], stop - start)[:, 0]
-                dbias.index_add_(0, target[own], target_gradient[own, 0])
+                dbias.index_add_(0, target[mine], target_gradient[mine, 0])
             if need_weight:
                 part = w.new_zeros(w.shape, dtype=lse.dtype) if part is None else part
                 part -= _per_column(spread[runs], stop - start)
-                _add_rows(part, target[own] - start, target_gradient[own] * x[own].to(lse.dtype))
+                _add_rows(part, target[mine] - start, target_gradient[mine] * x[mine].to(lse.dtype))
                 if main_grad is not None:
                     main_grad[start:stop] += part
                 else:

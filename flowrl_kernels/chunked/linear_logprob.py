@@ -217,6 +217,7 @@ def _dlogits(
         dz = logp.exp_().mul_(-scale)
     else:
         p = logp.exp()
+        assert entropy is not None
         dz = logp.clamp_min_(tiles.FLOOR).add_(entropy).mul_(entropy_scale).add_(scale).mul_(p).neg_()
     columns = z.shape[1]
     mine = (local >= 0) & (local < columns)

@@ -54,11 +54,12 @@ def linear_residual_fwd(
             z, lse, picked = _logits(x[own], weight, target[own], bias, scale[:, None], logit_scale, softcap)
             skipped = target[own] < 0
             logp[own] = (picked - lse).masked_fill(skipped, 0.0)
+            a, o, t = (None if tokens is None else tokens[own] for tokens in (anchor, old, sampler))
+            z_own = None if log_z is None else log_z[first:last]
+            starts = cu_seqlens[first : last + 1] - low
             *_, dlogp, _ = residual_fwd(
-                row, logp[own], *(None if t is None else t[own] for t in (anchor, old, sampler)),
-                reward[first:last], None if log_z is None else log_z[first:last], mask[own],
-                cu_seqlens[first : last + 1] - low, groups, normalizer,
-            )  # fmt: skip
+                row, logp[own], a, o, t, reward[first:last], z_own, mask[own], starts, groups, normalizer
+            )
             g = (dlogp.to(dtype).masked_fill(skipped, 0.0) * logit_scale)[:, None] / scale[:, None].to(dtype)
             dz = _dlogits_(z, lse, target[own], g, scale[:, None], softcap)
             if dbias is not None:

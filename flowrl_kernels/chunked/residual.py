@@ -43,19 +43,19 @@ def residual_fwd(
     """loss, residual [B], weight [B], metrics [12], dlogp (layout of logp), dlog_z [B]; all float64."""
     segments = Segments(mask, cu_seqlens)
     terms = reference.residual(row, logp, anchor, old, sampler, reward, log_z, segments, groups, normalizer)
-    segments, count = terms.segments, terms.count
+    segments, count = terms.segments, terms.tokens
     length, used = count.clamp_min(1.0), (count > 0).double()
     if row.level == "token":
-        total = count.sum().clamp_min(1.0) if normalizer is None else normalizer.double()
-        a = 1.0 if row.scale is None else row.scale
+        tokens = count.sum().clamp_min(1.0) if normalizer is None else normalizer.double()
+        factor = 1.0 if row.scale is None else row.scale
         target = row.beta * reward.double() - (0.0 if log_z is None else log_z.double())
         difference = logp.double() if anchor is None else logp.double() - anchor.double()
         if row.token_weight and old is not None:
             weight = reference.bounded_ratio(logp.double() - old.double(), row.clip)
         else:
             weight = segments.spread(terms.weight)
-        step = weight * slope(a * difference - segments.spread(target), row.phi) / total
-        dlogp = a * step
+        step = weight * slope(factor * difference - segments.spread(target), row.phi) / tokens
+        dlogp = factor * step
         dlog_z = segments.total(step)
     else:
         total = float(len(reward)) if normalizer is None else normalizer.double()

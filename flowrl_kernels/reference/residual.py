@@ -48,7 +48,7 @@ class Terms(NamedTuple):
     weight: Tensor  # [B] detached, both weights together
     log_ratio: Tensor  # [B] detached, the unclamped log-ratio behind the weight
     clipped: Tensor  # [B] detached: -1 clipped low, 1 clipped high, else 0
-    count: Tensor  # [B] tokens that count
+    tokens: Tensor  # [B] tokens that count
     open: Tensor  # [B] bool: the gate lets the gradient through
     segments: Segments  # with the tokens that CISPO's mask left
 
@@ -122,14 +122,14 @@ def residual(
 
     passes = torch.ones_like(used, dtype=torch.bool)
     if row.level == "token":
-        a = 1.0 if row.scale is None else row.scale
-        per_token = phi(a * difference - segments.spread(target), row.phi)
+        factor = 1.0 if row.scale is None else row.scale
+        per_token = phi(factor * difference - segments.spread(target), row.phi)
         token_weight = segments.spread(weight)
         if row.token_weight and old is not None:
             token_weight = token_weight * bounded_ratio(token_ratio, row.clip)
         tokens = segments.total(per_token * token_weight).sum()
         loss = tokens / (count.sum().clamp_min(1.0) if normalizer is None else normalizer)
-        d = (segments.total(a * difference.detach()) / length - target.detach()) * used
+        d = (segments.total(factor * difference.detach()) / length - target.detach()) * used
         if row.token_weight and old is not None:
             weight = segments.total(token_weight) / length
     else:
@@ -163,13 +163,13 @@ METRICS = (
 
 def metrics(terms: Terms, logp: Tensor, anchor: Tensor | None, log_z: Tensor | None) -> Tensor:
     """What a training log wants to know, over the sequences that have tokens, in the order of METRICS. [12]"""
-    used = terms.count > 0
+    used = terms.tokens > 0
     num = used.sum().clamp_min(1)
     size = terms.residual.abs()
     zero = size.new_zeros(())
     to_ref = zero
     if anchor is not None:
-        to_ref = (terms.segments.total(logp.double() - anchor.double()) / terms.count.clamp_min(1.0)).sum() / num
+        to_ref = (terms.segments.total(logp.double() - anchor.double()) / terms.tokens.clamp_min(1.0)).sum() / num
     z = size.new_zeros(1) if log_z is None else log_z.double()
     infinite = torch.full_like(size, torch.inf)
     low = torch.where(used, terms.weight, infinite).amin() if len(size) else zero
