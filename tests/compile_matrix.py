@@ -12,7 +12,6 @@ import contextlib
 import json
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +36,7 @@ TARGETS = {
 }
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}  # bytes a block
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-VERSIONS = ("3.6.0", "3.7.1", "3.9.0")
+FORWARD, DLOGITS = "linear_logprob_kernels.forward_kernel", "linear_logprob_kernels.dlogits_kernel"
 JSON = Path(__file__).with_suffix(".json")
 TABLE = Path(__file__).parents[1] / "docs" / "compile_matrix.md"
 
@@ -71,7 +70,7 @@ class Entry(NamedTuple):
     mma: str
     tma: bool
     tf32: bool
-    seconds: float
+    seconds: float = 0.0
 
 
 def _tool(name: str) -> str:
@@ -114,10 +113,12 @@ def describe(kernel, name: str, case: str, dtype: str, arch: str, seconds: float
 
 
 @contextlib.contextmanager
-def compiling(arch: str, case: str, dtype: str, only: str | None = None) -> Iterator[list[Entry]]:
-    """Inside, every launch compiles for `arch` instead of running; the entries appear in the list."""
+def compiling(
+    arch: str, case: str, dtype: str, only: str | None = None, seen: set[str] | None = None
+) -> Iterator[list[Entry]]:
+    """Inside, every launch compiles for `arch` instead of running; entries not `seen` before appear in the list."""
     entries: list[Entry] = []
-    seen: set[int] = set()
+    seen = set() if seen is None else seen
     original = JITFunction.run
 
     def run(self, *args, grid, warmup, **kwargs):
@@ -126,15 +127,15 @@ def compiling(arch: str, case: str, dtype: str, only: str | None = None) -> Iter
             return
         start = time.perf_counter()
         kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
-        if id(kernel) not in seen:
-            seen.add(id(kernel))
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
             entries.append(describe(kernel, name, case, dtype, arch, time.perf_counter() - start))
 
-    driver.set_active(Driver(arch))
     with (
+        mock.patch.object(driver, "_active", Driver(arch)),
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(tiles, "arch_of", lambda device: arch),
-        mock.patch.object(tiles, "num_programs", lambda device, tile: 132),
+        mock.patch.object(tiles, "arch_of", return_value=arch),
+        mock.patch.object(tiles, "num_programs", return_value=132),
         mock.patch("flowrl_kernels.triton.linear_logprob.matmul_into"),
         mock.patch("flowrl_kernels.triton.linear_logprob.exact_matmul", contextlib.nullcontext),
         torch.device("meta"),
@@ -159,7 +160,11 @@ def linear_logprob(dtype, h=3584, v=152064, bias=False, softcap=None, entropy=Tr
 def logprob(dtype, v=152064, softcap=None, entropy=True) -> None:
     from flowrl_kernels.triton import logprob as op
 
-    logits, target, temperature = torch.empty(8192, v, dtype=dtype), torch.empty(8192, dtype=torch.int64), torch.empty(1)
+    logits, target, temperature = (
+        torch.empty(8192, v, dtype=dtype),
+        torch.empty(8192, dtype=torch.int64),
+        torch.empty(1),
+    )
     out = op.logprob_fwd(logits, target, temperature, softcap, entropy)
     op.logprob_bwd(out[1], out[1] if entropy else None, logits, target, temperature, softcap, out[1], out[2], False)
 
@@ -177,29 +182,114 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "logits softcap, odd V": lambda t: logprob(t, v=151937, softcap=30.0),
 }
 # what `make test` compiles: each kernel once per architecture as it is shipped, and the float32 forward for its PTX
-QUICK = [("entropy+stats", "bf16", None), ("logits", "bf16", None), ("plain", "fp32", "linear_logprob.forward_kernel")]
+QUICK = [("entropy+stats", "bf16", None), ("logits", "bf16", None), ("plain", "fp32", FORWARD)]
 
 
-def compile_case(case: str, dtype: str, arch: str, only: str | None = None) -> list[Entry]:
-    with compiling(arch, case, dtype, only) as entries:
+def compile_case(
+    case: str, dtype: str, arch: str, only: str | None = None, seen: set[str] | None = None
+) -> list[Entry]:
+    with compiling(arch, case, dtype, only, seen) as entries:
         CASES[case](DTYPES[dtype])
     return entries
 
 
-def faults(entry: Entry) -> list[str]:
-    """What is wrong with a compiled kernel; empty if nothing is."""
+def faults(entry: Entry, spills: int = 0) -> list[str]:
+    """What is wrong with a compiled kernel; empty if nothing is. `spills`: bytes let pass."""
     found = []
-    matrix = entry.kernel in ("linear_logprob.forward_kernel", "linear_logprob.dlogits_kernel")
-    if entry.spills:
+    matrix = entry.kernel in (FORWARD, DLOGITS)
+    if entry.spills > spills:
         found.append(f"spills {entry.spills}")
     if entry.shared > SHARED_LIMIT[entry.arch]:
         found.append(f"shared memory {entry.shared} over {SHARED_LIMIT[entry.arch]}")
     if entry.dtype == "fp32" and (entry.tf32 or (entry.mma and not entry.arch.startswith("gfx"))):
-        found.append("float32 goes through tensor cores")
+        found.append("float32 goes through tensor cores")  # gfx942 has float32 matrix instructions
     if matrix and entry.dtype != "fp32":
         wanted = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}.get(entry.arch, "mma")
         if wanted not in entry.mma.split("+"):
             found.append(f"no {wanted} (found {entry.mma or 'none'})")
         if entry.arch in ("sm_90", "sm_100", "sm_120") and entry.case != "odd H" and not entry.tma:
-            found.append("no tensor-memory loads")
+            found.append("no loads by tensor descriptor")
     return found
+
+
+def everything(archs: list[str], cases: list[str]) -> list[Entry]:
+    """Every case, dtype and architecture; a kernel that several cases share is listed under the first."""
+    entries: list[Entry] = []
+    for arch in archs:
+        seen: set[str] = set()
+        for case in cases:
+            for dtype in DTYPES:
+                found = compile_case(case, dtype, arch, None, seen)
+                entries += found
+                for e in found:
+                    size = f"{e.registers:4} registers {e.shared:7} B {e.mma:8}"
+                    print(f"{arch:7} {dtype:5} {case:22} {e.kernel:40} {size} {'; '.join(faults(e))}", flush=True)
+    return entries
+
+
+def load() -> dict[str, list[Entry]]:
+    """The committed table: triton version -> entries."""
+    if not JSON.exists():
+        return {}
+    return {version: [Entry(*row) for row in rows] for version, rows in json.loads(JSON.read_text())["triton"].items()}
+
+
+def save(table: dict[str, list[Entry]]) -> None:
+    lines = []
+    for version in sorted(table):
+        rows = ",\n".join("   " + json.dumps(list(entry[:-1])) for entry in table[version])
+        lines.append(f'  "{version}": [\n{rows}\n  ]')
+    fields = json.dumps(list(Entry._fields[:-1]))
+    JSON.write_text('{\n "fields": ' + fields + ',\n "triton": {\n' + ",\n".join(lines) + "\n }\n}\n")
+    TABLE.write_text(markdown(table))
+
+
+def markdown(table: dict[str, list[Entry]]) -> str:
+    versions = sorted(table)
+    text = [
+        "# Compile matrix",
+        "",
+        "Written by `make matrix` (`python -m tests.compile_matrix --write`); every row is in "
+        "`tests/compile_matrix.json`. Compiled without a GPU, so this says what the machine code is, not how fast it "
+        "runs. Shape: N = 8192, H = 3584 (3583 where odd), V = 152064 (151937 where odd).",
+        "",
+        "A cell reads: registers a thread, shared memory, spills where there are any (bytes a thread on NVIDIA, vector "
+        "registers on AMD). `float16` compiles like `bfloat16` and is in the JSON only. float32 multiplies without "
+        "tensor cores; on gfx942 with its float32 matrix instructions.",
+        "",
+        "| limit | " + " | ".join(SHARED_LIMIT) + " |",
+        "|---|" + "---|" * len(SHARED_LIMIT),
+        "| shared memory a block, KB | " + " | ".join(f"{v / 1024:.0f}" for v in SHARED_LIMIT.values()) + " |",
+    ]
+    for arch in TARGETS:
+        columns = ["kernel", "case", "dtype", "matrix instructions", *(f"triton {v}" for v in versions)]
+        text += ["", f"## {arch}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        cells: dict[tuple, dict[str, str]] = {}
+        for version in versions:
+            for e in table[version]:
+                if e.arch == arch and e.dtype != "fp16":
+                    spilled = f", **spills {e.spills}**" if e.spills else ""
+                    key = (e.kernel, e.case, e.dtype, e.mma + (" + TMA" if e.tma else ""))
+                    cells.setdefault(key, {})[version] = f"{e.registers}, {e.shared / 1024:.0f} KB{spilled}"
+        for key, row in sorted(cells.items()):
+            text.append("| " + " | ".join(key) + " | " + " | ".join(row.get(v, "") for v in versions) + " |")
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile every Triton kernel for every architecture without a GPU.")
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument(
+        "--write", action="store_true", help="replace this triton version's part of the committed table"
+    )
+    options = parser.parse_args()
+    start = time.perf_counter()
+    entries = everything(options.arch, options.case)
+    print(f"triton {triton.__version__}: {len(entries)} kernels in {time.perf_counter() - start:.0f} s")
+    if options.write:
+        save({**load(), triton.__version__: entries})
+
+
+if __name__ == "__main__":
+    main()

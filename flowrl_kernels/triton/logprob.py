@@ -11,23 +11,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowrl_kernels.triton.primitives import LN2, LOG2E, tanh
+from flowrl_kernels.triton.primitives import LN2, LOG2E, row_factor, tanh
 
 LANES, WIDTH, WARPS = 512, 8, 4  # columns a step = LANES * WIDTH; 16 bytes of 16-bit logits a lane
 
 
 @triton.jit
-def _activate(a, temperature, softcap):
+def _activate(a, factor, softcap):
+    """z and the tanh of the soft-cap (else z again); factor = (softcap or 1) / temperature."""
     if softcap is not None:
-        bend = tanh(a / softcap)
-        z = bend * tl.div_rn(softcap, temperature)
+        bend = tanh(a * (1.0 / softcap))
+        return bend * factor, bend
     else:
-        z = tl.div_rn(a, temperature + tl.zeros_like(a))
-        bend = z
-    return z, bend
+        z = a * factor
+        return z, z
 
 
-@triton.jit(do_not_specialize=["V", "temperature_stride"])
+# V is specialised: whether 16 divides it decides whether loads are vectors
+@triton.jit(do_not_specialize=["temperature_stride"])
 def forward_kernel(
     logits,  # [N, V]
     target,  # [N]
@@ -51,7 +52,7 @@ def forward_kernel(
         if ENTROPY:
             tl.store(entropy + i, 0.0)
     else:
-        b_temperature = tl.load(temperature + i * temperature_stride)
+        factor = row_factor(tl.load(temperature + i * temperature_stride), 1.0, softcap)
         p_row = logits + i * stride_logits
         b_max = tl.full((LANES,), float("-inf"), tl.float32)
         b_sum = tl.zeros((LANES,), tl.float32)
@@ -60,7 +61,7 @@ def forward_kernel(
         for col0 in range(0, V, LANES * WIDTH):
             i_col = col0 + i_lane
             a = tl.load(p_row + i_col, mask=i_col < V, other=float("-inf")).to(tl.float32)
-            z, _ = _activate(a, b_temperature, softcap)
+            z, _ = _activate(a, factor, softcap)
             z = tl.where(i_col < V, z, float("-inf"))
             new_max = tl.maximum(b_max, tl.max(z, 1) * LOG2E)
             ref = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -80,7 +81,7 @@ def forward_kernel(
         tl.store(lse + i, (ref + log_total) * LN2)
         known = b_target < V
         a = tl.load(p_row + b_target, mask=known, other=0.0).to(tl.float32)
-        z, _ = _activate(a, b_temperature, softcap)
+        z, _ = _activate(a, factor, softcap)
         tl.store(target_logit + i, tl.where(known, z, 0.0))
         if ENTROPY:
             shift = tl.where(b_sum > 0.0, b_max - ref, 0.0)
@@ -88,7 +89,7 @@ def forward_kernel(
             tl.store(entropy + i, tl.where(value < 0.0, 0.0, value))
 
 
-@triton.jit(do_not_specialize=["V", "num_blocks", "temperature_stride"])
+@triton.jit(do_not_specialize=["num_blocks", "temperature_stride"])
 def backward_kernel(
     logits,  # [N, V]
     dlogits,  # [N, V], may be logits
@@ -119,9 +120,10 @@ def backward_kernel(
         some = some | (b_grad_entropy != 0.0)
     p_out = dlogits + i * stride_dlogits + i_col
     if (b_target >= 0) & some:
-        b_temperature = tl.load(temperature + i * temperature_stride)
+        factor = row_factor(tl.load(temperature + i * temperature_stride), 1.0, softcap)
+        scale = row_factor(tl.load(temperature + i * temperature_stride), 1.0, None)
         a = tl.load(logits + i * stride_logits + i_col, mask=inside, other=0.0).to(tl.float32)
-        z, bend = _activate(a, b_temperature, softcap)
+        z, bend = _activate(a, factor, softcap)
         logp = z - tl.load(lse + i)
         p = tl.exp2(logp * LOG2E)
         d = b_grad * (tl.where(i_col == b_target, 1.0, 0.0) - p)
@@ -129,7 +131,7 @@ def backward_kernel(
             d -= b_grad_entropy * (p * (tl.maximum(logp, -200.0) + tl.load(entropy + i)))  # p is 0 below
         if softcap is not None:
             d *= 1.0 - bend * bend
-        d = d * tl.div_rn(1.0, b_temperature)
+        d *= scale
         tl.store(p_out, d.to(dlogits.dtype.element_ty), mask=inside)
     else:
         tl.store(p_out, tl.zeros((BLOCK,), dlogits.dtype.element_ty), mask=inside)

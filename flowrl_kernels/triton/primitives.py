@@ -81,10 +81,11 @@ def matmul_tile(
 @triton.jit
 def row_factor(temperature, logit_scale, softcap):
     """What `activate` multiplies a row by last: (softcap or logit_scale) / temperature."""
+    one = tl.zeros_like(temperature) + 1.0
     if softcap is not None:
-        return tl.div_rn(softcap + tl.zeros_like(temperature), temperature)
+        return tl.div_rn(one * softcap, temperature)
     else:
-        return tl.div_rn(logit_scale + tl.zeros_like(temperature), temperature)
+        return tl.div_rn(one * logit_scale, temperature)
 
 
 @triton.jit

@@ -1,0 +1,40 @@
+"""Runs each file of tests/interpreter in a process of its own: the interpreter is chosen when triton is imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: the kernels are unproved here")
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "tests" / "interpreter").glob("test_*.py"))
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_kernels_are_right_under_the_interpreter(file):
+    done = run(
+        "-m", "pytest", str(file), "-p", "no:xdist", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning",
+        TRITON_INTERPRET="1", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout, done.stdout
+
+
+def test_the_kernel_folder_does_not_shadow_triton():
+    done = run("-c", "import flowrl_kernels, triton; print(triton.__file__)")
+    assert done.returncode == 0, done.stderr
+    assert (ROOT / "flowrl_kernels") not in Path(done.stdout.strip()).parents
+
+
+def test_importing_the_package_imports_no_triton():
+    done = run("-c", "import sys, flowrl_kernels; sys.exit(any(m.split('.')[0] == 'triton' for m in sys.modules))")
+    assert done.returncode == 0, "triton (or torch's use of it) was imported" + done.stderr
