@@ -46,5 +46,13 @@ bench: setup
 bench-report: setup
 	$(PY) -m benchmarks report
 
+# every kernel, flag and architecture under the pinned triton and its neighbours; rewrites the committed table
+matrix: setup
+	$(PY) -m tests.compile_matrix --write
+	for v in 3.6.0 3.9.0; do \
+	  test -d $(VENV)-triton-$$v || $(PY) -m pip install -q --no-deps --target $(VENV)-triton-$$v triton==$$v || exit 1; \
+	  PYTHONPATH=$(VENV)-triton-$$v $(PY) -m tests.compile_matrix --write || exit 1; \
+	done
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-triton-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
