@@ -27,6 +27,8 @@ def linear_logprob(
     epsilon: float = 0.0,
     report: Tensor | None = None,
     main_grad: Tensor | None = None,
+    kept: tuple[Tensor, Tensor] | None = None,
+    vocab_parallel: Any = None,
     impl: str = "auto",
 ) -> LogProb:
     """Log-probabilities of `target` under a language-model head, without a [N, V] tensor.
@@ -50,6 +52,10 @@ def linear_logprob(
         report: fp32 [3] on the same device, filled by a bounded backward with (bound reached, share of tiles
             computed, 1 if it returned to the exact path).
         main_grad: fp32 [V, H]; the weight's gradient is added to it and `weight.grad` stays untouched.
+        kept: (ids [K], offsets [N+1]), the token ids a sampler kept per row (top-k, top-p), packed: log-probs are
+            renormalised over them, in O(K H). The target counts as kept. Runs in torch on any device, whatever `impl`.
+        vocab_parallel: a ProcessGroup over which the rows of `weight` (and `bias`) are split, in rank order. Targets
+            are global ids, `hidden` is the same on every rank, and its gradient is summed over the group.
         impl: "auto", "reference", "chunked", "triton". See `flowrl_kernels.backends()`.
 
     Returns:
@@ -59,15 +65,37 @@ def linear_logprob(
         TypeError, ValueError: an argument is not as above; the message names it.
         RuntimeError: the implementation that `impl` names cannot run here.
     """
-    head = checked_head(hidden, weight, target, bias, temperature, softcap, ignore_index)
+    head = checked_head(hidden, weight, target, bias, temperature, softcap, ignore_index, whole=vocab_parallel is None)
     if not 0.0 <= epsilon < 1.0:
         checks.fail("epsilon", "a number in [0, 1)", epsilon)
     flat, weight, ids, rows_temperature, softcap, leading = head
     _accumulator("report", report, (3,), flat)
     _accumulator("main_grad", main_grad, tuple(weight.shape), flat)
     chosen = dispatch.resolve("linear_logprob", impl, flat)
+    if (kept is not None or vocab_parallel is not None) and (epsilon > 0.0 or main_grad is not None):
+        checks.fail("kept" if kept is not None else "vocab_parallel", "neither epsilon nor main_grad beside it", "both")
     # autocast has had its say: inside, it would round the very products that must stay in fp32
     with torch.autocast(flat.device.type, enabled=False):
+        if kept is not None:
+            if vocab_parallel is not None:
+                checks.fail("kept", "no vocab_parallel beside it", "both")
+            listed = _kept(kept, flat, weight.shape[0])
+            from flowrl_kernels.ops.kept import KeptLogProb
+
+            logp, ent = KeptLogProb.apply(
+                flat, weight, ids, *listed, bias, rows_temperature, float(logit_scale), softcap, ignore_index, entropy
+            )
+            return _shaped(logp, ent, leading)
+        if vocab_parallel is not None:
+            if chosen == "reference":
+                raise RuntimeError("impl='reference' knows no vocab_parallel: use 'chunked' or 'triton'")
+            from flowrl_kernels.ops.vocab_parallel import VocabParallel
+
+            logp, ent = VocabParallel.apply(
+                flat, weight, ids, bias, rows_temperature, float(logit_scale), softcap, ignore_index, entropy,
+                vocab_parallel, chosen,
+            )  # fmt: skip
+            return _shaped(logp, ent, leading)
         if chosen == "reference":
             if epsilon > 0.0 or main_grad is not None:
                 raise RuntimeError("impl='reference' is plain autograd: it takes neither epsilon nor main_grad")
@@ -165,6 +193,7 @@ def checked_head(
     temperature: float | Tensor,
     softcap: float | None,
     ignore_index: int = -100,
+    whole: bool = True,
 ) -> Head:
     """The arguments of `linear_logprob` against their contract, after autocast."""
     hidden, weight = _autocast(checks.plain("hidden", hidden), checks.plain("weight", weight))
@@ -192,7 +221,8 @@ def checked_head(
         checks.same_device("bias", bias, "hidden", hidden)
     rows_temperature = _temperature(temperature, leading, hidden)
     softcap = None if softcap is None else checks.positive("softcap", softcap)
-    _check_targets(target, vocab_size, ignore_index)
+    if whole:
+        _check_targets(target, vocab_size, ignore_index)
     flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     return Head(flat, weight.contiguous(), target.reshape(-1).contiguous(), rows_temperature, softcap, leading)
 
@@ -241,6 +271,25 @@ def _accumulator(name: str, value: Any, wanted: tuple[int, ...], like: Tensor) -
     if value.requires_grad:
         checks.fail(name, "a tensor without requires_grad", "requires_grad=True")
     checks.same_device(name, value, "hidden", like)
+
+
+def _kept(kept: Any, hidden: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    if not (isinstance(kept, tuple) and len(kept) == 2):
+        checks.fail("kept", "a pair (ids [K], offsets [N+1])", type(kept).__name__)
+    ids, offsets = kept
+    checks.integers("kept ids", ids)
+    checks.integers("kept offsets", offsets, (hidden.shape[0] + 1,))
+    if ids.dim() != 1:
+        checks.fail("kept ids", "shape [K]", checks.shape(ids))
+    for name, value in (("kept ids", ids), ("kept offsets", offsets)):
+        checks.same_device(name, value, "hidden", hidden)
+    if hidden.device.type == "cpu" or dispatch.check_enabled():
+        bounds = offsets.tolist()
+        if bounds[0] != 0 or bounds[-1] != len(ids) or bounds != sorted(bounds):
+            checks.fail("kept offsets", f"rising boundaries from 0 to {len(ids)}", bounds)
+        if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
+            checks.fail("kept ids", f"ids in [0, {vocab_size})", f"{int(ids.min())} to {int(ids.max())}")
+    return ids, offsets
 
 
 def _check_targets(target: Tensor, vocab_size: int, ignore_index: int) -> None:

@@ -15,7 +15,7 @@ ALLOWED = {
     "chunked": {"types", "cuda", "presets", "reference"},
     "triton": {"types", "dispatch", "presets"},
     "cuda": {"types"},
-    "ops": {"dispatch", "types", "presets", "reference"},
+    "ops": {"chunked", "dispatch", "types", "presets", "reference"},
     "presets": {"types", "checks"},
     "linear_loss": {"dispatch", "losses", "presets", "functional", "ops", "reference", "types"},
     "functional": {"checks", "dispatch", "ops", "reference", "types"},

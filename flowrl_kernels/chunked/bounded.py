@@ -184,7 +184,7 @@ def _compute(
             if need_weight:
                 part = w.new_zeros(w.shape, dtype=lse.dtype) if part is None else part
                 part -= _per_column(spread[runs], stop - start)
-                _add_rows(part, target[mine] - start, target_gradient[mine] * x[mine].to(lse.dtype))
+                tiles.add_rows(part, target[mine] - start, target_gradient[mine] * x[mine].to(lse.dtype))
                 if main_grad is not None:
                     main_grad[start:stop] += part
                 else:
@@ -223,11 +223,3 @@ def _rows_of(active: list[bool], num_rows: int, device: torch.device) -> Tensor 
         return slice(blocks[0] * ROWS, min((blocks[-1] + 1) * ROWS, num_rows))
     rows = torch.cat([torch.arange(b * ROWS, min((b + 1) * ROWS, num_rows)) for b in blocks])
     return rows.to(device)
-
-
-def _add_rows(into: Tensor, index: Tensor, rows: Tensor) -> None:
-    """into[index] += rows in a fixed order (index_add_ is sequential on a CPU, index_put_ sorts on a GPU)."""
-    if into.device.type == "cpu":
-        into.index_add_(0, index, rows)
-    else:
-        into.index_put_((index,), rows, accumulate=True)

@@ -58,7 +58,7 @@ def residual_fwd(
         dlogp = factor * step
         dlog_z = segments.total(step)
     else:
-        total = float(len(reward)) if normalizer is None else normalizer.double()
+        total = float(max(len(reward), 1)) if normalizer is None else normalizer.double()
         step = terms.weight * used * slope(terms.residual, row.phi) / total  # [B]
         dlog_z = step
         if row.log_z == "through" and log_z is None and groups is not None:
@@ -66,7 +66,8 @@ def residual_fwd(
         a = 1.0 / length if row.scale is None else row.scale
         dlogp = segments.spread(step * a * terms.open)
         if row.surrogate is not None and old is not None:
-            dlogp = dlogp + _surrogate(row.surrogate, logp, old, terms.residual, segments, count)
+            part = _surrogate(row.surrogate, logp, old, terms.residual, segments, count)
+            dlogp = dlogp + part * (len(reward) / total)
     dlogp = torch.where(segments.mask, dlogp, 0.0)
     out = reference.metrics(terms, logp, anchor, log_z)
     return terms.loss, terms.residual, terms.weight, out, dlogp, dlog_z
@@ -74,8 +75,9 @@ def residual_fwd(
 
 def _surrogate(eps: float, logp: Tensor, old: Tensor, d: Tensor, segments: Segments, count: Tensor) -> Tensor:
     """Gradient of the token-mean PPO surrogate whose advantage is the residual."""
-    ratio = (logp.double() - old.double()).clamp(-BOUND, BOUND).exp()
+    move = logp.double() - old.double()
+    ratio = move.clamp(-BOUND, BOUND).exp()
     a = segments.spread(d)
     inside = (ratio >= 1 - eps) & (ratio <= 1 + eps)
-    moves = inside | (-a * ratio > -a * ratio.clamp(1 - eps, 1 + eps))
+    moves = (inside | (-a * ratio > -a * ratio.clamp(1 - eps, 1 + eps))) & (move.abs() <= BOUND)
     return torch.where(moves, -a * ratio, 0.0) / count.sum().clamp_min(1.0)

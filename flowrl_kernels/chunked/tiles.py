@@ -130,3 +130,11 @@ def round_up_to_half(value: Tensor) -> Tensor:
     half = value.to(torch.float16)
     low = half.to(value.dtype) < value
     return torch.where(low, torch.nextafter(half, half.new_tensor(torch.inf)), half)
+
+
+def add_rows(into: Tensor, index: Tensor, rows: Tensor) -> None:
+    """into[index] += rows in a fixed order (index_add_ is sequential on a CPU, index_put_ sorts on a GPU)."""
+    if into.device.type == "cpu":
+        into.index_add_(0, index, rows)
+    else:
+        into.index_put_((index,), rows, accumulate=True)
