@@ -1,0 +1,125 @@
+// The C interface on a CPU, named flowrl_host_*: one thread, the kernels' own inline functions. It proves their logic
+// where there is no GPU; nothing calls it outside the tests.
+#define FLOWRL_NAME(name) flowrl_host_##name
+#include "checks.h"
+
+using namespace flowrl;
+
+FLOWRL_API const char* flowrl_host_error_string(int code) { return describe(code); }
+
+FLOWRL_API int flowrl_host_tile_costs(
+    const void* tile_lse, int64_t tile_lse_stride, const float* lse, const int64_t* target, const float* target_logp,
+    const float* gradient, const int64_t* order, int64_t rows, int64_t runs, int64_t run_columns, int64_t block_rows,
+    int64_t tile_runs, double slack, double* cost, double* square, void* workspace, size_t workspace_bytes, void*) {
+  const int code = check_tile_costs(
+      tile_lse, tile_lse_stride, lse, target, target_logp, gradient, order, rows, runs, run_columns, block_rows,
+      tile_runs, cost, square, workspace, workspace_bytes);
+  if (code != FLOWRL_OK || rows == 0) return code;
+  Row* made = static_cast<Row*>(workspace);
+  for (int64_t r = 0; r < rows; ++r) {
+    made[r] = make_row(lse, target, target_logp, gradient, order[r], runs, run_columns, slack);
+  }
+  const int64_t blocks = ceil_div(rows, block_rows), tiles = ceil_div(runs, tile_runs);
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      Sums lanes[LANES];
+      for (int lane = 0; lane < LANES; ++lane) {
+        lanes[lane] = tile_sums(
+            made, rows, runs, block_rows, tile_runs, static_cast<const uint16_t*>(tile_lse), tile_lse_stride, block,
+            tile, lane, slack);
+      }
+      for (int half = LANES / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) {
+          lanes[lane].cost += lanes[lane + half].cost;
+          lanes[lane].square += lanes[lane + half].square;
+        }
+      }
+      cost[block * tiles + tile] = lanes[0].cost;
+      square[block * tiles + tile] = lanes[0].square;
+    }
+  }
+  return FLOWRL_OK;
+}
+
+FLOWRL_API int flowrl_host_drop_lightest(
+    const double* cost, const double* square, int64_t pairs, const double* budget, uint8_t* active, double* spent,
+    void* workspace, size_t workspace_bytes, void*) {
+  const int code = check_drop_lightest(cost, square, pairs, budget, active, spent, workspace, workspace_bytes);
+  if (code != FLOWRL_OK) return code;
+  const Units cost_units = make_units(budget[0], pairs), square_units = make_units(budget[1], pairs);
+  const int64_t base = key_base(budget[1]);
+  Threshold* state = static_cast<Threshold*>(workspace);
+  memset(state, 0, sizeof *state);
+  for (int level = 0; level < 2; ++level) {
+    for (int64_t i = 0; i < pairs; ++i) {
+      const int bin = bin_of(key_of(square[i], base), level, state->broken[0]);
+      if (bin < 0) continue;
+      state->bins[level][0][bin] += in_units(cost[i], cost_units);
+      state->bins[level][1][bin] += in_units(square[i], square_units);
+    }
+    int bin = 0;
+    for (; bin < BINS; ++bin) {
+      const int64_t next_cost = state->spent[0] + state->bins[level][0][bin];
+      const int64_t next_square = state->spent[1] + state->bins[level][1][bin];
+      if (!within(next_cost, next_square, cost_units, square_units)) break;
+      state->spent[0] = next_cost;
+      state->spent[1] = next_square;
+    }
+    state->broken[level] = bin;
+  }
+  for (int64_t i = 0; i < pairs; ++i) active[i] = !below(key_of(square[i], base), state->broken);
+  spent[0] = static_cast<double>(state->spent[0]) / cost_units.scale;
+  spent[1] = static_cast<double>(state->spent[1]) / square_units.scale;
+  return FLOWRL_OK;
+}
+
+FLOWRL_API int flowrl_host_block_lists(
+    const uint8_t* active, int64_t blocks, int64_t tiles, int64_t* block_offsets, int32_t* block_tiles,
+    int64_t* tile_offsets, int32_t* tile_blocks, int32_t* tile_slots, void* workspace, size_t workspace_bytes, void*) {
+  const int code = check_block_lists(
+      active, blocks, tiles, block_offsets, block_tiles, tile_offsets, tile_blocks, tile_slots, workspace,
+      workspace_bytes);
+  if (code != FLOWRL_OK) return code;
+  int32_t* slot_of = static_cast<int32_t*>(workspace);
+  int64_t filled = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    block_offsets[block] = filled;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      if (!active[block * tiles + tile]) continue;
+      slot_of[block * tiles + tile] = static_cast<int32_t>(filled);
+      block_tiles[filled++] = static_cast<int32_t>(tile);
+    }
+  }
+  block_offsets[blocks] = filled;
+  filled = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    tile_offsets[tile] = filled;
+    for (int64_t block = 0; block < blocks; ++block) {
+      if (!active[block * tiles + tile]) continue;
+      tile_slots[filled] = slot_of[block * tiles + tile];
+      tile_blocks[filled++] = static_cast<int32_t>(block);
+    }
+  }
+  tile_offsets[tiles] = filled;
+  for (; filled < blocks * tiles; ++filled) block_tiles[filled] = tile_blocks[filled] = tile_slots[filled] = -1;
+  return FLOWRL_OK;
+}
+
+FLOWRL_API int flowrl_host_segment_sums(
+    const float* values, int64_t tokens, const void* cu_seqlens, int64_t index_bytes, int64_t sequences, double* sums,
+    void* workspace, size_t workspace_bytes, void*) {
+  const int code =
+      check_segment_sums(values, tokens, cu_seqlens, index_bytes, sequences, sums, workspace, workspace_bytes);
+  if (code != FLOWRL_OK) return code;
+  for (int64_t i = 0; i < sequences; ++i) {
+    const int64_t first = sequence_edge(cu_seqlens, index_bytes, i, tokens);
+    const int64_t last = sequence_edge(cu_seqlens, index_bytes, i + 1, tokens);
+    double lanes[SEGMENT_LANES];
+    for (int lane = 0; lane < SEGMENT_LANES; ++lane) lanes[lane] = lane_sum(values, first, last, lane);
+    for (int half = SEGMENT_LANES / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    }
+    sums[i] = lanes[0];
+  }
+  return FLOWRL_OK;
+}
