@@ -72,6 +72,10 @@ def linear_logprob(
     _accumulator("report", report, (3,), flat)
     _accumulator("main_grad", main_grad, tuple(weight.shape), flat)
     chosen = dispatch.resolve("linear_logprob", impl, flat)
+    if epsilon > 0.0 and chosen == "triton":
+        raise RuntimeError(
+            f"epsilon={epsilon}: the bounded backward runs with impl='chunked'; triton has the exact one"
+        )
     if (kept is not None or vocab_parallel is not None) and (epsilon > 0.0 or main_grad is not None):
         checks.fail("kept" if kept is not None else "vocab_parallel", "neither epsilon nor main_grad beside it", "both")
     # autocast has had its say: inside, it would round the very products that must stay in fp32
