@@ -19,18 +19,19 @@ ARCHS = ("80", "90a", "100a", "120")
 SOURCE = Path(__file__).parent / "routing.cu"
 IN_PLACE = Path(__file__).parent.parent / "flowrl_kernels" / "cuda" / "libflowrl_cuda.so"
 # no fused multiply-add: the host build and torch round after every operation, and memory is the limit here anyway
-FLAGS = (
-    "-std=c++17 -O3 -fmad=false -shared -cudart static -Werror all-warnings "
-    "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror -Xlinker --exclude-libs,ALL"
-).split()
+FLAGS = [
+    *("-std=c++17", "-O3", "-fmad=false", "-shared", "-cudart", "static", "-Werror", "all-warnings"),
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror", "-Xlinker", "--exclude-libs,ALL"),
+]
 
 
 def find_nvcc() -> str:
     """Path of nvcc. Raises FileNotFoundError, with what to do about it, where there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [Path(home) / "bin" / "nvcc"] if home else []
-    found = next((str(p) for p in places if p.exists()), None) or shutil.which("nvcc")
-    found = found or next((str(p) for p in [Path("/usr/local/cuda/bin/nvcc")] if p.exists()), None)
+    places += [Path(on_path)] if (on_path := shutil.which("nvcc")) else []
+    places += [Path("/usr/local/cuda/bin/nvcc")]
+    found = next((str(place) for place in places if place.exists()), None)
     if found is None:
         raise FileNotFoundError(
             "FLOWRL_BUILD_CUDA/make csrc: nvcc was found neither in CUDA_HOME/bin, nor on PATH, nor in "
@@ -42,7 +43,7 @@ def find_nvcc() -> str:
 
 def chosen_archs() -> tuple[str, ...]:
     """Architectures of FLOWRL_CUDA_ARCHS. Raises ValueError for one that is not like 90 or 90a (sm_ is allowed)."""
-    names = re.split(r"[,;\s]+", os.environ.get("FLOWRL_CUDA_ARCHS", "").strip(" ,;")) or []
+    names = re.split(r"[,;\s]+", os.environ.get("FLOWRL_CUDA_ARCHS", ""))
     archs = tuple(name.removeprefix("sm_") for name in names if name) or ARCHS
     if wrong := [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?", arch)]:
         raise ValueError(f"FLOWRL_CUDA_ARCHS: wanted names like 80, 90a or sm_120, got {wrong[0]!r}")

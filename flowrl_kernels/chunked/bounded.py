@@ -12,14 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowrl_kernels.chunked import tiles
+from flowrl_kernels.chunked import routing, tiles
+from flowrl_kernels.chunked.routing import SLACK, run_mass
 from flowrl_kernels.types import TILE
 
 ROWS = 64  # rows of one block
 COLUMNS = 1024  # vocabulary columns of one tile
 FALL_BACK = 0.6  # share of tiles above which the dense path is faster on a CPU (6NHV against s * 6NHV + overhead)
 L2_SHARE = 0.3  # second budget: relative L2 error of dlogits, before the correction, in units of epsilon
-SLACK = 2e-5  # more than the rounding of a recomputed log-prob: keeps the bound on the safe side
 
 
 class Plan(NamedTuple):
@@ -27,20 +27,6 @@ class Plan(NamedTuple):
     active: Tensor  # [blocks, tiles] bool: pairs to compute
     bound: Tensor  # scalar: relative L1 error of dlogits that the dropped pairs can cause
     share: Tensor  # scalar: active pairs / all pairs
-
-
-def run_mass(
-    lse: Tensor,  # [R]
-    tile_lse: Tensor,  # [runs, R] fp16
-    target: Tensor,  # [R]
-    target_logp: Tensor,  # [R], -inf where the row has no target
-) -> Tensor:
-    """Upper bound of each row's non-target softmax mass per run of TILE columns. [R, runs]"""
-    mass = (tile_lse.to(lse.dtype) - lse).exp_().mul_(1.0 + SLACK).clamp_max_(1.0).T.contiguous()
-    column = (target // TILE).clamp_max_(mass.shape[1] - 1)[:, None]
-    mass.scatter_add_(1, column, -(target_logp.exp() * (1.0 - SLACK))[:, None])
-    rest = -torch.expm1(target_logp) + SLACK  # no run can hold more than the whole non-target mass
-    return mass.clamp_min_(0.0).minimum(rest[:, None])
 
 
 def make_plan(
@@ -56,23 +42,15 @@ def make_plan(
     rest = -torch.expm1(target_logp)  # [R] non-target mass
     rest_low = (rest - SLACK).clamp_min_(0.0)
     order = torch.argsort(gradient * rest, stable=True)
-    group = COLUMNS // TILE
-    num_tiles = -(-len(tile_lse) // group)
-    costs, squares = [], []
-    for low in range(0, len(order), ROWS):
-        rows = order[low : low + ROWS]
-        mass = run_mass(lse[rows], tile_lse[:, rows], target[rows], target_logp[rows]) * gradient[rows, None]
-        mass = torch.nn.functional.pad(mass, (0, num_tiles * group - mass.shape[1])).view(-1, num_tiles, group)
-        costs.append(mass.sum((0, 2), dtype=torch.float64))
-        squares.append(mass.double().square_().sum((0, 2)))
-    cost, square = torch.stack(costs).flatten(), torch.stack(squares).flatten()  # [blocks * tiles]
+    cost, square = routing.tile_costs(
+        tile_lse, lse, target, target_logp, gradient, order, ROWS, COLUMNS // TILE
+    )  # [blocks, tiles]
     norm = (2.0 * gradient * rest_low).sum(dtype=torch.float64)
     square_norm = (gradient * rest_low).double().square().sum()  # of the target entries alone: a lower bound
-    index = square.argsort(stable=True)
-    spent, square_spent = cost[index].cumsum(0), square[index].cumsum(0)
-    dropped = (spent <= epsilon * norm) & (square_spent <= (L2_SHARE * epsilon) ** 2 * square_norm)
-    bound = (spent * dropped).max() / norm.clamp_min(torch.finfo(torch.float64).tiny)
-    active = torch.ones_like(dropped).index_put_((index,), ~dropped).view(-1, num_tiles)
+    active, spent = routing.drop_lightest(
+        cost, square, torch.stack([epsilon * norm, (L2_SHARE * epsilon) ** 2 * square_norm])
+    )
+    bound = spent[0] / norm.clamp_min(torch.finfo(torch.float64).tiny)
     return Plan(order, active, bound, active.double().mean())
 
 
