@@ -62,7 +62,7 @@ def linear_residual(
     row = settled.row
     per_token = [None if t is None else t.reshape(-1) for t in (settled.anchor, settled.old, settled.sampler)]
     normalizer = settled.normalizer
-    if normalizer is None and row.level == "sequence":
+    if normalizer is None and independent(settled):
         normalizer = torch.full((), float(max(1, len(reward))), dtype=torch.float64, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         loss, d, weights, metrics, *_ = op.linear_residual(

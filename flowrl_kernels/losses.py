@@ -7,6 +7,7 @@ be left out, `mask` [N]). Results do not depend on which.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ def flowrl_loss(
     logp_sampler: Tensor | None = None,
     tis: str | None = UNSET,
     tis_cap: float = UNSET,
-    normalizer: Tensor | float | None = None,
+    normalizer: Tensor | float | tuple[float, float] | None = None,
     groups: Tensor | None = None,
     preset: str | None = None,
     impl: str = "auto",
@@ -72,8 +73,10 @@ def flowrl_loss(
         logp_sampler: log-probs as the rollout engine reported them, for the second weight.
         tis: "token", "mean" or "sequence": a second weight min(pi_old / pi_sampler, tis_cap).
         normalizer: what the sum over sequences is divided by; B if None. For gradient accumulation and data parallelism
-            hand in the global number of sequences. A 0-d tensor costs no sync.
-        groups: [B] integer ids of the prompts, for log_z "group" and "through".
+            hand in the global number of sequences, or the pair (sequences, tokens), which suits every row: those of
+            level "token" divide by tokens, and tb_ppo_style by both. A tensor costs no sync.
+        groups: [B] integer ids of the prompts, for log_z "group" and "through". A tensor `log_z` may stand in for
+            "group" (the group's mean made elsewhere, say over micro-batches).
         preset: a row of `presets.PRESETS`; an explicit argument that contradicts it raises.
         impl: "auto", "reference", "chunked" or "triton".
 
@@ -110,7 +113,7 @@ def residual_loss(
     phi: str = UNSET,
     level: str = UNSET,
     log_z: Tensor | None = None,
-    normalizer: Tensor | float | None = None,
+    normalizer: Tensor | float | tuple[float, float] | None = None,
     preset: str | None = None,
     impl: str = "auto",
 ) -> LossOutput:
@@ -135,8 +138,11 @@ def residual_loss(
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
     """
-    if center not in (None, "detached", "through"):
-        checks.fail("center", "None, 'detached' or 'through'", repr(center))
+    _one_of("center", center, (None, "detached", "through"))
+    if center is not None and log_z is not None:
+        checks.fail("log_z", f"None beside center={center!r}", "a tensor")
+    if preset is not None:
+        _anchor_of(preset, anchor)
     explicit = {
         "ratio": ratio, "phi": phi, "scale": scale, "level": level, "clip": clip if clip is UNSET else _clip(clip),
     }  # fmt: skip
@@ -150,12 +156,20 @@ def residual_loss(
     )  # fmt: skip
 
 
+def _anchor_of(preset: str, anchor: Tensor | None) -> None:
+    wanted = presets.named(preset).anchor
+    if wanted is not None and anchor is None:
+        checks.fail("anchor", f"log-probs of the {wanted} policy, which preset={preset!r} subtracts", None)
+    if wanted is None and anchor is not None:
+        checks.fail("anchor", f"None, which preset={preset!r} sets", "a tensor")
+
+
 def flow_settings(*, clip: Any = UNSET, length_normalize: Any = UNSET, **explicit: Any) -> dict[str, Any]:
     """The arguments of `flowrl_loss` that set a row, under the row's names."""
     if clip is not UNSET:
         explicit["clip"] = _clip(clip)
     if length_normalize is not UNSET:
-        explicit["scale"] = None if length_normalize else 1.0
+        explicit["length_normalize"] = bool(length_normalize)
     return explicit
 
 
@@ -188,7 +202,7 @@ def _residual(
         terms = reference.residual(row, logp, anchor, old, sampler, reward, partition, segments, groups, scalar)
         dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
         with torch.no_grad():
-            values = reference.metrics(terms, logp, anchor, partition).to(dtype)
+            values = reference.metrics(terms, logp, anchor).to(dtype)
         return output(terms.loss.to(dtype), terms.residual.to(dtype), terms.weight.to(dtype), values)
     from flowrl_kernels.ops.residual import residual as op
 
@@ -219,21 +233,23 @@ def settle(
             checks.fail("log_z", f"{row.log_z!r}, which preset={preset!r} sets", repr(log_z))
         row = dataclasses.replace(row, log_z=log_z)
     reward = checks.floating("reward", reward, dims=1)
-    segments = _segments(logp, mask, cu_seqlens, len(reward))
+    checks.same_device("reward", reward, "logp", logp)
+    segments = _segments(logp, mask, cu_seqlens, "logp", reward, "reward")
     for name, value in (("logp_ref", logp_ref), ("logp_old", logp_old), ("logp_sampler", logp_sampler)):
         _tokens(name, value, logp)
     if partition is not None:
         checks.floating("log_z", partition, dims=1)
         if partition.shape != reward.shape:
             checks.fail("log_z", f"shape {tuple(reward.shape)} as reward has", checks.shape(partition))
-        if row.log_z is None:
-            checks.fail("log_z", f"None, which preset={preset!r} sets", checks.shape(partition))
+        checks.same_device("log_z", partition, "logp", logp)
+        if row.log_z in (None, "through"):
+            checks.fail("log_z", f"{row.log_z!r}, which preset={preset!r} sets", checks.shape(partition))
     elif row.log_z == "learned":
         checks.fail("log_z", "a tensor [B], 'group', 'through', or log_z=None to go without", "nothing")
     elif row.log_z in ("group", "through"):
         if groups is None:
             checks.fail("groups", f"[B] integer ids, for log_z={row.log_z!r}", None)
-        checks.integers("groups", groups, tuple(reward.shape))
+        checks.same_device("groups", checks.integers("groups", groups, tuple(reward.shape)), "logp", logp)
         if row.level == "token":
             checks.fail("log_z", "a tensor or None at token level", repr(row.log_z))
     if anchor_is_given or row.anchor == "ref":
@@ -244,13 +260,17 @@ def settle(
         anchor = logp_old if row.anchor == "old" else None
         if row.anchor == "old" and logp_old is None:
             checks.fail("logp_old", "log-probs of the behaviour policy (anchor='old')", None)
+    term = "gate" if row.gate else "drop" if row.drop else "surrogate" if row.surrogate is not None else None
+    if term is not None and logp_old is None:
+        checks.fail("logp_old", f"log-probs of the behaviour policy, for the {term} of preset={preset!r}", None)
     if row.tis is not None and (logp_sampler is None or logp_old is None):
         missing = "logp_sampler" if logp_sampler is None else "logp_old"
         checks.fail(missing, f"log-probs, for tis={row.tis!r}", None)
-    return Settled(
-        row, None if anchor is None else anchor.detach(), None if logp_old is None else logp_old.detach(), logp_sampler,
-        reward.detach(), partition, segments, groups, _normalizer(normalizer, logp),
-    )  # fmt: skip
+    divisor = _normalizer(normalizer, logp, pair=True)
+    if row.surrogate is not None and divisor is not None and divisor.numel() == 1:
+        checks.fail("normalizer", f"(sequences, tokens): preset={preset!r} divides by both", "one number")
+    anchor, old, sampler = (None if t is None else t.detach() for t in (anchor, logp_old, logp_sampler))
+    return Settled(row, anchor, old, sampler, reward.detach(), partition, segments, groups, divisor)
 
 
 def policy_gradient_loss(
@@ -282,7 +302,7 @@ def policy_gradient_loss(
     Args:
         logp: [B, T] or [N] log-probs of the sampled tokens under the policy, in nats.
         logp_old: the same under the policy that sampled.
-        advantage: [B] per sequence, or the layout of `logp` per token.
+        advantage: [B] per sequence, or the layout of `logp` per token (which packed tokens with N = B are read as).
         mask, cu_seqlens: as in `flowrl_loss`.
         clip: bounds (1 - eps_low, 1 + eps_high) of the ratio, either side None.
         dual_clip: upper bound c of the loss -c A for negative advantages, above 1, or None.
@@ -302,10 +322,10 @@ def policy_gradient_loss(
     checks.floating("logp", logp)
     checks.floating("advantage", advantage)
     per_sequence = advantage.shape != logp.shape
-    num = len(advantage) if per_sequence else (len(logp) if cu_seqlens is None else len(cu_seqlens) - 1)
-    segments = _segments(logp, mask, cu_seqlens, num)
     if per_sequence and advantage.dim() != 1:
-        checks.fail("advantage", f"shape ({num},) or {tuple(logp.shape)}", checks.shape(advantage))
+        checks.fail("advantage", f"one number per sequence or shape {tuple(logp.shape)}", checks.shape(advantage))
+    checks.same_device("advantage", advantage, "logp", logp)
+    segments = _segments(logp, mask, cu_seqlens, "logp", advantage if per_sequence else None, "advantage")
     _tokens("logp_old", checks.plain("logp_old", logp_old), logp)
     _tokens("logp_ref", logp_ref, logp)
     low, high = _clip(clip)
@@ -317,18 +337,22 @@ def policy_gradient_loss(
         checks.fail("dual_clip", "a number above 1, or None", dual_clip)
     if kl is not None and logp_ref is None:
         checks.fail("logp_ref", "log-probs of the reference, for kl", None)
+    if horizon is not None:
+        checks.positive("horizon", horizon)
+    if kl is not None and not math.isfinite(kl):
+        checks.fail("kl", "a finite number, or None", kl)
     if horizon is None and aggregate == "seq-mean-token-sum-norm" and cu_seqlens is not None:
         checks.fail("horizon", "the length to divide by, for packed tokens", None)
     length = logp.shape[1] if horizon is None and logp.dim() == 2 else (horizon or 1)
-    a = segments.spread(advantage.detach()) if per_sequence else advantage.detach()
-    old = logp_old.detach()
+    a = segments.clean(segments.spread(advantage.detach()) if per_sequence else advantage.detach())
+    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+    logp, old = segments.clean(logp), segments.clean(logp_old.detach())
     tokens, rho, clipped = pg.token_losses(logp, old, a, segments, ratio, (low, high), dual_clip)
     scalar = _normalizer(normalizer, logp)
     loss = pg.aggregate(tokens, segments, aggregate, scalar, length)
-    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
     metrics = {}
     if kl is not None and logp_ref is not None:
-        penalty = pg.kl_penalty(logp, logp_ref.detach(), kl_kind)
+        penalty = pg.kl_penalty(logp, segments.clean(logp_ref.detach()), kl_kind)
         loss = loss + kl * pg.aggregate(penalty, segments, aggregate, scalar, length)
         metrics["kl"] = pg.aggregate(penalty.detach(), segments, "token-mean", None, length)
     with torch.no_grad():
@@ -371,10 +395,12 @@ def value_loss(
     _tokens("old_value", old_value, value)
     if clip is not None and old_value is None:
         checks.fail("old_value", "values at rollout time, for clip", None)
-    num = len(value) if cu_seqlens is None else len(cu_seqlens) - 1
-    segments = _segments(value, mask, cu_seqlens, num)
+    if clip is not None:
+        checks.positive("clip", clip)
+    segments = _segments(value, mask, cu_seqlens, "value")
     _one_of("aggregate", aggregate, ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"))
-    tokens = pg.value_losses(value, None if old_value is None else old_value.detach(), returns.detach(), clip)
+    old = None if old_value is None else segments.clean(old_value.detach())
+    tokens = pg.value_losses(segments.clean(value), old, segments.clean(returns.detach()), clip)
     loss = pg.aggregate(tokens, segments, aggregate, _normalizer(normalizer, value), 1)
     return loss.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
 
@@ -403,6 +429,10 @@ def _check_row(row: Row) -> None:
     _one_of("phi", row.phi, ("square", "exp", "exp_half", "cosh", "abs"))
     _one_of("tis", row.tis, ("token", "mean", "sequence", None))
     _one_of("level", row.level, ("sequence", "token"))
+    checks.positive("tis_cap", row.tis_cap)
+    for name, value in (("beta", row.beta), ("scale", row.scale)):
+        if value is not None and not math.isfinite(value):
+            checks.fail(name, "a finite number", value)
 
 
 def _tokens(name: str, value: Any, like: Tensor) -> None:
@@ -414,26 +444,37 @@ def _tokens(name: str, value: Any, like: Tensor) -> None:
     checks.same_device(name, value, "the first argument", like)
 
 
-def _segments(tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num: int) -> Segments:
-    """The layout, checked; looks at values only where that costs no sync."""
+def _segments(
+    tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, name: str, each: Tensor | None = None,
+    each_name: str = "",
+) -> Segments:  # fmt: skip
+    """The layout of `tokens`, called `name`, with `each` holding one number per sequence; checked.
+
+    Looks at values only where that costs no sync.
+    """
+    look = not torch.compiler.is_compiling() and (tokens.device.type == "cpu" or dispatch.check_enabled())
     if mask is not None:
         checks.plain("mask", mask)
         if mask.shape != tokens.shape:
             checks.fail("mask", f"shape {tuple(tokens.shape)} as the tokens have", checks.shape(mask))
         checks.same_device("mask", mask, "the first argument", tokens)
+        if look and mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+            checks.fail("mask", "True or 1 at tokens that count and False or 0 elsewhere", "other values")
     if cu_seqlens is None:
         if tokens.dim() != 2:
-            checks.fail("logp", "[B, T] with mask, or [N] with cu_seqlens", checks.shape(tokens))
-        if tokens.shape[0] != num:
-            checks.fail("reward", f"one number per sequence, ({tokens.shape[0]},)", f"shape ({num},)")
+            checks.fail(name, "[B, T] with mask, or [N] with cu_seqlens", checks.shape(tokens))
+        if each is not None and len(each) != tokens.shape[0]:
+            checks.fail(each_name, f"one number per sequence, ({tokens.shape[0]},)", checks.shape(each))
         if mask is None:
             mask = torch.ones_like(tokens, dtype=torch.bool)
         return Segments(mask.to(torch.bool), None)
-    checks.integers("cu_seqlens", cu_seqlens, (num + 1,))
+    checks.integers("cu_seqlens", cu_seqlens, None if each is None else (len(each) + 1,))
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
+        checks.fail("cu_seqlens", "shape [B+1]", checks.shape(cu_seqlens))
     checks.same_device("cu_seqlens", cu_seqlens, "the first argument", tokens)
     if tokens.dim() != 1:
-        checks.fail("logp", "[N] beside cu_seqlens", checks.shape(tokens))
-    if not torch.compiler.is_compiling() and (tokens.device.type == "cpu" or dispatch.check_enabled()):
+        checks.fail(name, "[N] beside cu_seqlens", checks.shape(tokens))
+    if look:
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != len(tokens) or bounds != sorted(bounds):
             checks.fail("cu_seqlens", f"rising boundaries from 0 to {len(tokens)}", bounds)
@@ -442,11 +483,19 @@ def _segments(tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, nu
     return Segments(mask.to(torch.bool), cu_seqlens.long())
 
 
-def _normalizer(value: Tensor | float | None, like: Tensor) -> Tensor | None:
+def _normalizer(value: Any, like: Tensor, pair: bool = False) -> Tensor | None:
+    """float64, [] or (where `pair`) [2]."""
     if value is None:
         return None
+    wanted = "a number or a tensor of one" + (", or two of them: sequences and tokens" if pair else "")
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            checks.fail("normalizer", "a number or a tensor of one", checks.shape(value))
-        return value.detach().reshape(()).to(like.device, torch.float64)
+        if value.numel() != 1 and not (pair and value.shape == (2,)):
+            checks.fail("normalizer", wanted, checks.shape(value))
+        value = checks.plain("normalizer", value).detach().to(like.device, torch.float64)
+        return value if value.shape == (2,) else value.reshape(())
+    if isinstance(value, (tuple, list)):
+        if not pair or len(value) != 2:
+            checks.fail("normalizer", wanted, value)
+        parts = [_normalizer(one, like) for one in value]
+        return torch.stack([one for one in parts if one is not None])
     return torch.full((), checks.positive("normalizer", value), dtype=torch.float64, device=like.device)

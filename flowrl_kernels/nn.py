@@ -66,7 +66,7 @@ class LinearFlowRLLoss(FlowRLLoss):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         groups: Tensor | None = None,
-        normalizer: Tensor | float | None = None,
+        normalizer: Tensor | float | tuple[float, float] | None = None,
         logp_sampler: Tensor | None = None,
         bias: Tensor | None = None,
         temperature: float | Tensor | None = None,

@@ -193,11 +193,18 @@ def named(preset: str) -> Row:
 
 def settle(preset: str | None, default: Row, explicit: dict[str, Any]) -> Row:
     """The row of `preset`, or `default` with the explicit arguments set; both must not contradict each other."""
+    row = default if preset is None else named(preset)
+    explicit = dict(explicit)
+    normalize = explicit.pop("length_normalize", None)
+    if normalize and row.scale is not None:
+        checks.fail("length_normalize", f"False: preset={preset!r} sets the scale {row.scale}", True)
+    if normalize is False and row.scale is None:
+        row = dataclasses.replace(row, scale=1.0)
     if preset is None:
-        return dataclasses.replace(default, **explicit)
-    row = named(preset)
+        return dataclasses.replace(row, **explicit)
     for name, value in explicit.items():
-        if name in ("beta", "scale", "tis_cap"):  # a method's own dials, not its shape
+        added = name == "tis" and row.tis is None  # a correction for the rollout engine goes with every row
+        if name in ("beta", "scale", "tis_cap") or added:  # a method's own dials, not its shape
             row = dataclasses.replace(row, **{name: value})
         elif getattr(row, name) != value:
             checks.fail(name, f"{getattr(row, name)!r}, which preset={preset!r} sets (or no preset)", repr(value))

@@ -38,46 +38,43 @@ def residual_fwd(
     mask: Tensor,  # bool, the layout of logp
     cu_seqlens: Tensor | None,  # int64 [B+1]
     groups: Tensor | None,  # [B]
-    normalizer: Tensor | None,  # scalar
+    normalizer: Tensor | None,  # scalar, or [2]: sequences and tokens
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, residual [B], weight [B], metrics [12], dlogp (layout of logp), dlog_z [B]; all float64."""
     segments = Segments(mask, cu_seqlens)
     terms = reference.residual(row, logp, anchor, old, sampler, reward, log_z, segments, groups, normalizer)
     segments, count = terms.segments, terms.tokens
-    length, used = count.clamp_min(1.0), (count > 0).double()
+    length, used = count.clamp_min(1.0), count > 0
+    per_sequence, per_token = reference.divisors(normalizer, count)
     if row.level == "token":
-        tokens = count.sum().clamp_min(1.0) if normalizer is None else normalizer.double()
         factor = 1.0 if row.scale is None else row.scale
-        target = row.beta * reward.double() - (0.0 if log_z is None else log_z.double())
+        target = row.beta * reward.double() - terms.log_z
         difference = logp.double() if anchor is None else logp.double() - anchor.double()
         if row.token_weight and old is not None:
             weight = reference.bounded_ratio(logp.double() - old.double(), row.clip)
         else:
             weight = segments.spread(terms.weight)
-        step = weight * slope(factor * difference - segments.spread(target), row.phi) / tokens
+        step = weight * slope(factor * difference - segments.spread(target), row.phi) / per_token
         dlogp = factor * step
         dlog_z = segments.total(step)
     else:
-        total = float(max(len(reward), 1)) if normalizer is None else normalizer.double()
-        step = terms.weight * used * slope(terms.residual, row.phi) / total  # [B]
-        dlog_z = step
+        step = dlog_z = terms.weight * slope(terms.residual, row.phi) / per_sequence  # [B]
         if row.log_z == "through" and log_z is None and groups is not None:
-            step = (step - reference.group_mean(step, groups, used)) * used
+            step = torch.where(used, step - reference.group_mean(step, groups, used), 0.0)
         a = 1.0 / length if row.scale is None else row.scale
-        dlogp = segments.spread(step * a * terms.open)
+        dlogp = segments.spread(torch.where(terms.open, step * a, 0.0))
         if row.surrogate is not None and old is not None:
-            part = _surrogate(row.surrogate, logp, old, terms.residual, segments, count)
-            dlogp = dlogp + part * (len(reward) / total)
+            dlogp = dlogp + _surrogate(row.surrogate, logp, old, terms.residual, segments) / per_token
     dlogp = torch.where(segments.mask, dlogp, 0.0)
-    out = reference.metrics(terms, logp, anchor, log_z)
+    out = reference.metrics(terms, logp, anchor)
     return terms.loss, terms.residual, terms.weight, out, dlogp, dlog_z
 
 
-def _surrogate(eps: float, logp: Tensor, old: Tensor, d: Tensor, segments: Segments, count: Tensor) -> Tensor:
-    """Gradient of the token-mean PPO surrogate whose advantage is the residual."""
-    move = logp.double() - old.double()
-    ratio = move.clamp(-BOUND, BOUND).exp()
+def _surrogate(eps: float, logp: Tensor, old: Tensor, d: Tensor, segments: Segments) -> Tensor:
+    """Gradient of the PPO surrogate, summed over tokens, whose advantage is the residual."""
+    log_ratio = logp.double() - old.double()
+    ratio = reference.exp_bounded(log_ratio)
     a = segments.spread(d)
     inside = (ratio >= 1 - eps) & (ratio <= 1 + eps)
-    moves = (inside | (-a * ratio > -a * ratio.clamp(1 - eps, 1 + eps))) & (move.abs() <= BOUND)
-    return torch.where(moves, -a * ratio, 0.0) / count.sum().clamp_min(1.0)
+    moves = (inside | (-a * ratio > -a * ratio.clamp(1 - eps, 1 + eps))) & (log_ratio.abs() < BOUND)
+    return torch.where(moves, -a * ratio, 0.0 * ratio)

@@ -28,7 +28,7 @@ def residual(
     mask: Tensor,  # bool, the layout of logp
     cu_seqlens: Tensor | None,  # int64 [B+1]
     groups: Tensor | None,  # [B]
-    normalizer: Tensor | None,  # scalar
+    normalizer: Tensor | None,  # scalar, or [2]: sequences and tokens
     row: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

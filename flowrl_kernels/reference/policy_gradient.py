@@ -40,12 +40,14 @@ def token_losses(
 
 
 def kl_penalty(logp: Tensor, logp_ref: Tensor, kind: str) -> Tensor:
-    """Per token, in nats: "k1" l - r, "k2" (l - r)^2 / 2, "k3" e^(r-l) - (r-l) - 1 (joschu.net/blog/kl-approx.html)."""
-    move = (logp_ref.double() - logp.double()).clamp(-2 * KL_BOUND, 2 * KL_BOUND)
+    """Per token, in nats: "k1" l - r, "k2" (l - r)^2 / 2, "k3" e^(r-l) - (r-l) - 1, at most 10
+    (joschu.net/blog/kl-approx.html; the bound is verl's)."""
+    move = logp_ref.double() - logp.double()
     if kind == "k1":
         return -move
     if kind == "k2":
         return 0.5 * move.square()
+    move = move.clamp(-2 * KL_BOUND, 2 * KL_BOUND)
     return (move.exp() - move - 1.0).clamp(-KL_BOUND, KL_BOUND)
 
 

@@ -6,7 +6,7 @@ All sums run in float64. Padded input is [B, T] with a mask, packed input [N] wi
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ class Segments(NamedTuple):
             return value.sum(1)
         return torch.segment_reduce(value, "sum", offsets=self.cu_seqlens, axis=0, initial=0.0, unsafe=True)
 
+    def clean(self, value: Any) -> Any:
+        """`value` (or None) in float64 with 0 at the tokens that do not count."""
+        return None if value is None else torch.where(self.mask, value.double(), 0.0)
+
     def spread(self, value: Tensor) -> Tensor:
         """Each sequence's number at each of its tokens. [B] -> [B, T] or [N]"""
         if self.cu_seqlens is None:
@@ -45,18 +49,30 @@ class Segments(NamedTuple):
 class Terms(NamedTuple):
     loss: Tensor  # scalar float64, differentiable in logp and log_z
     residual: Tensor  # [B] detached; at token level the mean over the sequence's tokens
-    weight: Tensor  # [B] detached, both weights together
-    log_ratio: Tensor  # [B] detached, the unclamped log-ratio behind the weight
-    clipped: Tensor  # [B] detached: -1 clipped low, 1 clipped high, else 0
+    weight: Tensor  # [B] detached, both weights together; where tokens have their own, their mean
+    log_ratio: Tensor  # [B] detached, the unclamped log-ratio to old: its sum, or its mean where the row says so
+    clipped_low: Tensor  # [B] detached: 1 where the weight was clipped from below (a share where tokens have their own)
+    clipped_high: Tensor  # [B] the same from above
+    log_z: Tensor  # [B] detached: what stood in the residual as log Z
     tokens: Tensor  # [B] tokens that count
     open: Tensor  # [B] bool: the gate lets the gradient through
     segments: Segments  # with the tokens that CISPO's mask left
 
 
-def group_mean(value: Tensor, groups: Tensor, counts: Tensor) -> Tensor:
-    """Mean over the members of each one's group, members with count 0 left out. [B]"""
-    same = (groups[:, None] == groups[None, :]).double()
-    return (same @ (value * counts)) / (same @ counts).clamp_min(1.0)
+def group_mean(value: Tensor, groups: Tensor, used: Tensor) -> Tensor:
+    """Mean over the members of each one's group that are `used`; 0 for a group without any. [B] float64"""
+    by_group, order = groups.sort(stable=True)
+    first = torch.ones_like(by_group, dtype=torch.bool)
+    first[1:] = by_group[1:] != by_group[:-1]
+    which = first.cumsum(0) - 1
+    sizes = torch.zeros_like(which).scatter_add_(0, which, torch.ones_like(which))
+
+    def total(x: Tensor) -> Tensor:
+        return torch.segment_reduce(x[order], "sum", lengths=sizes, axis=0, initial=0.0, unsafe=True)
+
+    on = used > 0
+    mean = total(torch.where(on, value.double(), 0.0)) / total(on.double()).clamp_min(1.0)
+    return mean[torch.empty_like(order).scatter_(0, order, which)]
 
 
 def phi(d: Tensor, kind: str) -> Tensor:
@@ -74,9 +90,30 @@ def phi(d: Tensor, kind: str) -> Tensor:
     return value + slope.detach() * (d - c)
 
 
+def exp_bounded(log_ratio: Tensor) -> Tensor:
+    """exp of the log-ratio clamped to +-BOUND. An infinite one is no ratio but an error upstream: NaN, not hidden."""
+    return log_ratio.clamp(-BOUND, BOUND).masked_fill(log_ratio.isinf(), torch.nan).exp()
+
+
 def bounded_ratio(log_ratio: Tensor, clip: tuple[float | None, float | None]) -> Tensor:
-    ratio = log_ratio.clamp(-BOUND, BOUND).exp()
+    ratio = exp_bounded(log_ratio)
     return ratio if clip == (None, None) else ratio.clamp(*clip)
+
+
+def beyond(log_ratio: Tensor, clip: tuple[float | None, float | None]) -> tuple[Tensor, Tensor]:
+    """1 where the ratio is below, and where it is above the bounds."""
+    ratio = exp_bounded(log_ratio)
+    none = torch.zeros_like(ratio)
+    low, high = clip
+    return none if low is None else (ratio < low).double(), none if high is None else (ratio > high).double()
+
+
+def divisors(normalizer: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor]:
+    """What sums over sequences and sums over tokens are divided by. `count`: [B] tokens of each sequence."""
+    if normalizer is None:
+        return torch.full_like(count.sum(), max(len(count), 1)), count.sum().clamp_min(1.0)
+    both = normalizer.double().reshape(-1)
+    return both[0], both[-1]
 
 
 def residual(
@@ -89,70 +126,75 @@ def residual(
     log_z: Tensor | None,  # [B]
     segments: Segments,
     groups: Tensor | None,  # [B]
-    normalizer: Tensor | float | None,
+    normalizer: Tensor | None,  # scalar, or [2]: sequences and tokens
 ) -> Terms:
     """L = sum_b w_b phi(d_b) / normalizer with d = a sum_t m (logp - anchor) - (beta r - log Z)."""
+
+    # what stands in the padding must not reach anything, not even as 0 * NaN
+    logp, anchor, old, sampler = (segments.clean(t) for t in (logp, anchor, old, sampler))
     current = logp.detach()
-    token_ratio = torch.zeros_like(current) if old is None else (current.double() - old.double())
+    token_ratio = torch.zeros_like(current) if old is None else current - old
     if row.drop is not None and old is not None:
         sign = segments.spread(reward.double())
-        ratio = token_ratio.clamp(-BOUND, BOUND).exp()
+        ratio = exp_bounded(token_ratio)
         out = ((sign > 0) & (ratio > 1 + row.drop[1])) | ((sign < 0) & (ratio < 1 - row.drop[0]))
         segments = segments._replace(mask=segments.mask & ~out)
     count = segments.total(torch.ones_like(current))  # [B]
-    used = (count > 0).double()
+    used = count > 0
     length = count.clamp_min(1.0)
-    difference = logp.double() if anchor is None else logp.double() - anchor.double()
-    target = row.beta * reward.double() - (0.0 if log_z is None else log_z.double())  # [B]
+    difference = logp if anchor is None else logp - anchor
+    none = torch.zeros_like(count)
+    partition = none if log_z is None else torch.where(used, log_z.double(), 0.0)
+    target = torch.where(used, row.beta * reward.double(), 0.0) - partition  # [B]
+
+    per_sequence, per_token = divisors(normalizer, count)
 
     log_ratio = segments.total(token_ratio)
     if row.ratio == "mean":
         log_ratio = log_ratio / length
     weight = torch.ones_like(log_ratio)
-    if row.ratio is not None and old is not None and not row.token_weight:
+    low = high = none
+    weighted = row.ratio is not None and old is not None
+    if weighted and not row.token_weight:
         weight = bounded_ratio(log_ratio, row.clip)
+        low, high = beyond(log_ratio, row.clip)
     if row.tis is not None and old is not None and sampler is not None:
-        off = old.double() - sampler.double()
+        off = old - sampler
         if row.tis == "token":
-            second = segments.total(off.clamp(-BOUND, BOUND).exp()) / length
+            second = segments.total(exp_bounded(off)) / length
         else:
-            second = segments.total(off) / (length if row.tis == "mean" else 1.0)
-            second = second.clamp(-BOUND, BOUND).exp()
+            second = exp_bounded(segments.total(off) / (length if row.tis == "mean" else 1.0))
         weight = weight * second.clamp_max(row.tis_cap)
+    weight = torch.where(used, weight, 0.0)
 
-    passes = torch.ones_like(used, dtype=torch.bool)
+    passes = torch.ones_like(used)
     if row.level == "token":
         factor = 1.0 if row.scale is None else row.scale
-        per_token = phi(factor * difference - segments.spread(target), row.phi)
         token_weight = segments.spread(weight)
-        if row.token_weight and old is not None:
+        if weighted and row.token_weight:
             token_weight = token_weight * bounded_ratio(token_ratio, row.clip)
-        tokens = segments.total(per_token * token_weight).sum()
-        loss = tokens / (count.sum().clamp_min(1.0) if normalizer is None else normalizer)
-        d = (segments.total(factor * difference.detach()) / length - target.detach()) * used
-        if row.token_weight and old is not None:
             weight = segments.total(token_weight) / length
+            low, high = (segments.total(share) / length for share in beyond(token_ratio, row.clip))
+        tokens = token_weight * phi(factor * difference - segments.spread(target), row.phi)
+        loss = segments.total(tokens).sum() / per_token
+        d = segments.total(factor * difference.detach()) / length - target.detach()
     else:
-        a = 1.0 / length if row.scale is None else row.scale
-        flow = a * segments.total(difference)  # [B]
+        flow = segments.total(difference) * (1.0 / length if row.scale is None else row.scale)  # [B]
         if row.gate is not None and old is not None:
             held = held_back(row, segments.total(token_ratio) / length, reward)
             passes = held == 0
             flow = torch.where(passes, flow, flow.detach() + held)
-        d = (flow - target) * used
+        d = torch.where(used, flow - target, 0.0)
         if row.log_z in ("group", "through") and log_z is None:
             assert groups is not None
             centre = group_mean(d, groups, used)
-            d = (d - (centre.detach() if row.log_z == "group" else centre)) * used
-        loss = (weight * used * phi(d, row.phi)).sum() / (len(reward) if normalizer is None else normalizer)
+            partition = -centre
+            d = torch.where(used, d - (centre.detach() if row.log_z == "group" else centre), 0.0)
+        loss = (weight * phi(d, row.phi)).sum() / per_sequence
         if row.surrogate is not None and old is not None:
-            loss = loss + surrogate(row.surrogate, logp, old, d.detach(), segments)
-    ratio = log_ratio.clamp(-BOUND, BOUND).exp()
-    low, high = row.clip if row.ratio is not None and old is not None else (None, None)
-    clipped = torch.zeros_like(ratio)
-    clipped = clipped if low is None else clipped - (ratio < low).double()
-    clipped = clipped if high is None else clipped + (ratio > high).double()
-    return Terms(loss, d.detach(), weight * used, log_ratio * used, clipped * used, count, passes, segments)
+            loss = loss + surrogate(row.surrogate, logp, old, d.detach(), segments) / per_token
+    d, partition = torch.where(used, d.detach(), 0.0), partition.detach()
+    return Terms(loss, d, weight, log_ratio, low, high, partition, count, passes, segments)
 
 
 METRICS = (
@@ -161,24 +203,29 @@ METRICS = (
 )  # fmt: skip
 
 
-def metrics(terms: Terms, logp: Tensor, anchor: Tensor | None, log_z: Tensor | None) -> Tensor:
+def metrics(terms: Terms, logp: Tensor, anchor: Tensor | None) -> Tensor:
     """What a training log wants to know, over the sequences that have tokens, in the order of METRICS. [12]"""
     used = terms.tokens > 0
     num = used.sum().clamp_min(1)
     size = terms.residual.abs()
-    zero = size.new_zeros(())
-    to_ref = zero
+
+    def mean(value: Tensor) -> Tensor:
+        return torch.where(used, value, 0.0).sum() / num
+
+    def most(value: Tensor) -> Tensor:
+        # a sequence more, which is never the largest where another counts: the batch may be empty
+        floor = torch.where(used.any(), -torch.inf, 0.0).double().view(1)
+        return torch.cat((torch.where(used, value, -torch.inf), floor)).amax()
+
+    to_ref = torch.zeros_like(size)
     if anchor is not None:
-        to_ref = (terms.segments.total(logp.double() - anchor.double()) / terms.tokens.clamp_min(1.0)).sum() / num
-    z = size.new_zeros(1) if log_z is None else log_z.double()
-    infinite = torch.full_like(size, torch.inf)
-    low = torch.where(used, terms.weight, infinite).amin() if len(size) else zero
+        to_ref = terms.segments.total(logp.detach().double() - anchor.double()) / terms.tokens.clamp_min(1.0)
+    log_z_mean = mean(terms.log_z)
+    finite = size.isfinite() & terms.weight.isfinite() & terms.log_ratio.isfinite()
     return torch.stack([
-        size.sum() / num, size.amax() if len(size) else zero, terms.weight.sum() / num,
-        torch.where(used.any(), low, zero), terms.weight.amax() if len(size) else zero,
-        (terms.clipped < 0).sum() / num, (terms.clipped > 0).sum() / num, terms.log_ratio.sum() / num, to_ref,
-        z.mean() if z.numel() else zero, z.std(correction=0) if z.numel() else zero,
-        (~(size.isfinite() & terms.weight.isfinite())).sum().double(),
+        mean(size), most(size), mean(terms.weight), -most(-terms.weight), most(terms.weight), mean(terms.clipped_low),
+        mean(terms.clipped_high), mean(terms.log_ratio), mean(to_ref), log_z_mean,
+        mean((terms.log_z - log_z_mean).square()).sqrt(), (used & ~finite).sum().double(),
     ])  # fmt: skip
 
 
@@ -193,8 +240,7 @@ def held_back(row: Row, move: Tensor, reward: Tensor) -> Tensor:
 
 
 def surrogate(eps: float, logp: Tensor, old: Tensor, advantage: Tensor, segments: Segments) -> Tensor:
-    """The token-mean PPO surrogate with the residual as advantage, in the sign of the released code."""
-    ratio = (logp.double() - old.double()).clamp(-BOUND, BOUND).exp()
+    """The PPO surrogate with the residual as advantage, in the sign of the released code, summed over tokens."""
+    ratio = exp_bounded(logp - old)
     a = segments.spread(advantage)
-    tokens = torch.maximum(-a * ratio, -a * ratio.clamp(1 - eps, 1 + eps))
-    return segments.total(tokens).sum() / segments.total(torch.ones_like(logp)).sum().clamp_min(1.0)
+    return segments.total(torch.maximum(-a * ratio, -a * ratio.clamp(1 - eps, 1 + eps))).sum()
