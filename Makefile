@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 RUN ?= runs/sums
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train compare countdown test lint matrix bench bench-report csrc clean
+.PHONY: setup train compare countdown test test-integrations lint matrix bench bench-report csrc clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,18 @@ countdown: setup
 
 test: setup lint
 	$(PY) -m pytest -n 2
+
+# The trainers' own environments, for their pins exclude each other: torch first, then what the constraints file lists.
+.venv-%/.installed: constraints-%.txt constraints.txt pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -r $<
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+test-integrations: .venv-trl/.installed .venv-verl/.installed
+	HF_HUB_OFFLINE=1 .venv-trl/bin/python -m pytest tests/integrations -rs
+	HF_HUB_OFFLINE=1 .venv-verl/bin/python -m pytest tests/integrations -rs
 
 lint: setup
 	$(PY) -m ruff check .
