@@ -156,7 +156,7 @@ def flow_loss(config: Config) -> Callable[..., Head]:
                 logp_sampler=token["sampler"] if second else None,
                 cu_seqlens=batch.cu_seqlens,
                 groups=sequence["group"],
-                normalizer=float(sequences),
+                normalizer=(float(sequences), float(tokens)),
                 bias=getattr(actor.head, "bias", None),
                 logit_scale=actor.logit_scale,
                 softcap=actor.softcap,
