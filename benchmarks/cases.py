@@ -13,6 +13,7 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 # Entropy levels of the next-token distribution, flat to late in RL: see inputs.py for how each is made.
+HEAD_OPS = ("linear_logprob", "flowrl_loss")  # those that begin at hidden states
 LEVELS = ("flat", "base", "peaked", "rl", "late-rl")
 
 
@@ -20,7 +21,8 @@ LEVELS = ("flat", "base", "peaked", "rl", "late-rl")
 class Case:
     """One workload.
 
-    op: "linear_logprob" (hidden states -> log-probs), "logprob" (logits -> log-probs), "residual" (log-probs -> loss).
+    op: "linear_logprob" (hidden states -> log-probs), "logprob" (logits -> log-probs), "residual" (log-probs -> loss),
+        "flowrl_loss" (hidden states -> loss, first minibatch: w = 1).
     n, h, v: packed tokens, hidden size, vocabulary. For "residual", n = sequences * slots and h, v are 0.
     device: "cpu" or "cuda", the class of machine that the shape is meant for.
     level: entropy level of the logits; `peak` replaces its largest |logit| where given.
@@ -62,7 +64,7 @@ class Case:
         forward: 2NHV. step: forward + dX (2NHV) + dW (2NHV, unless the head is frozen): what any exact method must
         do. step_recompute: one more 2NHV for methods that rebuild the logits in the backward pass.
         """
-        product = 2.0 * self.n * self.h * self.v if self.op == "linear_logprob" else 0.0
+        product = 2.0 * self.n * self.h * self.v if self.op in HEAD_OPS else 0.0
         step = product * (3 if self.train_head else 2)
         return {"forward": product, "step": step, "step_recompute": step + product}
 
@@ -70,7 +72,7 @@ class Case:
         """Fewest bytes through device memory: each input read once, each output written once."""
         size = self.torch_dtype.itemsize
         rows = self.n * (8 + 4 + (4 if self.entropy else 0))  # int64 target in, fp32 log-prob (and entropy) out
-        if self.op == "linear_logprob":
+        if self.op in HEAD_OPS:
             inputs = (self.n * self.h + self.v * self.h) * size
             grads = (self.n * self.h + (self.v * self.h if self.train_head else 0)) * size
             return {"forward": inputs + rows, "step": 2 * inputs + grads + 2 * rows}
@@ -110,6 +112,7 @@ def _cpu_cases() -> list[Case]:
         Case("cpu-logprob", "logprob", "cpu", 256, 0, 8192),
         Case("cpu-residual", "residual", "cpu", 256 * 512, 0, 0, sequences=256),
     ]
+    cases.append(Case("cpu-flowrl-loss", "flowrl_loss", "cpu", 256, 128, 8192))
     for n in (256, 512, 1024, 2048, 4096):
         cases.append(Case(f"cpu-scaling-{n}", "linear_logprob", "cpu", n, 256, 32768, group="scaling"))
     for peak in (4, 8, 16, 24, 32, 40):
@@ -142,6 +145,9 @@ def _cpu_cases() -> list[Case]:
             level="rl", epsilon=0.01, zipf=1.2, group="contract", sequences=16, default=False,
         )
     )  # fmt: skip
+    cases.append(
+        Case("cpu-contract-loss", "flowrl_loss", "cpu", 1024, *contract, group="contract", sequences=16, default=False)
+    )
     return cases
 
 
@@ -177,6 +183,8 @@ def _gpu_cases() -> list[Case]:
                 dtype="bf16", level="peaked", peak=float(peak), group="precision",
             )
         )  # fmt: skip
+    h, v = HEADS["llama-3.1-8b"]
+    cases.append(Case("llama-3.1-8b-8k-loss", "flowrl_loss", "cuda", 8192, h, v, dtype="bf16", sequences=8))
     cases.append(Case("logprob-8k", "logprob", "cuda", 8192, 0, 152064, dtype="bf16"))
     cases.append(Case("logprob-8k-entropy", "logprob", "cuda", 8192, 0, 152064, dtype="bf16", entropy=True))
     cases.append(Case("residual-256x8192", "residual", "cuda", 256 * 8192, 0, 0, sequences=256))

@@ -53,6 +53,14 @@ def make(case: Case, device: str, seed: int) -> Inputs:
         inputs.grad_logp = coefficient.repeat_interleave(-(-case.n // case.sequences))[: case.n].contiguous()
     if case.entropy:
         inputs.grad_entropy = torch.full((case.n,), 0.1 / case.n, device=device)
+    if case.op == "flowrl_loss":
+        noise, shape = {"device": device, "generator": generator}, (case.sequences, case.slots)
+        inputs.residual = {
+            "logp_ref": -torch.rand(shape, **noise),
+            "mask": torch.ones(shape, dtype=torch.bool, device=device),
+            "reward": torch.randn(case.sequences, **noise),
+            "log_z": torch.randn(case.sequences, **noise),
+        }
     return inputs
 
 

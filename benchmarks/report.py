@@ -44,7 +44,7 @@ def _rate(entry: dict | None, case: dict, document: dict) -> str:
     if not entry:
         return "-"
     seconds, ceilings = entry["median_s"], document["ceilings"]
-    if case["op"] == "linear_logprob":
+    if case["flops"]["step"]:
         rate = case["flops"]["step"] / seconds
         ceiling = next((v for k, v in ceilings.items() if k.endswith("_flops") and case["dtype"] in k), None)
         text = f"{rate / 1e12:.3g} TFLOP/s"
@@ -63,7 +63,8 @@ HEADER = (
 def rows(case: dict, document: dict) -> list[tuple[str, ...]]:
     """The table of a case; implementations that failed show their error and no speed, absent ones are left out."""
     made = []
-    base = case["implementations"].get("eager-residual" if case["op"] == "residual" else "eager", {})
+    eager = {"residual": "eager-residual", "flowrl_loss": "eager-loss"}.get(case["op"], "eager")
+    base = case["implementations"].get(eager, {})
     for name, entry in case["implementations"].items():
         if entry["status"] in ("unavailable", "refused"):
             continue

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
+from benchmarks.cases import HEAD_OPS, Case
 from benchmarks.inputs import Inputs
 
 FILES = ("ours", "eager", "compiled", "torch_core", "liger", "cce", "trl", "verl", "quack")
@@ -87,7 +87,7 @@ class Peer:
 
 def differentiate(peer: Peer, case: Case, inputs: Inputs) -> Outcome:
     """Forward and autograd with the case's gradient per token. Scalar losses: their mean with gradient 1."""
-    if case.op == "linear_logprob":
+    if case.op in HEAD_OPS:
         hidden = inputs.hidden.detach().requires_grad_()
         weight = inputs.weight.detach().requires_grad_(case.train_head)
         own = Inputs(**{**inputs.__dict__, "hidden": hidden, "weight": weight})

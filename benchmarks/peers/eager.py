@@ -37,16 +37,24 @@ def residual_step(case: Case, inputs: Inputs) -> Outcome:
     return Outcome(loss=loss.detach(), dx=grads[0], dw=grads[1])
 
 
-def residual_formula(logp, logp_ref, logp_old, mask, reward, log_z, beta: float = 15.0):
+def residual_formula(logp, logp_ref, mask, reward, log_z, logp_old=None, beta: float = 15.0):
     m = mask.to(logp.dtype)
     count = m.sum(1).clamp_min(1)
     delta = log_z + (logp * m).sum(1) / count - beta * reward - (logp_ref * m).sum(1) / count
+    if logp_old is None:
+        return delta.square().mean()
     ratio = ((logp.detach() - logp_old) * m).sum(1).clamp(-60, 60).exp().clamp(0.8, 1.2)
     return (ratio * delta.square()).mean()
 
 
 def residual(case: Case, inputs: Inputs) -> Outcome:
     return Outcome(loss=residual_formula(**inputs.residual))
+
+
+def loss_forward(case: Case, inputs: Inputs) -> Outcome:
+    """All logits, then the loss."""
+    logp = from_logits(case, inputs.hidden @ inputs.weight.T, inputs.target).logp
+    return Outcome(loss=residual_formula(logp.view(case.sequences, case.slots), **inputs.residual))
 
 
 def _only_16_bit(case: Case) -> str | None:
@@ -56,6 +64,7 @@ def _only_16_bit(case: Case) -> str | None:
 PEERS = [
     Peer("eager-residual", residual, always, ops=("residual",), step=residual_step, package="torch"),
     Peer("eager", forward, always, ops=("linear_logprob", "logprob"), recompute=False, package="torch"),
+    Peer("eager-loss", loss_forward, always, ops=("flowrl_loss",), recompute=False, package="torch"),
     Peer(
         "eager-fp32-head", forward_fp32_head, always, recompute=False, package="torch", refuse=_only_16_bit,
         note="hidden states and weight cast to fp32 first",

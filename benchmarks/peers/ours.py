@@ -102,6 +102,31 @@ def _residual_step(impl: str):
     return step
 
 
+def _loss(impl: str, single_pass: bool):
+    def forward(case: Case, inputs: Inputs) -> Outcome:
+        from flowrl_kernels.nn import LinearFlowRLLoss
+
+        b, t, given = case.sequences, case.slots, inputs.residual
+        out = LinearFlowRLLoss(single_pass=single_pass, impl=impl)(
+            inputs.hidden.view(b, t, case.h), inputs.weight, inputs.target.view(b, t),
+            given["logp_ref"], given["reward"], given["log_z"], mask=given["mask"],
+        )  # fmt: skip
+        return Outcome(loss=out.loss)
+
+    return forward
+
+
+def _single_pass_available(impl: str):
+    def available(device: str) -> tuple[bool, str]:
+        here = _available(impl, "flowrl_loss")(device)
+        if not here[0] or impl == "chunked":
+            return here
+        source = inspect.getsource(imports("flowrl_kernels.linear_loss", "linear_residual")[0])
+        return here if f'"{impl}"' in source else (False, f"{impl} has no single pass yet")
+
+    return available
+
+
 def _small_only(case: Case) -> str | None:
     return "the specification holds all logits: small cases only" if case.n * case.v > 1 << 26 else None
 
@@ -119,6 +144,20 @@ PEERS = [
         Peer(
             f"ours-{impl}-bounded", _linear(impl, True), _bounded_available(impl), refuse=_only_bounded,
             package="flowrl-kernels", note="epsilon of the case",
+        )
+        for impl in ("chunked", "triton")
+    ),
+    *(
+        Peer(
+            f"ours-{impl}-loss", _loss(impl, False), _available(impl, "flowrl_loss"), ops=("flowrl_loss",),
+            package="flowrl-kernels", note="LinearFlowRLLoss, two passes",
+        )
+        for impl in ("chunked", "triton")
+    ),
+    *(
+        Peer(
+            f"ours-{impl}-loss-single-pass", _loss(impl, True), _single_pass_available(impl), ops=("flowrl_loss",),
+            recompute=False, grads_in_forward=True, package="flowrl-kernels", note="LinearFlowRLLoss, one pass",
         )
         for impl in ("chunked", "triton")
     ),
