@@ -26,8 +26,7 @@ class BuildPy(build_py):
             build = csrc_build()
             inside = build.IN_PLACE.relative_to(Path(__file__).parent.resolve())
             # an editable install imports from the source tree
-            built = build.build(build.IN_PLACE if self.editable_mode else Path(self.build_lib) / inside)
-            print(f"built {built}")
+            build.build(build.IN_PLACE if self.editable_mode else Path(self.build_lib) / inside)
 
 
 class BdistWheel(bdist_wheel):

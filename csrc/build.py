@@ -50,26 +50,27 @@ def chosen_archs() -> tuple[str, ...]:
     return archs
 
 
-def command(out: Path, archs: Sequence[str]) -> list[str]:
+def build(out: Path = IN_PLACE, extra: Sequence[str] = ()) -> str:
+    """Compile the library to `out`, with `extra` options; returns what the compiler said.
+
+    Raises FileNotFoundError without nvcc, ValueError for a wrong FLOWRL_CUDA_ARCHS, RuntimeError if compiling fails.
+    """
+    archs = chosen_archs()
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     ptx = f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}"
-    return [find_nvcc(), *FLAGS, *targets, ptx, "-o", str(out), str(SOURCE)]
-
-
-def build(out: Path = IN_PLACE) -> Path:
-    """Compile the library to `out`. Raises RuntimeError with the compiler's words if it fails."""
-    arguments = command(out, chosen_archs())
+    command = [find_nvcc(), *FLAGS, *extra, *targets, ptx, "-o", str(out), str(SOURCE)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(arguments, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)}\n{done.stdout}{done.stderr}")
-    return out
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=IN_PLACE)
+    chosen = parser.parse_args().out
     try:
-        print(f"built {build(parser.parse_args().out)}")
+        print(f"{build(chosen)}built {chosen}")
     except (FileNotFoundError, ValueError, RuntimeError) as error:
         raise SystemExit(str(error)) from None
