@@ -246,6 +246,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
+    start: bool = True
+    """Also evaluate the model RL starts from, on the split of the final evaluation."""
     every: int = 0
     """RL steps between evaluations on the valid split; 0: only at the end, on the test split."""
     problems: int = 200
@@ -266,6 +268,8 @@ class LogConfig:
     """Responses with their rewards written to samples.jsonl every `samples_every` steps."""
     samples_every: int = 50
     """RL steps between written samples."""
+    plots: bool = True
+    """Draw PNG plots of the run into its folder at the end."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
     wandb: bool = False

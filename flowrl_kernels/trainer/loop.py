@@ -73,11 +73,13 @@ def train(config: Config) -> dict[str, float]:
 def _steps(run: Run, progress: Progress) -> None:
     """The loop."""
     config, needs = run.config, losses.needs(run.config)
+    if progress.step == 0 and config.eval.start:
+        measure.evaluation(run, 0, measure.last_split(run))
     while progress.step < config.run.steps:
         step, lap = progress.step + 1, Lap()
         rollouts = collect(run, step)
         lap("rollout")
-        rollouts.reward = run.scorer.score(rollouts.problems, rollouts.texts)
+        rollouts.reward = score_rewards(run, rollouts, step)
         shaped = advantage.shape(config, rollouts, run.world)
         lap("reward")
         updates = pack_updates(run, rollouts, shaped)
@@ -141,6 +143,15 @@ def collect(run: Run, step: int) -> Rollouts:
         finished=out.finished,
         texts=run.decode([tokens[b, :length].tolist() for b, length in enumerate(lengths)]),
     )
+
+
+def score_rewards(run: Run, rollouts: Rollouts, step: int) -> list[float | None]:
+    """Rewards of this rank's responses; None for one that could not be scored, which is named in the log."""
+    rewards = run.scorer.score(rollouts.problems, rollouts.texts)
+    if missing := rewards.count(None):
+        why = run.scorer.last_error or "the reward gave None"
+        run.log.note(f"{missing} of {len(rewards)} responses could not be scored: {why}", step)
+    return rewards
 
 
 @dataclass
@@ -287,9 +298,14 @@ class Lap:
 
 
 def _finish(run: Run, progress: Progress) -> dict[str, float]:
-    """Last checkpoint, final evaluation, exported model; a resumed run that was whole already does it again."""
+    """Last checkpoint, final evaluation, exported model, plots; resuming a whole run does this again."""
     save(run, progress)
     final = measure.final(run, progress.step)
     if run.config.checkpoint.export:
         setup.export(run, run.folder / "final")
+    if run.config.log.plots and run.world.main:
+        from flowrl_kernels.trainer.plot import plot_runs
+
+        pictures = plot_runs([run.folder])
+        run.log.note(f"{len(pictures)} plots in {run.folder / 'plots'}", progress.step)
     return final

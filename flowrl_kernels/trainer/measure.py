@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowrl_kernels.trainer import losses, parallel
 from flowrl_kernels.trainer.evaluate import Response, Sample, evaluate, exact
+from flowrl_kernels.trainer.metrics import read_lines
 from flowrl_kernels.trainer.packing import pack
 from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.policy import Policy
@@ -22,6 +23,19 @@ from flowrl_kernels.trainer.tasks import Problem
 if TYPE_CHECKING:
     from flowrl_kernels.trainer.advantage import Shaped
     from flowrl_kernels.trainer.loop import Lap, Progress, Result, Rollouts, Update
+
+
+# the library's metrics under the names of a training log
+NAMES = {
+    "residual_mean_abs": "residual_abs",
+    "residual_max_abs": "residual_max",
+    "weight_mean": "weight",
+    "clipped_low": "clip_low",
+    "clipped_high": "clip_high",
+    "log_ratio_old_mean": "ratio_old",
+    "log_ratio_ref_mean": "ratio_ref",
+    "log_z_mean": "log_z",
+}
 
 
 def of_step(
@@ -54,12 +68,16 @@ def of_step(
         "tokens": (sum(lengths), 1.0 / run.world.size),
         **{name: (count, 1.0 / run.world.size) for name, count in run.scorer.take_counts().items()},
     }
+    scored = [batch for update in updates for batch in update.batches if batch.live and "old" in batch.per_token]
+    if scored:  # how far the engine's log-probs are from the trainer's: KL(sampler || policy), one sample a token
+        gaps = [(batch.per_token["sampler"] - batch.per_token["old"]).double().sum() for batch in scored]
+        local["mismatch_kl"] = (float(torch.stack(gaps).sum()), sum(batch.tokens for batch in scored))
     extreme: dict[str, float] = {}
     for result in results:
         for out, batch in result.outputs:
-            for name, value in out.metrics.items():
-                number = float(value)
-                if name.endswith(("_max", "_min")):
+            for reported, value in out.metrics.items():
+                name, number = NAMES.get(reported, reported), float(value)
+                if name.endswith(("_max", "_min")):  # over the update; the others are means over sequences
                     sign = -1.0 if name.endswith("_min") else 1.0
                     extreme[name] = max(extreme.get(name, -math.inf), sign * number)
                 else:
@@ -133,12 +151,28 @@ def evaluation(run: Run, step: int, split: str, *, last: bool = False) -> dict[s
     return out
 
 
+def last_split(run: Run) -> str:
+    """The split a run is judged on: test, where there is none valid, then train."""
+    return next(name for name in ("test", "valid", "train") if len(run.task.problems(name)))
+
+
 def final(run: Run, step: int) -> dict[str, float]:
-    """The figures the run is judged by, on the test split (valid or train where there is none)."""
-    split = next(name for name in ("test", "valid", "train") if len(run.task.problems(name)))
+    """The figures the run is judged by, beside those of its start, and where its time went."""
+    split = last_split(run)
     out = evaluation(run, step, split, last=True)
     run.log.final(step, out)
-    run.log.table(f"{run.config.algorithm.name} after {step} steps, {split} split", out)
+    if run.world.main:
+        lines = read_lines(run.folder / "metrics.jsonl")
+        start = next((line for line in lines if line["kind"] == "eval" and line["step"] == 0), {})
+        rows = [{"figure": key, "start": start.get(key), "end": value} for key, value in out.items()]
+        run.log.table(f"{run.config.algorithm.name} after {step} steps, {split} split", rows)
+        spent = [line for line in lines if line["kind"] == "train"]
+        phases = [key for key in (spent[-1] if spent else {}) if key.startswith("time/")]
+        seconds = {key.removeprefix("time/"): sum(line[key] for line in spent) for key in phases}
+        whole = seconds.get("step") or 1.0
+        table = [{"phase": key, "seconds": s, "share": s / whole} for key, s in seconds.items()]
+        if table:
+            run.log.table("where the steps' time went", table)
     return out
 
 

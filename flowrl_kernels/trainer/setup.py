@@ -163,6 +163,7 @@ def resume(run: Run, kind: type[P]) -> P:
     """The loop's progress from the last checkpoint, with the models and optimiser restored; fresh without one."""
     newest = checkpoint.latest(run.folder) if run.config.run.resume else None
     if newest is None:
+        run.engine.update_weights(run.weights(), 0)  # before the first step, where a broken path should show
         return kind()
     saved = checkpoint.load(newest, run.folder, run.policy, run.optimizer, run.world)
     run.engine.update_weights(run.weights(), saved["updates"])

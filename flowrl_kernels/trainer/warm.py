@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ def start(
         else:
             model = policy.build_model(config, tokenizer, attention)
         actor = policy.make_policy(config, world, model)
+        began = time.perf_counter()
         train(config, world, task, tokenizer, encode, actor, log)
+        if config.warm.steps:
+            log.note(f"warm start took {time.perf_counter() - began:.1f} s")
         partial = cached.with_name(f"{cached.name}.{os.getpid()}.incomplete")
         policy.save_folder(actor, tokenizer, partial, world)
         parallel.first(lambda: move(partial, cached), world)

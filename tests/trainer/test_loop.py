@@ -1,51 +1,21 @@
 """The loop from the outside: bad input is refused before a step, bad numbers cost a step, odd rewards cost nothing."""
 
+import itertools
 import json
 import math
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
+from flowrl_kernels.presets import PRESETS
 from flowrl_kernels.trainer import __main__ as main
 from flowrl_kernels.trainer import config_file, loop, setup
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.loop import learning_rate, prompt_numbers, share
 
-SMALL = [
-    "--model.hidden",
-    "32",
-    "--model.layers",
-    "1",
-    "--model.heads",
-    "2",
-    "--model.ffn",
-    "48",
-    "--model.context",
-    "16",
-    "--model.init",
-    "0.2",
-    "--rollout.prompts",
-    "4",
-    "--rollout.samples",
-    "4",
-    "--rollout.max_new_tokens",
-    "6",
-    "--run.steps",
-    "2",
-    "--run.threads",
-    "1",
-    "--eval.samples",
-    "2",
-    "--eval.problems",
-    "4",
-    "--eval.exact",
-    "False",
-    "--checkpoint.export",
-    "False",
-    "--log.progress",
-    "False",
-]
+SMALL = [*tiny.SMALL, *tiny.flags("run.steps 2")]
 
 
 def settings(tmp_path, *args):
@@ -66,21 +36,23 @@ def lines(tmp_path, kind):
 def finished(tmp_path_factory):
     """A run with warm start, evaluation, checkpoint and export."""
     tmp_path = tmp_path_factory.mktemp("finished")
-    loop.train(
-        settings(tmp_path, "--warm.steps", "3", "--warm.batch", "8", "--eval.every", "1", "--checkpoint.export", "True",
-                 "--eval.exact", "True")
-    )  # fmt: skip
+    on = "eval.every 1  eval.start True  eval.exact True  checkpoint.export True  log.plots True"
+    loop.train(settings(tmp_path, *tiny.flags(f"warm.steps 3  warm.batch 8  {on}")))
     return tmp_path
 
 
 def test_a_run_leaves_its_config_metrics_samples_checkpoint_and_model(finished):
     run = finished / "run"
-    assert {"config.toml", "metrics.jsonl", "samples.jsonl", "checkpoints", "start", "final"} <= {
+    assert {"config.toml", "metrics.jsonl", "samples.jsonl", "checkpoints", "start", "final", "plots"} <= {
         p.name for p in run.iterdir()
     }
     assert config_file.load(run / "config.toml").rollout.prompts == 4
     assert [row["step"] for row in lines(finished, "train")] == [1, 2]
-    assert [(row["step"], row["split"]) for row in lines(finished, "eval")] == [(1, "valid"), (2, "test")]
+    assert [(row["step"], row["split"]) for row in lines(finished, "eval")] == [
+        (0, "test"),
+        (1, "valid"),
+        (2, "test"),
+    ]
     assert "accuracy" in lines(finished, "final")[0]
     assert all(math.isfinite(row["loss"]) and row["tokens_per_s"] > 0 for row in lines(finished, "train"))
 
@@ -253,7 +225,16 @@ def test_the_learning_rate_rises_and_falls():
     rates = [learning_rate(cfg, update, 10) for update in range(11)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4] == 1.0
-    assert all(a > b for a, b in zip(rates[4:], rates[5:]))
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
     assert rates[10] == 0.0
     constant = config_file.override(Config(), ["--optim.warmup", "0"])
     assert {learning_rate(constant, update, 10) for update in range(10)} == {1.0}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_row_of_the_family_trains(monkeypatch, tmp_path, preset):
+    args = ["--algorithm.preset", preset, "--algorithm.minibatch_prompts", "2", "--run.steps", "1"]
+    train_with(monkeypatch, tmp_path, lambda i: float(i % 3), *args, "--algorithm.beta", "1.0")
+    (row,) = lines(tmp_path, "train")
+    assert row["skipped"] == 0
+    assert row["grad_norm"] > 0

@@ -6,46 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import worker
 
 HERE = Path(__file__).parent
-SMALL = [
-    "--model.hidden",
-    "32",
-    "--model.layers",
-    "2",
-    "--model.heads",
-    "2",
-    "--model.ffn",
-    "48",
-    "--model.context",
-    "16",
-    "--model.init",
-    "0.2",
-    "--rollout.prompts",
-    "8",
-    "--rollout.samples",
-    "4",
-    "--rollout.max_new_tokens",
-    "6",
-    "--run.steps",
-    "1",
-    "--run.threads",
-    "1",
-    "--optim.warmup",
-    "0",
-    "--eval.samples",
-    "2",
-    "--eval.problems",
-    "4",
-    "--eval.exact",
-    "False",
-    "--checkpoint.export",
-    "False",
-    "--log.progress",
-    "False",
-]
+SMALL = [*tiny.SMALL, *tiny.flags("model.layers 2  rollout.prompts 8  run.steps 1  optim.warmup 0")]
 
 
 def alone(tmp_path, *args):

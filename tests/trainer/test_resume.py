@@ -9,46 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 
 from flowrl_kernels.trainer import checkpoint, config_file, loop
 from flowrl_kernels.trainer.config import Config
 
-SMALL = [
-    "--model.hidden",
-    "32",
-    "--model.layers",
-    "1",
-    "--model.heads",
-    "2",
-    "--model.ffn",
-    "48",
-    "--model.context",
-    "16",
-    "--model.init",
-    "0.2",
-    "--rollout.prompts",
-    "4",
-    "--rollout.samples",
-    "4",
-    "--rollout.max_new_tokens",
-    "6",
-    "--run.threads",
-    "1",
-    "--warm.steps",
-    "20",
-    "--warm.batch",
-    "32",
-    "--eval.samples",
-    "2",
-    "--eval.problems",
-    "4",
-    "--checkpoint.export",
-    "False",
-    "--log.progress",
-    "False",
-    "--optim.lr",
-    "1e-2",
-]
+SMALL = [*tiny.SMALL, *tiny.flags("warm.steps 20  warm.batch 32  optim.lr 1e-2")]
 CLOCK = ("time/", "tokens_per_s")
 
 

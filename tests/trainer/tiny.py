@@ -33,3 +33,17 @@ def sequences(count=9, seed=0, longest=12):
     prompts = [rng.integers(2, 14, rng.integers(1, 7)) for _ in range(count)]
     responses = [np.append(rng.integers(2, 14, rng.integers(0, longest)), 1) for _ in range(count)]
     return prompts, responses
+
+
+def flags(text: str) -> list[str]:
+    """Command-line arguments from `section.field value` pairs."""
+    return [word if i % 2 else f"--{word}" for i, word in enumerate(text.split())]
+
+
+# a run of seconds: no evaluation to speak of, no pictures
+SMALL = flags("""
+    model.hidden 32  model.layers 1  model.heads 2  model.ffn 48  model.context 16  model.init 0.2
+    rollout.prompts 4  rollout.samples 4  rollout.max_new_tokens 6  run.threads 1
+    eval.samples 2  eval.problems 4  eval.exact False  eval.start False
+    checkpoint.export False  log.progress False  log.plots False
+""")
