@@ -66,5 +66,9 @@ matrix: setup
 	  PYTHONPATH=$(VENV)-triton-$$v $(PY) -m tests.compile_matrix --write || exit 1; \
 	done
 
+# The CUDA library, in place; needs nvcc, and neither a GPU nor the virtual environment.
+csrc:
+	$(PYTHON) csrc/build.py
+
 clean:
 	rm -rf $(VENV) $(VENV)-triton-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
