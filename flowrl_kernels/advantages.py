@@ -64,6 +64,8 @@ def unlikeliness_reward(reward: Tensor, logp_old_mean: Tensor, groups: Tensor, *
     """
     value, _, size = _per_group(reward, groups)
     checks.floating("logp_old_mean", logp_old_mean, dims=1)
+    if logp_old_mean.shape != reward.shape:
+        checks.fail("logp_old_mean", f"shape {tuple(reward.shape)} as reward has", checks.shape(logp_old_mean))
     same = groups[:, None] == groups[None, :]
     likelier = logp_old_mean[:, None] > logp_old_mean[None, :]
     index = torch.arange(len(value), device=value.device)
@@ -74,6 +76,9 @@ def unlikeliness_reward(reward: Tensor, logp_old_mean: Tensor, groups: Tensor, *
 
 def whiten(value: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the mask, unbiased variance; 0 outside. The layout of `value`."""
+    checks.floating("value", value)
+    if checks.plain("mask", mask).shape != value.shape:
+        checks.fail("mask", f"shape {tuple(value.shape)} as value has", checks.shape(mask))
     x, m = value.detach().double(), mask.to(torch.bool)
     num = m.sum().clamp_min(1)
     mean = torch.where(m, x, 0.0).sum() / num
@@ -99,11 +104,11 @@ def reinforce_pp_advantage(
         cu_seqlens: [B+1] for packed tokens.
         token_reward: the layout of `mask`: paid per token besides (a KL penalty, say).
     """
-    layout = _segments(mask, cu_seqlens)
+    layout = _segments(mask, cu_seqlens, reward, token_reward=token_reward)
     value = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
     if token_reward is not None:
         value = torch.where(layout.mask, token_reward.detach().double(), 0.0)
-    rewards = value + last_token(reward.double(), layout)
+    rewards = value + last_token(reward.detach().double(), layout)
     return whiten(discounted(rewards, layout, gamma), layout.mask).to(reward.dtype)
 
 
@@ -127,9 +132,9 @@ def gae(
     Returns:
         (advantage, returns), the layout of `mask`.
     """
-    layout = _segments(mask, cu_seqlens)
+    layout = _segments(mask, cu_seqlens, reward, value=value, token_reward=token_reward)
     v = torch.where(layout.mask, value.detach().double(), 0.0)
-    r = last_token(reward.double(), layout)
+    r = last_token(reward.detach().double(), layout)
     if token_reward is not None:
         r = r + torch.where(layout.mask, token_reward.detach().double(), 0.0)
     # with V(s_t+1) of the next token that counts: delta_t = r_t + gamma V_t+1 - V_t, A_t = delta_t + gamma lam A_t+1
@@ -185,10 +190,17 @@ def _scan(reward: Tensor, value: Tensor, segments: Segments, gamma: float, lam: 
     return advantage
 
 
-def _segments(mask: Tensor, cu_seqlens: Tensor | None) -> Segments:
-    checks.plain("mask", mask)
-    if cu_seqlens is None and mask.dim() != 2:
+def _segments(mask: Tensor, cu_seqlens: Tensor | None, reward: Tensor, **per_token: Tensor | None) -> Segments:
+    checks.floating("reward", reward, dims=1)
+    if checks.plain("mask", mask).dim() != (2 if cu_seqlens is None else 1):
         checks.fail("mask", "shape [B, T], or [N] with cu_seqlens", checks.shape(mask))
+    if cu_seqlens is not None:
+        checks.integers("cu_seqlens", cu_seqlens, (len(reward) + 1,))
+    elif len(reward) != len(mask):
+        checks.fail("reward", f"one number per sequence, ({len(mask)},)", checks.shape(reward))
+    for name, value in per_token.items():
+        if value is not None and checks.floating(name, value).shape != mask.shape:
+            checks.fail(name, f"shape {tuple(mask.shape)} as mask has", checks.shape(value))
     return Segments(mask.to(torch.bool), None if cu_seqlens is None else cu_seqlens.long())
 
 

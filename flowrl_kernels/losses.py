@@ -222,6 +222,7 @@ def settle(
     anchor_is_given=False,
 ) -> Settled:  # fmt: skip
     """Preset and explicit arguments to one row, tensors checked against `logp` (of which only the layout is read)."""
+    given_anchor, given_reward = ("anchor", "target") if anchor_is_given else ("logp_ref", "reward")
     explicit = {name: value for name, value in explicit.items() if value is not UNSET}
     row = presets.settle(preset, base, explicit)
     _check_row(row)
@@ -232,10 +233,10 @@ def settle(
         if preset is not None and log_z != row.log_z and not (log_z is None and row.log_z == "learned"):
             checks.fail("log_z", f"{row.log_z!r}, which preset={preset!r} sets", repr(log_z))
         row = dataclasses.replace(row, log_z=log_z)
-    reward = checks.floating("reward", reward, dims=1)
-    checks.same_device("reward", reward, "logp", logp)
-    segments = _segments(logp, mask, cu_seqlens, "logp", reward, "reward")
-    for name, value in (("logp_ref", logp_ref), ("logp_old", logp_old), ("logp_sampler", logp_sampler)):
+    reward = checks.floating(given_reward, reward, dims=1)
+    checks.same_device(given_reward, reward, "logp", logp)
+    segments = _segments(logp, mask, cu_seqlens, "logp", reward, given_reward)
+    for name, value in ((given_anchor, logp_ref), ("logp_old", logp_old), ("logp_sampler", logp_sampler)):
         _tokens(name, value, logp)
     if partition is not None:
         checks.floating("log_z", partition, dims=1)
