@@ -1,0 +1,185 @@
+"""The Triton residual under the interpreter, against the plain torch of `chunked` on the same numbers in float64."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from flowrl_kernels import flowrl_loss
+from flowrl_kernels.chunked import residual as plain
+from flowrl_kernels.presets import PRESETS, Row
+from flowrl_kernels.reference.residual import METRICS
+from flowrl_kernels.testing import assert_grad_close, cu_seqlens_of, poisoned_memory, ragged_mask
+from flowrl_kernels.triton import residual as op
+
+B, T = 7, 11
+NAMES = ("loss", "residual", "weight", "metrics", "dlogp", "dlog_z")
+
+
+def batch(b=B, t=T, seed=0):
+    """Ratios on both sides of every clip, an empty sequence, holes, groups of several and of one."""
+    draw = torch.Generator().manual_seed(seed)
+    mask = ragged_mask(b, t, seed=seed)
+    logp = -3.0 * torch.rand(b, t, generator=draw)
+    ref, old, sampler = (logp + 0.15 * torch.randn(b, t, generator=draw) for _ in range(3))
+    old[0] += 0.4
+    old[1] -= 0.5
+    reward, log_z = torch.randn(b, generator=draw), torch.randn(b, generator=draw)
+    reward[:2] = torch.tensor([-0.7, 0.6])
+    return {
+        "logp": logp, "ref": ref, "old": old, "sampler": sampler, "reward": reward, "log_z": log_z, "mask": mask,
+        "groups": torch.tensor([5, 2, 5, 5, 2, 9, 2] * b)[:b],
+    }  # fmt: skip
+
+
+def pack(data):
+    """The batch as [N] with cu_seqlens; the padding behind each sequence goes, its holes stay."""
+    mask = data["mask"]
+    lengths = torch.where(mask.any(1), mask.shape[1] - mask.flip(1).int().argmax(1), 0)
+    inside = torch.arange(mask.shape[1]) < lengths[:, None]
+    return (
+        {k: v[inside] if v.shape == mask.shape else v for k, v in data.items()},
+        cu_seqlens_of(lengths).long(),
+        inside,
+    )
+
+
+def run(launcher, row, data, cu_seqlens=None, normalizer=None):
+    data = {k: v.double() if launcher is plain and v.is_floating_point() else v for k, v in data.items()}
+    anchor = {"ref": data["ref"], "old": data["old"], None: None}[row.anchor]
+    log_z = data["log_z"] if row.log_z == "learned" else None
+    out = launcher.residual_fwd(
+        row, data["logp"], anchor, data["old"], data["sampler"], data["reward"], log_z, data["mask"], cu_seqlens,
+        data["groups"], None if normalizer is None else torch.tensor(normalizer, dtype=torch.float64),
+    )  # fmt: skip
+    return dict(zip(NAMES, out))
+
+
+def agree(got, want):
+    for name in ("loss", "residual", "weight", "metrics"):
+        torch.testing.assert_close(got[name].double(), want[name], rtol=2e-6, atol=2e-6, equal_nan=True)
+    for name in ("dlogp", "dlog_z"):
+        if want[name].norm() > 0:
+            assert_grad_close(got[name], want[name], rel=2e-6)
+        else:
+            assert not got[name].any()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks of tokens in a sequence and of sequences in the batch, at sizes the interpreter can bear."""
+    monkeypatch.setattr(op, "BLOCK", 4)
+    monkeypatch.setattr(op, "LANES", 4)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_row_equals_the_formulas_in_float64(preset, small_blocks):
+    row, data = PRESETS[preset], batch()
+    with poisoned_memory():
+        got = run(op, row, data)
+    agree(got, run(plain, row, data))
+
+
+@pytest.mark.parametrize("preset", ["paper", "group", "contrastive_tb", "token_old_anchor_no_log_z", "tb_ppo_style"])
+@pytest.mark.parametrize("normalizer", [None, (23.0, 200.0)])
+def test_packed_tokens_give_the_bits_of_padded_ones(preset, normalizer, small_blocks):
+    data = batch()
+    packed, cu_seqlens, inside = pack(data)
+    one = run(op, PRESETS[preset], data, normalizer=normalizer)
+    two = run(op, PRESETS[preset], packed, cu_seqlens, normalizer)
+    one["dlogp"] = one["dlogp"][inside]
+    assert all(torch.equal(one[name], two[name]) for name in NAMES)
+    agree(two, run(plain, PRESETS[preset], packed, cu_seqlens, normalizer))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("shift", [-500.0, 500.0])
+def test_a_ratio_of_e_to_the_500_stays_finite(preset, shift):
+    data = batch()
+    data["old"] = data["logp"] - shift / data["mask"].sum(1, keepdim=True).clamp_min(1)
+    got = run(op, PRESETS[preset], data)
+    assert all(value.isfinite().all() for value in got.values())
+
+
+def test_shipped_block_sizes_take_long_and_short_sequences():
+    data = batch(3, 2500)
+    data["old"] = data["logp"] + 0.01 * (data["old"] - data["logp"])
+    agree(run(op, PRESETS["release"], data), run(plain, PRESETS["release"], data))
+
+
+def test_the_weight_is_exactly_one_where_old_is_current():
+    data = batch()
+    data["old"] = data["logp"].clone()
+    assert torch.equal(run(op, PRESETS["paper"], data)["weight"], data["mask"].any(1).float())
+
+
+def test_what_stands_in_the_padding_reaches_nothing():
+    data = batch()
+    dirty = {k: v.clone() for k, v in data.items()}
+    for name in ("logp", "ref", "old", "sampler"):
+        dirty[name][~data["mask"]] = float("nan")
+    empty = ~data["mask"].any(1)
+    dirty["reward"][empty], dirty["log_z"][empty] = float("nan"), float("inf")
+    for preset in ("paper", "tb_ppo_style", "token_log_z_beta30", "hard_cispo_drop", "clip_geo_tis_geo"):
+        clean, got = run(op, PRESETS[preset], data), run(op, PRESETS[preset], dirty)
+        assert all(torch.equal(clean[name], got[name]) for name in NAMES), preset
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["logp", "old"])
+def test_numbers_that_are_not_finite_show_and_are_counted(bad, where):
+    data = batch()
+    data["mask"][4, 0] = True
+    data[where][4, 0] = bad
+    got, want = (run(launcher, PRESETS["paper"], data) for launcher in (op, plain))
+    assert not got["loss"].isfinite()
+    assert got["metrics"][METRICS.index("nonfinite")] == 1
+    others = torch.arange(B) != 4
+    assert got["dlogp"][others].isfinite().all()
+    for name in ("residual", "weight", "metrics"):
+        torch.testing.assert_close(got[name].double(), want[name], rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
+def test_nothing_to_learn_from_gives_zeros():
+    data = batch()
+    data["mask"].zero_()
+    for preset in ("paper", "group", "token_log_z_beta30", "tb_ppo_style"):
+        got = run(op, PRESETS[preset], data)
+        assert not any(value.any() for value in got.values()), preset
+    none = {k: v[:0] for k, v in batch().items()}
+    got = run(op, PRESETS["paper"], none)
+    assert got["loss"] == 0
+    assert not got["metrics"].any()
+
+
+@pytest.mark.parametrize("phi", ["square", "abs", "exp", "exp_half", "cosh"])
+@pytest.mark.parametrize("change", [{"scale": 1.0}, {"log_z": "through"}, {"level": "token"}])
+def test_fields_combine(phi, change, small_blocks):
+    row, data = dataclasses.replace(Row("", beta=0.5), phi=phi, **change), batch()
+    agree(run(op, row, data), run(plain, row, data))
+
+
+def test_16_bit_log_probs_are_read_and_their_gradient_written_as_such():
+    data = {k: v.bfloat16() if v.shape == (B, T) and v.is_floating_point() else v for k, v in batch().items()}
+    got, want = run(op, PRESETS["release"], data), run(plain, PRESETS["release"], data)
+    assert got["dlogp"].dtype == torch.bfloat16
+    assert got["residual"].dtype == torch.float32
+    torch.testing.assert_close(got["residual"].double(), want["residual"], rtol=2e-6, atol=2e-6)
+    assert_grad_close(got["dlogp"], want["dlogp"], rel=4e-3)
+
+
+def test_the_public_loss_runs_on_the_kernel_and_its_operator_keeps_the_contract():
+    data = batch()
+    grads = []
+    for impl in ("triton", "chunked"):
+        logp, log_z = data["logp"].clone().requires_grad_(), data["log_z"].clone().requires_grad_()
+        out = flowrl_loss(logp, data["ref"], data["reward"], log_z, logp_old=data["old"], mask=data["mask"], impl=impl)
+        grads.append(torch.autograd.grad(out.loss * 1.5, (logp, log_z)))
+    for got, want in zip(*grads):
+        assert_grad_close(got, want, rel=2e-6)
+    arguments = (
+        data["logp"].requires_grad_(), data["log_z"].requires_grad_(), data["ref"], data["old"], None, data["reward"],
+        data["mask"], None, None, None, PRESETS["paper"].dumps(), "triton",
+    )  # fmt: skip
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.flowrl.residual.default, arguments, test_utils=tests)
