@@ -235,7 +235,7 @@ def settle(
         row = dataclasses.replace(row, log_z=log_z)
     reward = checks.floating(given_reward, reward, dims=1)
     checks.same_device(given_reward, reward, "logp", logp)
-    segments = _segments(logp, mask, cu_seqlens, "logp", reward, given_reward)
+    segments = segments_of(logp, mask, cu_seqlens, "logp", reward, given_reward)
     for name, value in ((given_anchor, logp_ref), ("logp_old", logp_old), ("logp_sampler", logp_sampler)):
         _tokens(name, value, logp)
     if partition is not None:
@@ -326,7 +326,7 @@ def policy_gradient_loss(
     if per_sequence and advantage.dim() != 1:
         checks.fail("advantage", f"one number per sequence or shape {tuple(logp.shape)}", checks.shape(advantage))
     checks.same_device("advantage", advantage, "logp", logp)
-    segments = _segments(logp, mask, cu_seqlens, "logp", advantage if per_sequence else None, "advantage")
+    segments = segments_of(logp, mask, cu_seqlens, "logp", advantage if per_sequence else None, "advantage")
     _tokens("logp_old", checks.plain("logp_old", logp_old), logp)
     _tokens("logp_ref", logp_ref, logp)
     low, high = _clip(clip)
@@ -398,7 +398,7 @@ def value_loss(
         checks.fail("old_value", "values at rollout time, for clip", None)
     if clip is not None:
         checks.positive("clip", clip)
-    segments = _segments(value, mask, cu_seqlens, "value")
+    segments = segments_of(value, mask, cu_seqlens, "value")
     _one_of("aggregate", aggregate, ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"))
     old = None if old_value is None else segments.clean(old_value.detach())
     tokens = pg.value_losses(segments.clean(value), old, segments.clean(returns.detach()), clip)
@@ -445,7 +445,7 @@ def _tokens(name: str, value: Any, like: Tensor) -> None:
     checks.same_device(name, value, "the first argument", like)
 
 
-def _segments(
+def segments_of(
     tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, name: str, each: Tensor | None = None,
     each_name: str = "",
 ) -> Segments:  # fmt: skip

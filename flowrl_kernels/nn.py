@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from flowrl_kernels import checks
 from flowrl_kernels.functional import linear_logprob
 from flowrl_kernels.linear_loss import linear_residual
-from flowrl_kernels.losses import flowrl_loss
-from flowrl_kernels.reference.residual import Segments
+from flowrl_kernels.losses import flowrl_loss, segments_of
 from flowrl_kernels.types import LossOutput
 
 __all__ = ["FlowRLLoss", "LinearFlowRLLoss", "LogPartition"]
@@ -179,10 +178,13 @@ class LogPartition(nn.Module):
                 A prompt without tokens pools to zeros.
         """
         checks.floating("hidden", hidden)
+        width = (self.body[0] if len(self.body) else self.out).in_features
+        if hidden.shape[-1] != width:
+            checks.fail("hidden", f"hidden size {width} in the last dimension", checks.shape(hidden))
         if self.detach:
             hidden = hidden.detach()
-        pooled = prompt_mean(hidden, mask, cu_seqlens)  # [B, H] fp32
-        with torch.autocast(pooled.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
+            pooled = prompt_mean(hidden, mask, cu_seqlens)  # [B, H] fp32
             x = self.body(pooled.to(self.out.weight.dtype))
             return torch.nn.functional.linear(x.float(), self.out.weight.float(), self.out.bias.float())[:, 0].float()
 
@@ -190,18 +192,14 @@ class LogPartition(nn.Module):
 def prompt_mean(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """Mean hidden state over each prompt's tokens, in fp32. [B, H]"""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if hidden.dim() != (3 if cu_seqlens is None else 2) or (cu_seqlens is None and mask is None):
+        got = checks.shape(hidden) + ("" if mask is None else f" and mask {checks.shape(mask)}")
+        checks.fail("hidden", "[B, P, H] with mask [B, P], or [N, H] with cu_seqlens", got)
+    segments = segments_of(hidden[..., 0], mask, cu_seqlens, "hidden")
+    value = hidden.to(dtype).masked_fill(~segments.mask[..., None], 0.0)
     if cu_seqlens is None:
-        if hidden.dim() != 3 or mask is None or mask.shape != hidden.shape[:2]:
-            got = checks.shape(hidden) + ("" if mask is None else f" and mask {checks.shape(mask)}")
-            checks.fail("hidden", "[B, P, H] with mask [B, P], or [N, H] with cu_seqlens", got)
-            raise AssertionError
-        on = mask.to(dtype)
-        total = torch.einsum("bph,bp->bh", hidden.to(dtype).masked_fill(mask[..., None] == 0, 0.0), on)
-        return total / on.sum(1, keepdim=True).clamp_min(1.0)
-    checks.floating("hidden", hidden, dims=2)
-    cu_seqlens = checks.integers("cu_seqlens", cu_seqlens).long()
-    on = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device) if mask is None else mask.to(torch.bool)
-    value = hidden.to(dtype).masked_fill(~on[:, None], 0.0)
-    total = torch.segment_reduce(value, "sum", offsets=cu_seqlens, axis=0, initial=0.0, unsafe=True)
-    count = Segments(on, cu_seqlens).total(torch.ones(len(hidden), device=hidden.device))
-    return total / count.clamp_min(1.0)[:, None].to(dtype)
+        total = value.sum(1)
+    else:
+        total = torch.segment_reduce(value, "sum", offsets=segments.cu_seqlens, axis=0, initial=0.0, unsafe=True)
+    count = segments.total(torch.ones_like(segments.mask, dtype=dtype)).clamp_min(1.0)
+    return total / count[:, None].to(dtype)

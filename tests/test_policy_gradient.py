@@ -70,8 +70,8 @@ def expected(
             if ratio == "detached":
                 losses[b].append(-a * bounded.detach() * data["logp"][b, t])
                 continue
-            one = -a * rho if (-a * rho).item() > (-a * bounded).item() else -a * bounded
-            if dual_clip is not None and a < 0 and float(one) > -a * dual_clip:
+            one = -a * rho if float(-a * rho.detach()) > float(-a * bounded.detach()) else -a * bounded
+            if dual_clip is not None and a < 0 and float(one.detach()) > -a * dual_clip:
                 one = torch.tensor(-a * dual_clip, dtype=torch.float64)
             losses[b].append(one)
         for t in here:
@@ -98,7 +98,7 @@ def compare(data, *, per_token=False, aggregate_by="token-mean", **settings):
             logp, batch["old"], batch["per_token" if per_token else "advantage"], logp_ref=batch["ref"],
             aggregate=aggregate_by, **layout, **{**extra, **settings},
         )  # fmt: skip
-        assert abs(float(out.loss - wanted)) < 1e-12 * max(1, abs(float(wanted)))
+        assert abs(float((out.loss - wanted).detach())) < 1e-12 * max(1, abs(float(wanted.detach())))
         (got,) = torch.autograd.grad(out.loss, logp)
         assert_grad_close(got, gradient if got.dim() == 2 else gradient[inside], rel=1e-12)
     return out
@@ -316,16 +316,16 @@ def test_the_value_loss_equals_the_loop(how, clip):
                 if clip is not None:
                     near = old[b, t] + torch.clamp(v - old[b, t], -clip, clip)
                     other = (near - returns[b, t]) ** 2
-                    error = error if float(error) >= float(other) else other
+                    error = error if float(error.detach()) >= float(other.detach()) else other
                 tokens[b].append(error / 2)
     wanted = aggregate(tokens, how, None)
     (gradient,) = torch.autograd.grad(wanted, leaf)
     dirty = value.masked_fill(~mask, math.nan).requires_grad_()
     got = value_loss(dirty, returns.masked_fill(~mask, math.nan), old_value=old, clip=clip, mask=mask, aggregate=how)
-    assert abs(float(got - wanted)) < 1e-12
+    assert abs(float((got - wanted).detach())) < 1e-12
     assert_grad_close(torch.autograd.grad(got, dirty)[0], gradient, rel=1e-12)
     flat, cu_seqlens, _ = packed({"mask": mask, "v": value, "r": returns, "o": old})
     again = value_loss(
         flat["v"], flat["r"], old_value=flat["o"], clip=clip, mask=flat["mask"], cu_seqlens=cu_seqlens, aggregate=how
     )
-    assert abs(float(again - wanted)) < 1e-12
+    assert abs(float((again - wanted).detach())) < 1e-12
