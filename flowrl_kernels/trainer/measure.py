@@ -237,6 +237,8 @@ def log_z_of(run: Run) -> Any:
         dummy = [np.asarray([run.tokenizer.eos_token_id])] * len(prompts)
         out = torch.zeros(len(prompts))
         p = run.config.parallel
+        assert run.policy.log_z is not None
+        run.policy.log_z.eval()
         for batch in pack(
             list(range(len(prompts))), prompts, dummy, max_tokens=p.max_tokens, row_tokens=p.row_tokens,
             device=run.world.device,
@@ -245,6 +247,7 @@ def log_z_of(run: Run) -> Any:
                 lambda actor, hidden, b=batch: losses.log_z(actor, hidden, b), batch.ids, batch.positions
             )
             out[batch.which.cpu()] = value.float().cpu()
+        run.policy.log_z.train()
         return out
 
     return log_z

@@ -1,7 +1,7 @@
 """Processes, devices and shards: the only file that says FSDP or reads what torchrun sets.
 
-One process without torchrun runs un-sharded; with torchrun (or a 16-bit compute type, which needs float32
-master weights beside it) every model goes through `fully_shard`.
+One process without torchrun runs un-sharded; with torchrun, with a 16-bit compute type (which needs float32
+master weights beside it) or with an offloaded reference every model goes through `fully_shard`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def start(run: RunConfig, parallel: ParallelConfig) -> World:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     launched = "RANK" in os.environ
-    if not launched and parallel.dtype == "float32":
+    if not launched and parallel.dtype == "float32" and not parallel.offload_reference:
         return World(0, 1, device, None)
     if not dist.is_initialized():
         backend: str = parallel.backend if parallel.backend != "auto" else ("nccl" if kind == "cuda" else "gloo")

@@ -209,6 +209,8 @@ def make_policy(
             critic = ValueHead(hidden, detach=config.critic.detach)
     policy = Policy(model, log_z=zeta, value=critic)
     policy.eval()  # no dropout: old and current log-probabilities must agree bit for bit
+    if policy.log_z is not None:
+        policy.log_z.train()  # its own dropout, where it has one, is part of its training
     policy.requires_grad_(not reference)
     if world.main:
         check_head(policy)
