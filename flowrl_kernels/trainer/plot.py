@@ -147,7 +147,7 @@ def _curve_panel(key: str, title: str, unit: str, log: bool = False) -> Callable
         drawn = [_draw_curve(ax, run, key) for run in runs]
         ax.set_title(title)
         ax.set_ylabel(unit)
-        if log and any(drawn):
+        if log and any(value > 0 for run in runs for value in run.curve(key)[1]):
             _log_scale(ax)
         return any(drawn)
 
