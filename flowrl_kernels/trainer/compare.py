@@ -13,13 +13,13 @@ from typing import Any
 
 from flowrl_kernels.trainer.metrics import print_table, read_lines
 
-# name -> what it changes in the configuration. Each baseline has its own best learning rate on Sums
+# name -> what it changes in the configuration. Each baseline has its own best learning rate on Sums of those tried
 # (docs/tasks.md); a run with other settings is one `--only NAME` and one override away.
 ALGORITHMS: dict[str, tuple[str, ...]] = {
     "flowrl": (),
-    "grpo": ("--algorithm.name", "grpo"),
-    "ppo": ("--algorithm.name", "ppo"),
-    "reinforce_pp": ("--algorithm.name", "reinforce_pp"),
+    "grpo": ("--algorithm.name", "grpo", "--optim.lr", "2.5e-4"),
+    "ppo": ("--algorithm.name", "ppo", "--optim.lr", "2e-4"),
+    "reinforce_pp": ("--algorithm.name", "reinforce_pp", "--optim.lr", "1e-4"),
 }
 COLUMNS = {
     "accuracy": ("exact_accuracy", "accuracy"),
