@@ -17,7 +17,7 @@ from flowrl_kernels.trainer.packing import pack
 from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.rollout import Engine, Sampling
-from flowrl_kernels.trainer.setup import Run
+from flowrl_kernels.trainer.setup import Run, frozen_start
 from flowrl_kernels.trainer.tasks import Problem
 
 if TYPE_CHECKING:
@@ -137,13 +137,15 @@ def evaluation(run: Run, step: int, split: str, *, last: bool = False) -> dict[s
     config = run.config
     out = evaluate(run.task, split, sampler(run), run.scorer, config.eval)
     if config.eval.exact:
-        known = last and run.reference is not None
+        listed = run.task.responses(run.task.problems(split)[0]) is not None
+        # the baselines are measured against the same optimum, and have no reference of their own
+        reference = (run.reference or frozen_start(run)) if last and listed else None
         out |= exact(
             run.task,
             split,
             summed_logp(run, run.policy),
-            summed_logp(run, run.reference) if known and run.reference is not None else None,
-            log_z_of(run) if known and run.policy.log_z is not None else None,
+            None if reference is None else summed_logp(run, reference),
+            log_z_of(run) if reference is not None and run.policy.log_z is not None else None,
             beta=config.algorithm.beta,
             cfg=config.eval,
         )

@@ -115,6 +115,15 @@ def prepare(config: Config, world: World) -> Run:
     )
 
 
+def frozen_start(run: Run) -> Policy:
+    """The model RL started from, for an evaluation of a run that keeps no reference; every rank calls it."""
+    folder = run.folder / "start"
+    source = str(folder) if parallel.first(folder.exists, run.world) else run.config.model.name
+    attention = parallel.attention_of(run.config.model, run.config.parallel, run.world.device)
+    model = open_model(source, run.config, run.world, attention)
+    return policy.make_policy(run.config, run.world, model, reference=True)
+
+
 # ------------------------------------------------------------------------------------------------ the run folder
 
 
