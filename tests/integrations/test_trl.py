@@ -22,9 +22,9 @@ from flowrl_kernels.testing import assert_grad_close  # noqa: E402
 PROMPTS = Dataset.from_list([{"prompt": f"{i}+{j}="} for i in range(8) for j in range(8)])
 
 
-def sevens(completions, **_) -> list[float]:
-    """A graded reward that a tiny model can move in a few steps."""
-    return [sum(character == "7" for character in text) + 0.1 * len(text) for text in completions]
+def late(completion_ids, **_) -> list[float]:
+    """A stand-in for a verifier: late symbols of the vocabulary are good."""
+    return [sum(ids) / len(ids) / 2 for ids in completion_ids]
 
 
 def settings(folder, **changes):
@@ -38,10 +38,10 @@ def settings(folder, **changes):
 
 
 def flow_trainer(path, folder, peft_config=None, **changes):
-    args = ours.FlowRLConfig(**settings(folder, **({"beta": 1.0, "log_z_learning_rate": 2e-2} | changes)))
-    return ours.FlowRLTrainer(
-        model=path, reward_funcs=sevens, args=args, train_dataset=PROMPTS, peft_config=peft_config
+    args = ours.FlowRLConfig(
+        **settings(folder, **({"beta": 1.0, "log_z_learning_rate": 1e-2, "scale_rewards": "none"} | changes))
     )
+    return ours.FlowRLTrainer(model=path, reward_funcs=late, args=args, train_dataset=PROMPTS, peft_config=peft_config)
 
 
 def rollout(trainer) -> dict:
@@ -252,12 +252,12 @@ def rollout_without_vllm(trainer) -> dict:
 
 def grpo(path, folder):
     args = trl.GRPOConfig(**settings(folder, beta=0.04, temperature=0.7, entropy_coef=0.01))
-    return trl.GRPOTrainer(model=path, reward_funcs=sevens, args=args, train_dataset=PROMPTS)
+    return trl.GRPOTrainer(model=path, reward_funcs=late, args=args, train_dataset=PROMPTS)
 
 
 def rloo(path, folder):
     args = trl.RLOOConfig(**settings(folder, beta=0.04, temperature=0.7))
-    return trl.RLOOTrainer(model=path, reward_funcs=sevens, args=args, train_dataset=PROMPTS)
+    return trl.RLOOTrainer(model=path, reward_funcs=late, args=args, train_dataset=PROMPTS)
 
 
 def offline(path, folder, name):
@@ -411,7 +411,7 @@ def test_an_option_that_would_be_ignored_raises(tmp_path, changes, message):
 def test_a_grpo_config_is_refused(tiny_model, tmp_path):
     args = trl.GRPOConfig(**settings(tmp_path))
     with pytest.raises(TypeError, match="FlowRLConfig"):
-        ours.FlowRLTrainer(model=tiny_model, reward_funcs=sevens, args=args, train_dataset=PROMPTS)
+        ours.FlowRLTrainer(model=tiny_model, reward_funcs=late, args=args, train_dataset=PROMPTS)
 
 
 def test_another_trl_is_refused_by_name(monkeypatch):

@@ -1,0 +1,53 @@
+"""Each file of examples/ runs, and what it trains gets better. Where its package is missing it is skipped, by name."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+NEEDS = {
+    "plain_pytorch": ["transformers"],
+    "transformers_trainer": ["transformers", "accelerate"],
+    "accelerate_loop": ["transformers", "accelerate"],
+    "lightning_module": ["transformers", "lightning"],
+    "trl_flowrl": ["trl"],
+    "verl_flowrl": ["verl"],
+}
+
+
+def test_every_example_is_run_by_a_test():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, "common"}
+
+
+@pytest.mark.parametrize("name", [name for name in NEEDS if name != "verl_flowrl"])
+def test_the_example_trains(name, monkeypatch):
+    for package in NEEDS[name]:
+        pytest.importorskip(package, reason=f"examples/{name}.py needs {package}: `make test-integrations`")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    squared = importlib.import_module(name).main(steps=30)
+    assert len(squared) == 30
+    assert sum(squared[-5:]) < 0.7 * sum(squared[:5]), squared
+
+
+def test_three_loops_around_one_module_train_the_same_numbers(monkeypatch):
+    pytest.importorskip("lightning", reason="lightning and accelerate are needed: `make test-integrations`")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    plain, *others = (
+        importlib.import_module(name).main(steps=4) for name in ("plain_pytorch", "accelerate_loop", "lightning_module")
+    )
+    for other in others:
+        assert other == pytest.approx(plain, rel=1e-3)
+
+
+def test_the_verl_example_registers_its_settings():
+    pytest.importorskip("verl", reason="examples/verl_flowrl.py needs verl: `make test-integrations`")
+    env = os.environ | {"PYTHONPATH": str(EXAMPLES), "VERL_USE_EXTERNAL_MODULES": "verl_flowrl"}
+    command = [sys.executable, "-c", "import verl, verl_flowrl; print(verl_flowrl.main())"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "'flowrl_mild'" in done.stdout
+    assert "'flowrl_release'" in done.stdout
