@@ -15,7 +15,7 @@ from torch import Tensor
 from flowrl_kernels.presets import Row
 from flowrl_kernels.triton.residual_kernels import FIELDS, coupled_kernel, sequence_kernel, total_kernel
 
-BLOCK, WARPS = 1024, 4  # tokens a step
+BLOCK, WARPS = 1024, 8  # tokens a step; four a thread, so that float64 sums stay in registers
 LANES = 1024  # sequences a step
 NUM_METRICS = 12
 
@@ -66,14 +66,16 @@ def residual_fwd(
             math.log1p(-row.gate_clip[0]), math.log1p(row.gate_clip[1]), drop_low, drop_high, eps,
             TOKEN=token, TOKEN_WEIGHT=token_weight, RATIO=row.ratio if weighs else None,
             TIS=row.tis if weighs and sampler is not None else None, GATE=row.gate if weighs else None, PHI=row.phi,
-            COUPLED=coupled, BLOCK=BLOCK, num_warps=WARPS,
+            COUPLED=coupled, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
         if coupled:
             coupled_kernel[(num,)](
                 logp, anchor, old, reward, log_z, seen, cu_seqlens, groups, divisor, token_divisor, record, residual,
                 dlogp, dlog_z, num, slots, row.beta, row.scale, low, high, drop_low, drop_high, eps,
                 TOKEN=token, TOKEN_WEIGHT=token_weight, CENTRE=centre, PHI=row.phi, BLOCK=BLOCK, LANES=LANES,
-                num_warps=WARPS,
+                num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
-        total_kernel[(1,)](record, divisor, loss, metrics, num, TOKEN=token, LANES=LANES, num_warps=WARPS)
+        total_kernel[(1,)](
+            record, divisor, loss, metrics, num, TOKEN=token, LANES=LANES, num_warps=WARPS, enable_fp_fusion=False
+        )
     return loss, residual, weight, metrics, dlogp, dlog_z

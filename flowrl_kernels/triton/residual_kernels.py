@@ -179,7 +179,7 @@ def write_gradient(
             surrogate += tl.where(on, tl.where(plain < bounded, bounded, plain), 0.0)
             step += tl.where(moves, plain * surrogate_scale, 0.0)
         step = tl.where(on, step, 0.0)
-        tl.store(dlogp + i_token, step.to(dlogp.dtype.element_ty), mask=inside)
+        tl.store(dlogp + i_token, step.to(tl.float32).to(dlogp.dtype.element_ty), mask=inside)
     return tl.sum(surrogate, 0)
 
 
@@ -351,7 +351,7 @@ def sequence_kernel(
         if eps is not None:
             surrogate_scale = 1.0 / tl.load(token_divisor)
         b_step = tl.where(some, b_step, 0.0) / total
-        tl.store(dlog_z + b, b_step.to(dlog_z.dtype.element_ty))
+        tl.store(dlog_z + b, b_step.to(tl.float32).to(dlog_z.dtype.element_ty))
         if TOKEN:
             coefficient = raw / total
         else:
@@ -418,7 +418,7 @@ def coupled_kernel(
         if divisor is not None:
             total = tl.load(divisor)
         coefficient = tl.load(p + RAW * num) / total
-        tl.store(dlog_z + b, (tl.load(p + STEP * num) / total).to(dlog_z.dtype.element_ty))
+        tl.store(dlog_z + b, (tl.load(p + STEP * num) / total).to(tl.float32).to(dlog_z.dtype.element_ty))
     else:
         total = num.to(tl.float64)
         if divisor is not None:
@@ -433,7 +433,7 @@ def coupled_kernel(
         value, slope = penalty(d, PHI)
         tl.store(p + LOSS * num, tl.where(some, weight * value, 0.0))
         step = weight * slope / total
-        tl.store(dlog_z + b, step.to(dlog_z.dtype.element_ty))
+        tl.store(dlog_z + b, step.to(tl.float32).to(dlog_z.dtype.element_ty))
         if CENTRE == "through":
             step -= group_mean(record, groups, b_group, num, centre, True, PHI, LANES) / total
             step = tl.where(some, step, 0.0)
