@@ -8,13 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
-from benchmarks import machine
-from benchmarks.cases import CASES, choose
-from benchmarks.peers import load
-from benchmarks.run import ROOT, Settings, run_case
-
+# torch and the peers are imported where they are used: `report` needs neither
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -37,6 +32,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _show(device: str) -> int:
+    from benchmarks.cases import CASES
+    from benchmarks.peers import load
+
     print("cases:")
     for case in CASES.values():
         mark = " " if case.default else "*"
@@ -49,6 +47,8 @@ def _show(device: str) -> int:
 
 
 def _device(wanted: str) -> str:
+    import torch
+
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -57,6 +57,15 @@ def _device(wanted: str) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run what was asked for; returns an exit status: 1 if one of ours failed its check or a case broke."""
+    import torch
+
+    from benchmarks import machine
+    from benchmarks.cases import choose
+    from benchmarks.peers import load
+    from benchmarks.report import table
+    from benchmarks.run import Settings, run_case
+
     device = _device(arguments.device)
     if arguments.list:
         return _show(device)
@@ -90,8 +99,6 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     name = arguments.tag or f"{now:%Y%m%d-%H%M%S}-{device}"
     path = arguments.out / f"{name}.json"
-    from benchmarks.report import table
-
     for case in cases:
         print(f"{case.name}: {case.op} N={case.n} H={case.h} V={case.v} {case.dtype} {case.level}", flush=True)
         try:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine, measure
+from benchmarks.report import end_to_end_section
 from benchmarks.run import MALLOC, ROOT
 
 # Qwen2.5-0.5B: https://huggingface.co/Qwen/Qwen2.5-0.5B/blob/main/config.json
@@ -138,40 +139,6 @@ def _fresh(head: str, device: str, seed: int, threads: int | None) -> dict:
     return json.loads(made.stdout.strip().splitlines()[-1])
 
 
-def rows(document: dict) -> list[tuple[str, str, str, str]]:
-    from benchmarks.report import size
-
-    made = []
-    for head, entry in document["heads"].items():
-        step, extra = entry["step"], entry["memory"].get("extra")
-        made.append((head, f"{entry['tokens_per_s']:.0f}", f"{step['median_s'] * 1e3:.1f} ms", size(extra)))
-    return made
-
-
-HEADER = ("head", "tokens/s", "step", "peak memory beyond weights and optimiser state")
-
-
-def section(document: dict, source: str) -> str:
-    """The result as markdown."""
-    shape = document["model"]
-    b, t = document["sequences_tokens"]
-    hardware = document["machine"]["gpu"]["name"] if document["machine"]["gpu"] else document["machine"]["cpu"]
-    what = "Qwen2.5-0.5B's shape" if not document["scaled_down"] else "a scaled-down variant of Qwen2.5-0.5B"
-    lines = [
-        f"## A whole optimiser step, {hardware}",
-        "",
-        f"`{source}`, {document['started'][:10]}. {what}, random weights ({shape['num_hidden_layers']} layers, "
-        f"H={shape['hidden_size']}, V={shape['vocab_size']}), {b} sequences of {t} tokens; {document['status']}.",
-        "",
-    ]
-    if document["status"] == "ok":
-        cells = [" | ".join(row) for row in (HEADER, ("---",) * len(HEADER), *rows(document))]
-        lines += [f"| {line} |" for line in cells]
-    else:
-        lines.append("No speed is given: the check failed.")
-    return "\n".join(lines)
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks end-to-end", description=__doc__)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -192,5 +159,5 @@ def main(arguments: list[str]) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     name = given.tag or f"{document['started'][:10]}-end-to-end-{device}"
     (given.out / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
-    print(section(document, f"{name}.json"))
+    print(end_to_end_section(document, f"{name}.json"))
     return 0 if document["status"] == "ok" else 1

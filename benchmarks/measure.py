@@ -31,8 +31,8 @@ class Clock:
         self.device = device
         self.flush = torch.empty(FLUSH_BYTES // 4, device=device) if device == "cuda" else None
 
-    def __call__(self, run: Callable[[], object]) -> tuple[float, float]:
-        """(wall seconds, processor seconds of all threads, user mode) of one call; the result is dropped."""
+    def __call__(self, run: Callable[[], object]) -> tuple[float, float, float]:
+        """Wall seconds of one call, and processor seconds of all threads in user and system mode (0 on a GPU)."""
         if self.flush is not None:
             self.flush.zero_()
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -42,39 +42,38 @@ class Clock:
             stop.record()
             stop.synchronize()
             del made
-            return start.elapsed_time(stop) / 1e3, 0.0
-        user = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+            return start.elapsed_time(stop) / 1e3, 0.0, 0.0
+        used = resource.getrusage(resource.RUSAGE_SELF)
         before = time.perf_counter()
         made = run()
         wall = time.perf_counter() - before
-        user = resource.getrusage(resource.RUSAGE_SELF).ru_utime - user
+        now = resource.getrusage(resource.RUSAGE_SELF)
         del made
-        return wall, user
+        return wall, now.ru_utime - used.ru_utime, now.ru_stime - used.ru_stime
 
 
 def take_turns(runs: dict[str, Callable[[], object]], clock: Clock, repeats: int) -> dict[str, dict]:
     """Time every run `repeats` times in alternating order. Returns all repeats and their summary per name."""
-    wall: dict[str, list[float]] = {name: [] for name in runs}
-    user: dict[str, list[float]] = {name: [] for name in runs}
+    taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in runs}
     order = list(runs)
     for turn in range(repeats):
         for name in order if turn % 2 == 0 else reversed(order):
-            seconds, processor = clock(runs[name])
-            wall[name].append(seconds)
-            user[name].append(processor)
-    return {name: summary(wall[name], user[name] if clock.device == "cpu" else None) for name in runs}
+            taken[name].append(clock(runs[name]))
+    return {name: summary(times, clock.device == "cpu") for name, times in taken.items()}
 
 
-def summary(wall: list[float], user: list[float] | None) -> dict:
+def summary(taken: list[tuple[float, float, float]], processor: bool) -> dict:
+    """Median, range and every repeat; with processor time (page faults of big temporaries are system time) on a CPU."""
+    wall, user, system = (list(column) for column in zip(*taken))
     made = {
         "median_s": statistics.median(wall),
         "min_s": min(wall),
         "max_s": max(wall),
         "repeats_s": wall,
     }
-    if user is not None:
-        made["user_median_s"] = statistics.median(user)
-        made["user_repeats_s"] = user
+    if processor:
+        made["cpu_median_s"] = statistics.median(u + s for u, s in zip(user, system))
+        made["user_repeats_s"], made["system_repeats_s"] = user, system
     return made
 
 

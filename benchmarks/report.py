@@ -88,7 +88,7 @@ def rows(case: dict, document: dict) -> list[tuple[str, ...]]:
                 _time(entry.get("forward")),
                 _time(step),
                 _ratio(step, base.get("step"), "median_s"),
-                _ratio(step, base.get("step"), "user_median_s"),
+                _ratio(step, base.get("step"), "cpu_median_s"),
                 _rate(step, case, document),
                 "error" if "error" in memory else size(memory.get("extra")),
                 *shown,
@@ -123,7 +123,7 @@ def _busy(case: dict, document: dict) -> str:
     before = (case.get("load", {}).get("before") or [0])[0]
     if document["machine"]["device"] != "cpu" or before <= threads + 0.5:
         return ""
-    return f" Load average {before} on {threads} threads when it began: read the ratios of processor time."
+    return f" Load average {before} on {threads} threads when it began: read the ratios of cpu time."
 
 
 def section(document: dict, source: str) -> str:
@@ -188,14 +188,45 @@ def _absent(document: dict) -> dict[str, str]:
     }
 
 
+def end_to_end_rows(document: dict) -> list[tuple[str, str, str, str]]:
+    made = []
+    for head, entry in document["heads"].items():
+        step, extra = entry["step"], entry["memory"].get("extra")
+        made.append((head, f"{entry['tokens_per_s']:.0f}", f"{step['median_s'] * 1e3:.1f} ms", size(extra)))
+    return made
+
+
+STEP_HEADER = ("head", "tokens/s", "step", "peak memory beyond weights and optimiser state")
+
+
+def end_to_end_section(document: dict, source: str) -> str:
+    """The result of end_to_end.py as markdown."""
+    shape = document["model"]
+    b, t = document["sequences_tokens"]
+    hardware = document["machine"]["gpu"]["name"] if document["machine"]["gpu"] else document["machine"]["cpu"]
+    what = "Qwen2.5-0.5B's shape" if not document["scaled_down"] else "a scaled-down variant of Qwen2.5-0.5B"
+    lines = [
+        f"## A whole optimiser step, {hardware}",
+        "",
+        f"`{source}`, {document['started'][:10]}. {what}, random weights ({shape['num_hidden_layers']} layers, "
+        f"H={shape['hidden_size']}, V={shape['vocab_size']}), {b} sequences of {t} tokens; {document['status']}. "
+        f"Load average {(document['load']['before'] or ['unknown'])[0]} on {document['machine']['threads']} threads.",
+        "",
+    ]
+    if document["status"] == "ok":
+        cells = [" | ".join(row) for row in (STEP_HEADER, ("---",) * len(STEP_HEADER), *end_to_end_rows(document))]
+        lines += [f"| {line} |" for line in cells]
+    else:
+        lines.append("No speed is given: the check failed.")
+    return "\n".join(lines)
+
+
 def generate(results: Path) -> str:
     """The generated part of the page, from every JSON file of the folder in name order."""
     parts = []
     for path in sorted(results.glob("*.json")):
         document = json.loads(path.read_text())
         if document.get("kind") == "end-to-end":
-            from benchmarks.end_to_end import section as end_to_end_section
-
             parts.append(end_to_end_section(document, path.name))
         elif "cases" in document:
             parts.append(section(document, path.name))
