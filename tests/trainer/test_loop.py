@@ -77,6 +77,41 @@ def test_the_warm_start_is_read_from_the_cache_the_second_time(finished, tmp_pat
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_a_hugging_face_folder_trains_on_a_file_of_prompts(finished, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}=", "answer": str(i)}) + "\n" for i in range(4, 10)))
+    source = ["--model.name", str(finished / "run" / "final"), "--task.name", "file", "--task.train", str(data)]
+    source += ["--task.test", str(data), "--task.reward", "exact", "--task.chat_template", "False"]
+    loop.train(settings(tmp_path, *source))
+    assert len(lines(tmp_path, "train")) == 2
+    assert not (tmp_path / "run" / "start").exists()
+    assert main.cli(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    asked = ["--task.test", str(data), "--task.name", "file", "--task.reward", "exact"]
+    sums = ["eval", str(finished / "run"), *asked, "--task.chat_template", "False"]
+    assert main.cli(sums) == 0  # a run is evaluated on any file
+
+
+def test_prompts_wrapped_in_a_chat_template_need_one(finished, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "4=", "answer": "4"}\n')
+    with pytest.raises(ValueError, match=r"task\.chat_template: .* has no chat template"):
+        loop.train(
+            settings(tmp_path, "--model.name", str(finished / "run" / "final"), "--task.name", "file",
+                     "--task.train", str(data), "--task.reward", "exact")
+        )  # fmt: skip
+
+
+def test_an_engine_gets_the_weights_before_the_first_prompt_and_after_every_step(monkeypatch, tmp_path):
+    calls = []
+    from flowrl_kernels.trainer.rollout.hf import HFEngine
+
+    generate = HFEngine.generate
+    monkeypatch.setattr(HFEngine, "update_weights", lambda self, weights, version: calls.append(version))
+    monkeypatch.setattr(HFEngine, "generate", lambda *a, **k: calls.append("generate") or generate(*a, **k))
+    loop.train(settings(tmp_path, "--algorithm.minibatch_prompts", "2"))
+    assert calls[:5] == [0, "generate", 2, "generate", 4]
+
+
 def test_samples_to_read_have_their_rewards(finished):
     rows = [json.loads(line) for line in (finished / "run" / "samples.jsonl").read_text().splitlines()]
     assert rows[0].keys() >= {"step", "prompt", "response", "reward"}
@@ -155,6 +190,22 @@ def test_rewards_that_are_all_equal_or_missing_leave_the_numbers_finite(monkeypa
     assert len(rows) == 2
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
     assert rows[-1]["skipped"] == 0
+
+
+def test_a_response_whose_sampling_log_probs_are_broken_is_left_out(monkeypatch, tmp_path):
+    from flowrl_kernels.trainer.rollout.hf import HFEngine
+
+    generate = HFEngine.generate
+
+    def broken(*args, **kwargs):
+        out = generate(*args, **kwargs)
+        out.logp[0, 0] = float("nan")
+        return out
+
+    monkeypatch.setattr(HFEngine, "generate", broken)
+    train_with(monkeypatch, tmp_path, lambda i: 5.0 if i == 0 else 1.0)
+    assert all(row["reward"] == 1.0 and math.isfinite(row["loss"]) for row in lines(tmp_path, "train"))
+    assert any("not finite" in row["text"] for row in lines(tmp_path, "note"))
 
 
 def test_unscorable_responses_are_left_out_of_the_mean(monkeypatch, tmp_path):
