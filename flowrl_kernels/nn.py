@@ -186,7 +186,8 @@ class LogPartition(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             pooled = prompt_mean(hidden, mask, cu_seqlens)  # [B, H] fp32
             x = self.body(pooled.to(self.out.weight.dtype))
-            return torch.nn.functional.linear(x.float(), self.out.weight.float(), self.out.bias.float())[:, 0].float()
+            out = torch.nn.functional.linear(x.float(), self.out.weight.float(), self.out.bias.float())
+            return out.sum(-1)  # [B, 1] -> [B]; not a view, which FSDP's hooks warn about
 
 
 def prompt_mean(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -65,7 +65,7 @@ class Entry(NamedTuple):
     dtype: str
     arch: str
     registers: int
-    spills: int  # bytes on NVIDIA, registers on AMD
+    spills: int  # NVIDIA: bytes of the stack frame, where spills go; AMD: vector registers
     shared: int  # bytes
     mma: str
     tma: bool
@@ -169,6 +169,21 @@ def logprob(dtype, v=152064, softcap=None, entropy=True) -> None:
     op.logprob_bwd(out[1], out[1] if entropy else None, logits, target, temperature, softcap, out[1], out[2], False)
 
 
+def residual(dtype, preset="paper", packed=False) -> None:
+    from flowrl_kernels.presets import named
+    from flowrl_kernels.triton import residual as op
+
+    sequences, slots = 256, 8192
+    shape = (sequences * slots,) if packed else (sequences, slots)
+    row = named(preset)
+    logp, anchor, old = (torch.empty(shape, dtype=dtype) for _ in range(3))
+    cu_seqlens = torch.empty(sequences + 1, dtype=torch.int64) if packed else None
+    groups = torch.empty(sequences, dtype=torch.int64) if row.log_z in ("group", "through") else None
+    log_z = torch.empty(sequences) if groups is None else None
+    mask = torch.empty(shape, dtype=torch.bool)
+    op.residual_fwd(row, logp, anchor, old, None, torch.empty(sequences), log_z, mask, cu_seqlens, groups, None)
+
+
 # every flag that changes the code, on and off, and the path without descriptors
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "plain": lambda t: linear_logprob(t, entropy=False, stats=False),
@@ -180,9 +195,16 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "logits": lambda t: logprob(t),
     "logits plain": lambda t: logprob(t, entropy=False),
     "logits softcap, odd V": lambda t: logprob(t, v=151937, softcap=30.0),
+    "residual": lambda t: residual(t),
+    "residual, groups": lambda t: residual(t, preset="group", packed=True),
 }
 # what `make test` compiles: each kernel once per architecture as it is shipped, and the float32 forward for its PTX
-QUICK = [("entropy+stats", "bf16", None), ("logits", "bf16", None), ("plain", "fp32", FORWARD)]
+QUICK = [
+    ("entropy+stats", "bf16", None),
+    ("logits", "bf16", None),
+    ("residual, groups", "bf16", None),
+    ("plain", "fp32", FORWARD),
+]
 
 
 def compile_case(
@@ -251,10 +273,11 @@ def markdown(table: dict[str, list[Entry]]) -> str:
         "",
         "Written by `make matrix` (`python -m tests.compile_matrix --write`); every row is in "
         "`tests/compile_matrix.json`. Compiled without a GPU, so this says what the machine code is, not how fast it "
-        "runs. Shape: N = 8192, H = 3584 (3583 where odd), V = 152064 (151937 where odd).",
+        "runs. Shape: N = 8192, H = 3584 (3583 where odd), V = 152064 (151937 where odd); residual 256 x 8192. "
+        "`make test` compiles bfloat16 `entropy+stats`, `logits` and `residual, groups`.",
         "",
-        "A cell reads: registers a thread, shared memory, spills where there are any (bytes a thread on NVIDIA, vector "
-        "registers on AMD). `float16` compiles like `bfloat16` and is in the JSON only. float32 multiplies without "
+        "A cell reads: registers a thread, shared memory, spills where there are any (NVIDIA: bytes of a thread's "
+        "stack frame, which is where they go; AMD: vector registers). `float16` compiles like `bfloat16` and is in the JSON only. float32 multiplies without "
         "tensor cores; on gfx942 with its float32 matrix instructions.",
         "",
         "| limit | " + " | ".join(SHARED_LIMIT) + " |",
@@ -288,7 +311,9 @@ def main() -> None:
     entries = everything(options.arch, options.case)
     print(f"triton {triton.__version__}: {len(entries)} kernels in {time.perf_counter() - start:.0f} s")
     if options.write:
-        save({**load(), triton.__version__: entries})
+        table, version = load(), triton.__version__
+        kept = [e for e in table.get(version, []) if e.arch not in options.arch or e.case not in options.case]
+        save({**table, version: kept + entries})
 
 
 if __name__ == "__main__":

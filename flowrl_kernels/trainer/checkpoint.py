@@ -83,9 +83,7 @@ def save(
     if errors:
         if world.main:
             shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"checkpoint of step {step} was not written ({errors[0]}); older ones are intact"
-        )
+        raise CheckpointError(f"checkpoint of step {step} was not written ({errors[0]}); older ones are intact")
     if world.main:
         os.rename(partial, final)
         whole = sorted((int(p.name[5:]), p) for p in folder(run).glob("step_*") if p.name[5:].isdigit())
@@ -95,18 +93,14 @@ def save(
     return final
 
 
-def load(
-    path: Path, run: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, world: World
-) -> dict[str, Any]:
+def load(path: Path, run: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
     """Restores weights, optimiser and random numbers from a checkpoint of this run; returns its `progress`.
 
     Raises:
         ValueError: the path does not lie in the run's own folder.
     """
     if not path.resolve().is_relative_to(run.resolve()):
-        raise ValueError(
-            f"checkpoint {path} is not in the run folder {run}; only a run's own checkpoints are loaded"
-        )
+        raise ValueError(f"checkpoint {path} is not in the run folder {run}; only a run's own checkpoints are loaded")
     model_state, optimizer_state = get_state_dict(policy, optimizer)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     with warnings.catch_warnings():
@@ -122,9 +116,7 @@ def load(
 def load_model(path: Path, run: Path, policy: nn.Module) -> None:
     """Restores the weights alone, in one process, whatever sharding wrote them: for export and evaluation."""
     if not path.resolve().is_relative_to(run.resolve()):
-        raise ValueError(
-            f"checkpoint {path} is not in the run folder {run}; only a run's own checkpoints are loaded"
-        )
+        raise ValueError(f"checkpoint {path} is not in the run folder {run}; only a run's own checkpoints are loaded")
     state = {"model": policy.state_dict()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from flowrl_kernels.trainer.config import Config
 
-# what a resumed run may change: nothing here touches the numbers of a step
+# what a resumed run may change: how long it runs, what it reports, and how its work is divided, which changes
+# roundings only
 FREE_ON_RESUME = (
     "run.steps",
     "run.dir",
@@ -26,6 +27,15 @@ FREE_ON_RESUME = (
     "run.overwrite",
     "run.max_bad_updates",
     "run.threads",
+    "run.device",
+    "rollout.batch",
+    "parallel.backend",
+    "parallel.replicate",
+    "parallel.checkpoint_activations",
+    "parallel.compile",
+    "parallel.offload_reference",
+    "parallel.max_tokens",
+    "parallel.row_tokens",
     "checkpoint.",
     "eval.",
     "log.",

@@ -28,11 +28,15 @@ def open_run(folder: Path) -> tuple[Config, Path]:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder))), newest
 
 
+def source_of(config: Config) -> str:
+    """The folder or name that a run's model and tokenizer were read from."""
+    start = Path(config.run.dir) / "start"
+    return str(start) if start.exists() else config.model.name
+
+
 def restore(config: Config, newest: Path, world: World) -> policy.Policy:
     """The policy of a checkpoint, whole and in one process, however many ranks wrote it."""
-    folder = Path(config.run.dir)
-    start = folder / "start"
-    source = str(start) if start.exists() else config.model.name
+    folder, source = Path(config.run.dir), source_of(config)
     needs = losses.needs(config)
     model = policy.load_model(source, config.model, parallel.attention_of(config.model, config.parallel, world.device))
     actor = policy.make_policy(config, world, model, log_z=needs.log_z, value=needs.value)
@@ -53,15 +57,12 @@ def export_run(folder: Path, out: Path) -> None:
         FileNotFoundError: there is no run or no checkpoint.
         ValueError: `out` exists.
     """
-    from flowrl_kernels.trainer.setup import make_tokenizer
-    from flowrl_kernels.trainer.tasks import build_task
-
     config, newest = open_run(folder)
     if out.exists():
         raise ValueError(f"{out} exists already")
     config, world = single(config)
     actor = restore(config, newest, world)
-    policy.save_folder(actor, make_tokenizer(config, build_task(config.task)), out, world)
+    policy.save_folder(actor, policy.load_tokenizer(source_of(config), config.model), out, world)
 
 
 def evaluate_run(source: str, args: list[str]) -> dict[str, float]:
@@ -98,10 +99,11 @@ def evaluate_run(source: str, args: list[str]) -> dict[str, float]:
     task = build_task(config.task)
     if not len(task.problems(split)):
         raise ValueError(f"task.{split}: there are no problems in the {split} split")
-    tokenizer = setup.make_tokenizer(config, task)
     if newest is not None:
+        tokenizer = policy.load_tokenizer(source_of(config), config.model)
         actor = restore(config, newest, world)
     else:
+        tokenizer = setup.make_tokenizer(config, task)
         attention = parallel.attention_of(config.model, config.parallel, world.device)
         actor = policy.make_policy(config, world, policy.load_model(config.model.name, config.model, attention))
     stop = setup.stop_tokens(actor, tokenizer)

@@ -148,6 +148,11 @@ def collect(run: Run, step: int) -> Rollouts:
 def score_rewards(run: Run, rollouts: Rollouts, step: int) -> list[float | None]:
     """Rewards of this rank's responses; None for one that could not be scored, which is named in the log."""
     rewards = run.scorer.score(rollouts.problems, rollouts.texts)
+    broken = ~rollouts.logp.isfinite().all(-1)
+    if broken.any():  # an engine that overflowed: its tokens cannot be weighed
+        run.log.note(f"{int(broken.sum())} responses came with log-probabilities that are not finite", step)
+        rewards = [None if bad else reward for reward, bad in zip(rewards, broken.tolist())]
+        rollouts.logp = rollouts.logp.nan_to_num(0.0, 0.0, 0.0)
     if missing := rewards.count(None):
         why = run.scorer.last_error or "the reward gave None"
         run.log.note(f"{missing} of {len(rewards)} responses could not be scored: {why}", step)

@@ -84,7 +84,5 @@ def draw(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]
     """
     logp = torch.log_softmax(logits / temperature, dim=-1)
     cdf = logp.double().exp().cumsum(-1)
-    token = torch.searchsorted(cdf, (u * cdf[:, -1]).unsqueeze(-1), right=True).clamp_(
-        max=logits.shape[-1] - 1
-    )
+    token = torch.searchsorted(cdf, (u * cdf[:, -1]).unsqueeze(-1), right=True).clamp_(max=logits.shape[-1] - 1)
     return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)

@@ -53,9 +53,7 @@ class HFEngine:
             torch.cat([part.finished for part in parts]),
         )
 
-    def _decode(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, numbers: list[int]
-    ) -> Generated:
+    def _decode(self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, numbers: list[int]) -> Generated:
         from transformers import DynamicCache
 
         device, policy = self.device, self.policy
