@@ -277,8 +277,8 @@ def markdown(table: dict[str, list[Entry]]) -> str:
         "`make test` compiles bfloat16 `entropy+stats`, `logits` and `residual, groups`.",
         "",
         "A cell reads: registers a thread, shared memory, spills where there are any (NVIDIA: bytes of a thread's "
-        "stack frame, which is where they go; AMD: vector registers). `float16` compiles like `bfloat16` and is in the JSON only. float32 multiplies without "
-        "tensor cores; on gfx942 with its float32 matrix instructions.",
+        "stack frame, which is where they go; AMD: vector registers). `float16` compiles like `bfloat16` and is in the "
+        "JSON only. float32 multiplies without tensor cores; on gfx942 with its float32 matrix instructions.",
         "",
         "| limit | " + " | ".join(SHARED_LIMIT) + " |",
         "|---|" + "---|" * len(SHARED_LIMIT),
