@@ -130,12 +130,18 @@ def build_model(config: Config, tokenizer: Any, attention: str) -> Any:
         return AutoModelForCausalLM.from_config(shape, attn_implementation=attention)
 
 
+def quiet() -> None:
+    """No progress bars by transformers: the run has its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def load_model(source: str, model: ModelConfig, attention: str, *, empty: bool = False) -> Any:
     """A causal LM from a Hugging Face name or folder, in float32; `empty`: its shape on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # rank 0's bars are the run's own
+    quiet()
     options = {"attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
     if empty:
         shape = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
@@ -244,6 +250,7 @@ def save_folder(policy: Policy, tokenizer: Any, folder: Path, world: World) -> N
     """Writes a Hugging Face folder (safetensors), log Z in a file of its own; every rank must call it."""
     from safetensors.torch import save_file
 
+    quiet()
     state = parallel.full_state(policy)
     if not world.main:
         return
