@@ -125,14 +125,14 @@ def group_log_z(config: Config, batches: list[MicroBatch]) -> None:
 
     VarGrad (arXiv 2010.10436): no network, no gradient. Groups never span ranks, but may span micro-batches.
     """
-    row, beta = losses.row(config), config.algorithm.beta
+    row = losses.row(config)
     own = []
     for batch in batches:
         token, count = batch.per_token, batch.cu_seqlens.diff()
         moved = token["old"] if row.anchor is None else token["old"] - token[row.anchor]
         total = moved.new_zeros(batch.sequences).index_add_(0, batch.segment(), moved)
         total = total / count if row.scale is None else total * row.scale
-        own.append((beta * batch.per_sequence["reward"] - total) if batch.live else total * 0)
+        own.append((row.beta * batch.per_sequence["reward"] - total) if batch.live else total * 0)
     # a stand-in is in no group: its number is one that no group has
     group = [b.per_sequence["group"] if b.live else torch.full_like(b.per_sequence["group"], -1) for b in batches]
     _, inverse = torch.cat(group).unique(return_inverse=True)

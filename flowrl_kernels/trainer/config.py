@@ -145,8 +145,8 @@ class AlgorithmConfig:
     """For flowrl: what the preset says, a network on the prompt, the group's mean (VarGrad), or none."""
     reward: Literal["zscore", "centred", "raw"] = "zscore"
     """For flowrl: the reward in the residual, normalised in its group, centred in it, or as it came."""
-    beta: float = 15.0
-    """For flowrl: scale of the reward in the residual (inverse temperature of the target)."""
+    beta: float | None = None
+    """For flowrl: scale of the reward in the residual (inverse temperature of the target); absent: the preset's, 15."""
     clip: tuple[float, float] | None = None
     """Range of the importance ratio, e.g. [0.8, 1.2]; inf opens a side; absent: the algorithm's own."""
     minibatch_prompts: int = 0

@@ -6,6 +6,7 @@ forward where parameters are whole.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ def row(config: Config) -> Row:
     chosen = named(a.preset or "paper")
     if (a.clip is not None or a.tis_cap > 0) and a.preset not in ("", "paper"):
         raise ValueError(f"algorithm.clip, algorithm.tis_cap: preset {a.preset!r} sets its own; leave them out")
-    return chosen
+    return chosen if a.beta is None else dataclasses.replace(chosen, beta=a.beta)
 
 
 def log_z_kind(config: Config) -> str | None:
@@ -129,7 +130,7 @@ def flow_loss(config: Config) -> Callable[..., Head]:
     a, kind, chosen = config.algorithm, log_z_kind(config), row(config)
     if kind in ("group", "through") and config.rollout.samples < 2:
         raise ValueError(f"rollout.samples: log Z by the group's mean needs at least 2; got {config.rollout.samples}")
-    settings: dict[str, Any] = {"beta": a.beta, "preset": a.preset or None, "impl": config.parallel.impl}
+    settings: dict[str, Any] = {"beta": chosen.beta, "preset": a.preset or None, "impl": config.parallel.impl}
     if a.clip is not None or a.tis_cap > 0:  # the paper's row with fields of one's own
         settings["preset"] = None
         settings |= {"clip": bounds(a.clip)} if a.clip is not None else {}

@@ -146,7 +146,7 @@ def evaluation(run: Run, step: int, split: str, *, last: bool = False) -> dict[s
             summed_logp(run, run.policy),
             None if reference is None else summed_logp(run, reference),
             log_z_of(run) if reference is not None and run.policy.log_z is not None else None,
-            beta=config.algorithm.beta,
+            beta=losses.row(config).beta,
             cfg=config.eval,
         )
     run.log.evaluation(step, split, out)
