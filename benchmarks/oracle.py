@@ -206,7 +206,8 @@ def tolerances(case: Case) -> dict[str, float]:
         unit = 2.0**-8 if case.dtype == "bf16" else 2.0**-11
         logp, grad = 0.02 + 4 * unit * largest_logit(case), 0.08
     if case.epsilon > 0:
-        grad = max(grad, 0.0015)  # the bar of a bounded backward; what it measured goes in the table
+        # the bar of a bounded backward, 0.15 % at epsilon 0.01; what it measured goes in the table
+        grad = max(grad, 0.0015 * max(1.0, case.epsilon / 0.01))
     return {
         "logp_max_abs": logp,
         "loss_abs": logp,
