@@ -1,8 +1,9 @@
 """The bounded backward: leave out softmax mass that the forward's statistics prove to be light (docs/maths.md).
 
-Rows are sorted by their non-target gradient mass, cut into blocks, and the lightest (row block, vocabulary tile)
-pairs are dropped while the relative L1 error of dlogits stays at most epsilon. What was dropped is given back as
-the tile's mean weight row, so every row of dlogits still sums to zero. Target entries never depend on a tile.
+A pair is a row and a vocabulary tile. The lightest pairs of the batch are dropped while the relative L1 error of
+dlogits stays at most epsilon; a tile then multiplies the rows that still need it and no others. What was dropped is
+given back as the tile's mean weight row, so every row of dlogits still sums to zero. Target entries never depend on a
+tile.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from flowrl_kernels.chunked import routing, tiles
 from flowrl_kernels.chunked.routing import SLACK, run_mass
 from flowrl_kernels.types import TILE
 
-ROWS = 64  # rows of one block
 COLUMNS = 1024  # vocabulary columns of one tile
-FALL_BACK = 0.6  # share of tiles above which the dense path is faster on a CPU (6NHV against s * 6NHV + overhead)
-L2_SHARE = 0.3  # second budget: relative L2 error of dlogits, before the correction, in units of epsilon
+ROWS = 256  # rows whose dropped masses are in memory at once
+FALL_BACK = 0.6  # share of pairs above which the dense path is faster on a CPU (6NHV against s * 6NHV + overhead)
+L2_SHARE = 0.2  # second budget: relative L2 error of dlogits, before the correction, in units of epsilon
 
 
 class Plan(NamedTuple):
-    order: Tensor  # [R] rows by rising non-target gradient mass
+    order: Tensor  # [R] rows by rising non-target gradient mass, as they are cut into blocks
     active: Tensor  # [blocks, tiles] bool: pairs to compute
     bound: Tensor  # scalar: relative L1 error of dlogits that the dropped pairs can cause
     share: Tensor  # scalar: active pairs / all pairs
@@ -36,14 +37,19 @@ def make_plan(
     target: Tensor,  # [R]
     target_logp: Tensor,  # [R]
     epsilon: float,
+    block_rows: int = 1,
+    columns: int = COLUMNS,
 ) -> Plan:
     """Drop pairs batch-wide, those with the least squared mass first, while both budgets last: epsilon of the L1
     norm of dlogits, and L2_SHARE * epsilon of its L2 norm (one heavy entry costs more than a thin tail)."""
     rest = -torch.expm1(target_logp)  # [R] non-target mass
     rest_low = (rest - SLACK).clamp_min_(0.0)
-    order = torch.argsort(gradient * rest, stable=True)
+    if block_rows > 1:
+        order = torch.argsort(gradient * rest, stable=True)
+    else:
+        order = torch.arange(len(rest), device=rest.device)
     cost, square = routing.tile_costs(
-        tile_lse, lse, target, target_logp, gradient, order, ROWS, COLUMNS // TILE
+        tile_lse, lse, target, target_logp, gradient, order, block_rows, columns // TILE
     )  # [blocks, tiles]
     norm = (2.0 * gradient * rest_low).sum(dtype=torch.float64)
     square_norm = (gradient * rest_low).double().square().sum()  # of the target entries alone: a lower bound
@@ -89,44 +95,41 @@ def bounded_backward(
     if not pays:
         return False
     _compute(
-        plan, scale, x, weight, target, target_logp, target_rows, bias, temperature, logit_scale, lse, tile_lse,
+        plan.active, scale, x, weight, target, target_logp, target_rows, bias, temperature, logit_scale, lse, tile_lse,
         dhidden, dweight, main_grad, dbias,
     )  # fmt: skip
     return True
 
 
 def _compute(
-    plan, scale, x, weight, target, target_logp, target_rows, bias, temperature, logit_scale, lse, tile_lse,
+    active, scale, x, weight, target, target_logp, target_rows, bias, temperature, logit_scale, lse, tile_lse,
     dhidden, dweight, main_grad, dbias,
 ) -> None:  # fmt: skip
-    order, vocab_size = plan.order, weight.shape[0]
+    vocab_size = weight.shape[0]
     num_rows, hidden_size = x.shape
-    x, scale, lse, target, target_logp = x[order], scale[order], lse[order], target[order], target_logp[order]
-    temperature = temperature if temperature.numel() == 1 else temperature[order]
     rest = -torch.expm1(target_logp)[:, None]  # [R, 1] non-target mass
     target_gradient = scale * rest  # entry of dlogits at the target
     need_weight = dweight is not None or main_grad is not None
 
-    def dropped(low: int) -> Tensor:
+    def dropped(own: slice) -> Tensor:
         """Share of each row's non-target mass per dropped run, 0 in runs that are computed. [ROWS, runs]"""
-        own = slice(low, low + ROWS)
-        mass = run_mass(lse[own], tile_lse[:, order[own]], target[own], target_logp[own])
+        mass = run_mass(lse[own], tile_lse[:, own], target[own], target_logp[own])
         total = mass.sum(1, keepdim=True)  # the statistics round up: scale them to what the row really has
-        kept = plan.active[low // ROWS].repeat_interleave(COLUMNS // TILE)[: mass.shape[1]]
+        kept = active[own].repeat_interleave(COLUMNS // TILE, 1)[:, : mass.shape[1]]
         return mass.masked_fill_(kept, 0.0).div_(total)
 
+    blocks = [slice(low, low + ROWS) for low in range(0, num_rows, ROWS)]
     spread = x.new_zeros((len(tile_lse), hidden_size), dtype=lse.dtype)  # [runs, H] what dropped runs owe dweight
     bias_spread = x.new_zeros(len(tile_lse), dtype=lse.dtype)
     if need_weight or dbias is not None:
-        for low in range(0, num_rows, ROWS):
-            own = slice(low, low + ROWS)
-            owed = dropped(low).mul_(target_gradient[own])
+        for own in blocks:
+            owed = dropped(own).mul_(target_gradient[own])
             spread.addmm_(owed.T, x[own].to(lse.dtype))
             bias_spread += owed.sum(0)
     by_target = torch.argsort(target, stable=True)
     edges = torch.arange(0, vocab_size + COLUMNS, COLUMNS, device=target.device).clamp_max_(vocab_size)
     cuts = torch.searchsorted(target[by_target], edges).tolist()
-    block_lists = plan.active.T.tolist()
+    row_lists = active.T.nonzero()[:, 1].split(active.sum(0).tolist())  # rows of each tile, rising
     acc = x.new_zeros((num_rows, hidden_size), dtype=lse.dtype) if dhidden is not None else None
     computed = x.new_zeros(num_rows, dtype=lse.dtype)  # non-target mass that was computed, per row
     mean_rows = torch.zeros_like(spread)
@@ -137,9 +140,10 @@ def _compute(
             if acc is not None:
                 mean_rows[runs] = _run_means(w, lse.dtype)
             part = None
-            rows = _rows_of(block_lists[tile], num_rows, x.device)
-            if rows is not None:
-                z = tiles.logits_tile(x[rows], w, None if bias is None else bias[start:stop], logit_scale, None)
+            rows = row_lists[tile]
+            if len(rows) > 0:
+                x_rows = x[rows]
+                z = tiles.logits_tile(x_rows, w, None if bias is None else bias[start:stop], logit_scale, None)
                 row_temperature = temperature if temperature.numel() == 1 else temperature[rows]
                 p = tiles.divide_by_temperature(z, row_temperature).sub_(lse[rows, None]).exp_()
                 local = (target[rows] - start)[:, None]
@@ -154,7 +158,7 @@ def _compute(
                 if acc is not None:
                     acc[rows] += tiles.product(dz, w)
                 if need_weight:
-                    part = tiles.product(dz.T, x[rows])
+                    part = tiles.product(dz.T, x_rows)
             mine = by_target[cuts[tile] : cuts[tile + 1]]  # rows whose target is in this tile
             if dbias is not None:
                 dbias[start:stop] -= _per_column(bias_spread[runs, None], stop - start)[:, 0]
@@ -168,14 +172,13 @@ def _compute(
                 else:
                     dweight[start:stop] = part
     if acc is not None:
-        for low in range(0, num_rows, ROWS):
-            own = slice(low, low + ROWS)
-            part = dropped(low)
+        for own in blocks:
+            part = dropped(own)
             part.div_(part.sum(1, keepdim=True).clamp_min_(torch.finfo(lse.dtype).tiny))
             owed = (rest[own] - computed[own, None]).clamp_min_(0.0) * scale[own]  # exactly what each row still owes
             acc[own] -= part.mul_(owed) @ mean_rows
-        acc += target_gradient * target_rows[order].to(lse.dtype)
-        dhidden[order] = acc
+        acc += target_gradient * target_rows.to(lse.dtype)
+        dhidden.copy_(acc)
 
 
 def _run_means(w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -190,14 +193,3 @@ def _per_column(total: Tensor, columns: int) -> Tensor:
     width = torch.full((len(total), 1), float(TILE), dtype=total.dtype, device=total.device)
     width[-1] = columns - TILE * (len(total) - 1)
     return (total / width).repeat_interleave(TILE, 0)[:columns]
-
-
-def _rows_of(active: list[bool], num_rows: int, device: torch.device) -> Tensor | slice | None:
-    """Rows of the active blocks: a slice where they are neighbours, so that nothing is copied."""
-    blocks = [i for i, on in enumerate(active) if on]
-    if not blocks:
-        return None
-    if blocks[-1] - blocks[0] + 1 == len(blocks):
-        return slice(blocks[0] * ROWS, min((blocks[-1] + 1) * ROWS, num_rows))
-    rows = torch.cat([torch.arange(b * ROWS, min((b + 1) * ROWS, num_rows)) for b in blocks])
-    return rows.to(device)

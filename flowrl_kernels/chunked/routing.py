@@ -19,6 +19,7 @@ BINS = 1 << BIN_BITS  # of one histogram
 KEYS = BINS * BINS
 OCTAVE_BITS = 4  # 16 bins of the first histogram per factor of two: it spans 128 octaves
 LANES = 256  # partial sums of one sequence
+ROWS_AT_ONCE = 256  # of the [R, runs] masses in memory
 
 
 class BlockLists(NamedTuple):
@@ -60,11 +61,14 @@ def tile_costs(
     padding = (0, num_tiles * tile_runs - len(tile_lse))
     costs = gradient.new_zeros((-(-len(order) // block_rows), num_tiles), dtype=torch.float64)
     squares = torch.zeros_like(costs)
-    for block, rows in enumerate(order.split(block_rows)):
+    step = max(1, ROWS_AT_ONCE // block_rows)  # blocks
+    for i, rows in enumerate(order.split(step * block_rows)):
         mass = run_mass(lse[rows], tile_lse[:, rows], target[rows], target_logp[rows]) * gradient[rows, None]
-        mass = torch.nn.functional.pad(mass, padding).view(-1, num_tiles, tile_runs)
-        costs[block] = mass.sum((0, 2), dtype=torch.float64)
-        squares[block] = mass.double().square_().sum((0, 2))
+        mass = torch.nn.functional.pad(mass, (*padding, 0, -len(rows) % block_rows))
+        mass = mass.view(-1, block_rows, num_tiles, tile_runs).double()
+        own = slice(i * step, i * step + len(mass))
+        costs[own] = mass.sum((1, 3))
+        squares[own] = mass.square_().sum((1, 3))
     return costs, squares
 
 
