@@ -61,3 +61,14 @@ def positive(name: str, value: float) -> float:
     if not value > 0.0 or value == float("inf"):
         fail(name, "a finite number above 0", value)
     return value
+
+
+def process_group(name: str, value: Any) -> None:
+    """A torch.distributed group of which this process is a member."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
+        raise TypeError(
+            f"{name}: wanted a torch.distributed.ProcessGroup with this rank in it (of a DeviceMesh: "
+            f"mesh['name'].get_group()); got {type(value).__name__}"
+        )

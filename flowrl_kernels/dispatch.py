@@ -22,8 +22,8 @@ logger = logging.getLogger("flowrl_kernels")
 IMPLS = ("reference", "chunked", "triton", "cuda")
 # stems with a launcher module in each room; the reference is a plain function and serves every stem
 STEMS = {
-    "chunked": ("linear_logprob", "logprob", "residual"),
-    "triton": ("linear_logprob", "logprob", "residual"),
+    "chunked": ("linear_logprob", "linear_residual", "logprob", "residual", "context_parallel"),
+    "triton": ("linear_logprob", "linear_residual", "logprob", "residual"),
     "cuda": (),
 }
 
@@ -96,7 +96,7 @@ def _refusal(stem: str, impl: str, tensor: Tensor) -> str | None:
             return "the triton kernels take float32, bfloat16 and float16, not float64"
         if tensor.device.type != "cuda" and not _interpreting():
             return f"the tensors are on {tensor.device}; triton needs a GPU or TRITON_INTERPRET=1"
-        if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and stem == "linear_logprob":
+        if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and stem.startswith("linear_"):
             return "triton's interpreter multiplies bfloat16 wrongly; use float16 or float32"
     return None
 

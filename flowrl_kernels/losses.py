@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels import checks, dispatch, presets
+from flowrl_kernels.layout import check_tokens, normalizer_of, segments_of
 from flowrl_kernels.ops.residual import NUM_METRICS
 from flowrl_kernels.presets import CLIPS, Row
 from flowrl_kernels.reference import policy_gradient as pg
@@ -48,6 +49,7 @@ def flowrl_loss(
     normalizer: Tensor | float | tuple[float, float] | None = None,
     groups: Tensor | None = None,
     preset: str | None = None,
+    cp_group: Any = None,
     impl: str = "auto",
 ) -> LossOutput:
     """The FlowRL loss (arXiv 2509.15207, eq. 6), or the released variant that `preset` names.
@@ -78,6 +80,10 @@ def flowrl_loss(
         groups: [B] integer ids of the prompts, for log_z "group" and "through". A tensor `log_z` may stand in for
             "group" (the group's mean made elsewhere, say over micro-batches).
         preset: a row of `presets.PRESETS`; an explicit argument that contradicts it raises.
+        cp_group: a ProcessGroup over whose ranks the tokens of every sequence are split (context parallelism). Tokens,
+            mask and cu_seqlens are the rank's own, possibly none; what is [B], and the normalizer, is the same on every
+            rank. Loss and metrics are those of the whole sequences. Gradients are the rank's share: *summed* over the
+            group they are the gradient (log Z's is 1/size on each). Runs in torch, which impl="triton" refuses.
         impl: "auto", "reference", "chunked" or "triton".
 
     Returns:
@@ -93,7 +99,7 @@ def flowrl_loss(
     )  # fmt: skip
     return _residual(
         logp, logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer, preset,
-        presets.PRESETS["paper"], explicit, impl,
+        presets.PRESETS["paper"], explicit, cp_group, impl,
     )  # fmt: skip
 
 
@@ -115,6 +121,7 @@ def residual_loss(
     log_z: Tensor | None = None,
     normalizer: Tensor | float | tuple[float, float] | None = None,
     preset: str | None = None,
+    cp_group: Any = None,
     impl: str = "auto",
 ) -> LossOutput:
     """The squared-residual family: ``d = a sum_t (logp - anchor) - target [- group mean]``, ``sum_b w phi(d) / n``.
@@ -133,7 +140,7 @@ def residual_loss(
         groups: [B] integer ids, for `center`.
         level: "sequence", or "token" for one residual per token.
         log_z: [B] learned partition, added to the residual, or None.
-        ratio, clip, phi, mask, cu_seqlens, normalizer, preset, impl: as in `flowrl_loss`.
+        ratio, clip, phi, mask, cu_seqlens, normalizer, preset, cp_group, impl: as in `flowrl_loss`.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -152,7 +159,7 @@ def residual_loss(
     base = dataclasses.replace(presets.PRESETS["paper"], ratio=None, beta=1.0, anchor="old")
     return _residual(
         logp, anchor, target, partition, logp_old, None, mask, cu_seqlens, groups, normalizer, preset, base, explicit,
-        impl, anchor_is_given=True,
+        cp_group, impl, anchor_is_given=True,
     )  # fmt: skip
 
 
@@ -189,18 +196,25 @@ class Settled(NamedTuple):
 
 def _residual(
     logp, logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer, preset, base, explicit,
-    impl, anchor_is_given=False,
+    cp_group, impl, anchor_is_given=False,
 ) -> LossOutput:  # fmt: skip
     checks.floating("logp", logp)
+    if cp_group is not None:
+        checks.process_group("cp_group", cp_group)
     settled = settle(
         logp, logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer, preset, base,
         explicit, anchor_is_given,
     )  # fmt: skip
-    chosen = dispatch.resolve("residual", impl, logp)
+    chosen = dispatch.resolve("residual" if cp_group is None else "context_parallel", impl, logp)
     row, anchor, old, sampler, reward, partition, segments, groups, scalar = settled
+    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+    if cp_group is not None:
+        from flowrl_kernels.ops import context_parallel
+
+        given = (row, logp, anchor, old, sampler, reward, partition, segments, groups, scalar)
+        return output(*(value.to(dtype) for value in context_parallel.residual(*given, cp_group, chosen)))
     if chosen == "reference":
         terms = reference.residual(row, logp, anchor, old, sampler, reward, partition, segments, groups, scalar)
-        dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
         with torch.no_grad():
             values = reference.metrics(terms, logp, anchor).to(dtype)
         return output(terms.loss.to(dtype), terms.residual.to(dtype), terms.weight.to(dtype), values)
@@ -237,7 +251,7 @@ def settle(
     checks.same_device(given_reward, reward, "logp", logp)
     segments = segments_of(logp, mask, cu_seqlens, "logp", reward, given_reward)
     for name, value in ((given_anchor, logp_ref), ("logp_old", logp_old), ("logp_sampler", logp_sampler)):
-        _tokens(name, value, logp)
+        check_tokens(name, value, logp)
     if partition is not None:
         checks.floating("log_z", partition, dims=1)
         if partition.shape != reward.shape:
@@ -267,7 +281,7 @@ def settle(
     if row.tis is not None and (logp_sampler is None or logp_old is None):
         missing = "logp_sampler" if logp_sampler is None else "logp_old"
         checks.fail(missing, f"log-probs, for tis={row.tis!r}", None)
-    divisor = _normalizer(normalizer, logp, pair=True)
+    divisor = normalizer_of(normalizer, logp, pair=True)
     if row.surrogate is not None and divisor is not None and divisor.numel() == 1:
         checks.fail("normalizer", f"(sequences, tokens): preset={preset!r} divides by both", "one number")
     anchor, old, sampler = (None if t is None else t.detach() for t in (anchor, logp_old, logp_sampler))
@@ -327,8 +341,8 @@ def policy_gradient_loss(
         checks.fail("advantage", f"one number per sequence or shape {tuple(logp.shape)}", checks.shape(advantage))
     checks.same_device("advantage", advantage, "logp", logp)
     segments = segments_of(logp, mask, cu_seqlens, "logp", advantage if per_sequence else None, "advantage")
-    _tokens("logp_old", checks.plain("logp_old", logp_old), logp)
-    _tokens("logp_ref", logp_ref, logp)
+    check_tokens("logp_old", checks.plain("logp_old", logp_old), logp)
+    check_tokens("logp_ref", logp_ref, logp)
     low, high = _clip(clip)
     _one_of("ratio", ratio, ("token", "sequence", "detached", "none"))
     _one_of("kl_kind", kl_kind, ("k1", "k2", "k3"))
@@ -349,7 +363,7 @@ def policy_gradient_loss(
     dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
     logp, old = segments.clean(logp), segments.clean(logp_old.detach())
     tokens, rho, clipped = pg.token_losses(logp, old, a, segments, ratio, (low, high), dual_clip)
-    scalar = _normalizer(normalizer, logp)
+    scalar = normalizer_of(normalizer, logp)
     loss = pg.aggregate(tokens, segments, aggregate, scalar, length)
     metrics = {}
     if kl is not None and logp_ref is not None:
@@ -392,8 +406,8 @@ def value_loss(
         mask, cu_seqlens, aggregate, normalizer: as in `policy_gradient_loss`.
     """
     checks.floating("value", value)
-    _tokens("returns", checks.plain("returns", returns), value)
-    _tokens("old_value", old_value, value)
+    check_tokens("returns", checks.plain("returns", returns), value)
+    check_tokens("old_value", old_value, value)
     if clip is not None and old_value is None:
         checks.fail("old_value", "values at rollout time, for clip", None)
     if clip is not None:
@@ -402,7 +416,7 @@ def value_loss(
     _one_of("aggregate", aggregate, ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"))
     old = None if old_value is None else segments.clean(old_value.detach())
     tokens = pg.value_losses(segments.clean(value), old, segments.clean(returns.detach()), clip)
-    loss = pg.aggregate(tokens, segments, aggregate, _normalizer(normalizer, value), 1)
+    loss = pg.aggregate(tokens, segments, aggregate, normalizer_of(normalizer, value), 1)
     return loss.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
 
 
@@ -434,69 +448,3 @@ def _check_row(row: Row) -> None:
     for name, value in (("beta", row.beta), ("scale", row.scale)):
         if value is not None and not math.isfinite(value):
             checks.fail(name, "a finite number", value)
-
-
-def _tokens(name: str, value: Any, like: Tensor) -> None:
-    if value is None:
-        return
-    checks.floating(name, value)
-    if value.shape != like.shape:
-        checks.fail(name, f"shape {tuple(like.shape)} as the first argument has", checks.shape(value))
-    checks.same_device(name, value, "the first argument", like)
-
-
-def segments_of(
-    tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, name: str, each: Tensor | None = None,
-    each_name: str = "",
-) -> Segments:  # fmt: skip
-    """The layout of `tokens`, called `name`, with `each` holding one number per sequence; checked.
-
-    Looks at values only where that costs no sync.
-    """
-    look = not torch.compiler.is_compiling() and (tokens.device.type == "cpu" or dispatch.check_enabled())
-    if mask is not None:
-        checks.plain("mask", mask)
-        if mask.shape != tokens.shape:
-            checks.fail("mask", f"shape {tuple(tokens.shape)} as the tokens have", checks.shape(mask))
-        checks.same_device("mask", mask, "the first argument", tokens)
-        if look and mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-            checks.fail("mask", "True or 1 at tokens that count and False or 0 elsewhere", "other values")
-    if cu_seqlens is None:
-        if tokens.dim() != 2:
-            checks.fail(name, "[B, T] with mask, or [N] with cu_seqlens", checks.shape(tokens))
-        if each is not None and len(each) != tokens.shape[0]:
-            checks.fail(each_name, f"one number per sequence, ({tokens.shape[0]},)", checks.shape(each))
-        if mask is None:
-            mask = torch.ones_like(tokens, dtype=torch.bool)
-        return Segments(mask.to(torch.bool), None)
-    checks.integers("cu_seqlens", cu_seqlens, None if each is None else (len(each) + 1,))
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
-        checks.fail("cu_seqlens", "shape [B+1]", checks.shape(cu_seqlens))
-    checks.same_device("cu_seqlens", cu_seqlens, "the first argument", tokens)
-    if tokens.dim() != 1:
-        checks.fail(name, "[N] beside cu_seqlens", checks.shape(tokens))
-    if look:
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != len(tokens) or bounds != sorted(bounds):
-            checks.fail("cu_seqlens", f"rising boundaries from 0 to {len(tokens)}", bounds)
-    if mask is None:
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-    return Segments(mask.to(torch.bool), cu_seqlens.long())
-
-
-def _normalizer(value: Any, like: Tensor, pair: bool = False) -> Tensor | None:
-    """float64, [] or (where `pair`) [2]."""
-    if value is None:
-        return None
-    wanted = "a number or a tensor of one" + (", or two of them: sequences and tokens" if pair else "")
-    if isinstance(value, Tensor):
-        if value.numel() != 1 and not (pair and value.shape == (2,)):
-            checks.fail("normalizer", wanted, checks.shape(value))
-        value = checks.plain("normalizer", value).detach().to(like.device, torch.float64)
-        return value if value.shape == (2,) else value.reshape(())
-    if isinstance(value, (tuple, list)):
-        if not pair or len(value) != 2:
-            checks.fail("normalizer", wanted, value)
-        parts = [_normalizer(one, like) for one in value]
-        return torch.stack([one for one in parts if one is not None])
-    return torch.full((), checks.positive("normalizer", value), dtype=torch.float64, device=like.device)

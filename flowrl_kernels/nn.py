@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from flowrl_kernels import checks
 from flowrl_kernels.functional import linear_logprob
+from flowrl_kernels.layout import segments_of
 from flowrl_kernels.linear_loss import linear_residual
-from flowrl_kernels.losses import flowrl_loss, segments_of
+from flowrl_kernels.losses import flowrl_loss
 from flowrl_kernels.types import LossOutput
 
 __all__ = ["FlowRLLoss", "LinearFlowRLLoss", "LogPartition"]
@@ -20,7 +21,7 @@ class FlowRLLoss(nn.Module):
     """`flowrl_loss` with its settings held: `FlowRLLoss(preset="release")(logp, logp_ref, reward, log_z, ...)`.
 
     The constructor takes the settings (preset, beta, ratio, clip, length_normalize, anchor, phi, tis, tis_cap, impl),
-    the call takes the tensors (logp_old, mask or cu_seqlens, groups, normalizer, logp_sampler).
+    the call takes the tensors (logp_old, mask or cu_seqlens, groups, normalizer, logp_sampler) and cp_group.
     """
 
     def __init__(self, **settings: Any):
@@ -73,6 +74,7 @@ class LinearFlowRLLoss(FlowRLLoss):
         softcap: float | None = None,
         main_grad: Tensor | None = None,
         report: Tensor | None = None,
+        cp_group: Any = None,
     ) -> LossOutput:
         """The loss of response positions only.
 
@@ -80,7 +82,8 @@ class LinearFlowRLLoss(FlowRLLoss):
             hidden: [B, T, H] with `mask` [B, T], or packed [N, H] with `cu_seqlens`: what predicts each token.
             weight: [V, H] the head.
             target: [B, T] or [N] the sampled token ids. Masked-out positions are not computed.
-            logp_ref, reward, log_z, logp_old, mask, cu_seqlens, groups, normalizer, logp_sampler: as in `flowrl_loss`.
+            logp_ref, reward, log_z, logp_old, mask, cu_seqlens, groups, normalizer, logp_sampler, cp_group: as in
+                `flowrl_loss`. With cp_group it takes two passes.
             bias, temperature, logit_scale, softcap, main_grad, report: as in `linear_logprob`.
         """
         checks.floating("hidden", hidden)
@@ -101,7 +104,7 @@ class LinearFlowRLLoss(FlowRLLoss):
             "logit_scale": logit_scale,
             "softcap": softcap,
         }
-        if self.single_pass and self.epsilon == 0.0 and main_grad is None:
+        if self.single_pass and self.epsilon == 0.0 and main_grad is None and cp_group is None:
             out = linear_residual(hidden, weight, ids, logp_ref, reward, log_z, tensors, head, self.settings)
             if out is not None:
                 return out
@@ -115,7 +118,7 @@ class LinearFlowRLLoss(FlowRLLoss):
             impl=self.settings.get("impl", "auto"),
             **head,
         ).logp
-        return super().forward(logp, logp_ref, reward, log_z, **tensors)
+        return super().forward(logp, logp_ref, reward, log_z, cp_group=cp_group, **tensors)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, epsilon={self.epsilon}, {super().extra_repr()}"
@@ -170,12 +173,16 @@ class LogPartition(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, cp_group: Any = None
+    ) -> Tensor:
         """log Z per prompt, fp32. [B]
 
         Args:
             hidden: [B, P, H] with `mask` [B, P] (True at prompt tokens), or packed [N, H] with `cu_seqlens` [B+1].
                 A prompt without tokens pools to zeros.
+            cp_group: a ProcessGroup over whose ranks each prompt's tokens are split, for a loss with the same cp_group:
+                every rank gets the whole log Z, and its share of the gradient. (Without dropout, or the same on each.)
         """
         checks.floating("hidden", hidden)
         width = (self.body[0] if len(self.body) else self.out).in_features
@@ -184,13 +191,13 @@ class LogPartition(nn.Module):
         if self.detach:
             hidden = hidden.detach()
         with torch.autocast(hidden.device.type, enabled=False):
-            pooled = prompt_mean(hidden, mask, cu_seqlens)  # [B, H] fp32
+            pooled = prompt_mean(hidden, mask, cu_seqlens, cp_group)  # [B, H] fp32
             x = self.body(pooled.to(self.out.weight.dtype))
             out = torch.nn.functional.linear(x.float(), self.out.weight.float(), self.out.bias.float())
             return out.sum(-1)  # [B, 1] -> [B]; not a view, which FSDP's hooks warn about
 
 
-def prompt_mean(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def prompt_mean(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, cp_group: Any = None) -> Tensor:
     """Mean hidden state over each prompt's tokens, in fp32. [B, H]"""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if hidden.dim() != (3 if cu_seqlens is None else 2) or (cu_seqlens is None and mask is None):
@@ -202,5 +209,11 @@ def prompt_mean(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) 
         total = value.sum(1)
     else:
         total = torch.segment_reduce(value, "sum", offsets=segments.cu_seqlens, axis=0, initial=0.0, unsafe=True)
-    count = segments.total(torch.ones_like(segments.mask, dtype=dtype)).clamp_min(1.0)
-    return total / count[:, None].to(dtype)
+    count = segments.total(torch.ones_like(segments.mask, dtype=dtype))
+    if cp_group is not None:
+        from flowrl_kernels.ops.context_parallel import SumOverRanks
+
+        checks.process_group("cp_group", cp_group)
+        both = torch.cat((total.double(), count[:, None]), 1)  # [B, H + 1], one collective
+        total, count = SumOverRanks.apply(both, cp_group, True).split((total.shape[1], 1), 1)
+    return (total / count.reshape(-1, 1).clamp_min(1.0)).to(dtype)

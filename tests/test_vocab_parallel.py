@@ -1,12 +1,9 @@
 """vocab_parallel=: a head split over ranks gives what the whole head gives."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 
 from flowrl_kernels import linear_logprob
 from flowrl_kernels.testing import assert_grad_close, peaked_inputs
@@ -14,16 +11,7 @@ from flowrl_kernels.testing import assert_grad_close, peaked_inputs
 V = 203
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def worker(rank, world, port):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def worker(rank, world):
     hidden, weight, target = peaked_inputs(31, 16, V)
     target[4] = -100
     bias = torch.randn(V, generator=torch.Generator().manual_seed(9))
@@ -51,10 +39,9 @@ def worker(rank, world, port):
         assert (got[1] == 0).all()
     again = linear_logprob(hidden, weight[own], target, bias=bias[own], vocab_parallel=dist.group.WORLD, **settings)
     assert torch.equal(again.logp, out.logp)
-    dist.destroy_process_group()
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_split_head_equals_the_whole_one(world):
-    mp.spawn(worker, args=(world, free_port()), nprocs=world, join=True)
+    on_ranks(worker, world)

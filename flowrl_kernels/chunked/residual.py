@@ -5,6 +5,8 @@ dL/dlogp_bt = c_b a_b m_bt with c_b = w_b phi'(d_b) / normalizer (docs/maths.md,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,9 +41,10 @@ def residual_fwd(
     cu_seqlens: Tensor | None,  # int64 [B+1]
     groups: Tensor | None,  # [B]
     normalizer: Tensor | None,  # scalar, or [2]: sequences and tokens
+    over_ranks: Callable[[Tensor], Tensor] | None = None,  # of `Segments`
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, residual [B], weight [B], metrics [12], dlogp (layout of logp), dlog_z [B]; all float64."""
-    segments = Segments(mask, cu_seqlens)
+    segments = Segments(mask, cu_seqlens, over_ranks)
     terms = reference.residual(row, logp, anchor, old, sampler, reward, log_z, segments, groups, normalizer)
     segments, count = terms.segments, terms.tokens
     length, used = count.clamp_min(1.0), count > 0

@@ -6,6 +6,7 @@ All sums run in float64. Padded input is [B, T] with a mask, packed input [N] wi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +22,16 @@ class Segments(NamedTuple):
 
     mask: Tensor  # bool [B, T] or [N]
     cu_seqlens: Tensor | None  # int64 [B+1]
+    over_ranks: Callable[[Tensor], Tensor] | None = None  # adds up sums [B] of sequences that are split over ranks
 
     def total(self, value: Tensor) -> Tensor:
         """Sum over each sequence's tokens, in order, in float64. [B]"""
         value = torch.where(self.mask, value.double(), 0.0)
         if self.cu_seqlens is None:
-            return value.sum(1)
-        return torch.segment_reduce(value, "sum", offsets=self.cu_seqlens, axis=0, initial=0.0, unsafe=True)
+            own = value.sum(1)
+        else:
+            own = torch.segment_reduce(value, "sum", offsets=self.cu_seqlens, axis=0, initial=0.0, unsafe=True)
+        return own if self.over_ranks is None else self.over_ranks(own)
 
     def clean(self, value: Any) -> Any:
         """`value` (or None) in float64 with 0 at the tokens that do not count."""

@@ -1,0 +1,35 @@
+"""The residual where every rank holds some tokens of every sequence: its sums run over the ranks first.
+
+All that sequences have in common with their tokens are sums over them (docs/maths.md, eq. 20), so the reduction sits in
+`Segments.total`, and every row of the family comes out of the same code as on one rank.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flowrl_kernels.chunked import residual
+from flowrl_kernels.presets import Row
+
+
+def sum_over_ranks(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum of the ranks' `own`, in rank order: the same bits on every rank and in every run."""
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, own.contiguous(), group=group)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def residual_fwd(
+    group: dist.ProcessGroup, row: Row, *tensors: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`chunked.residual.residual_fwd` of the whole sequences; dlogp holds this rank's tokens, dlog_z is whole."""
+    given: dict[str, Any] = {"over_ranks": partial(sum_over_ranks, group=group)}
+    return residual.residual_fwd(row, *tensors, **given)

@@ -1,0 +1,82 @@
+"""`cp_group=`: each rank holds some tokens of every sequence, and the loss is that of the whole sequences.
+
+Three to seven all-gathers of [B] float64 forward, none backward. Every rank gets the whole loss and its share of the
+gradient: summed over the group, the shares are the gradient. Of dL/dlog Z, which every rank knows, that is 1 / size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flowrl_kernels.chunked.context_parallel import sum_over_ranks
+from flowrl_kernels.dispatch import check_enabled, launchers
+from flowrl_kernels.reference import residual as reference
+from flowrl_kernels.reference.residual import Segments
+
+STEM = "context_parallel"
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of the ranks' parts, for what every rank then computes alike.
+
+    `shares`: the gradient that comes back is one of size equal shares, not the whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: Any, shares: bool) -> Tensor:
+        ctx.factor = dist.get_world_size(group) if shares else 1
+        return sum_over_ranks(own, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        return grad * ctx.factor, None, None
+
+
+class Residual(torch.autograd.Function):
+    """loss, residual [B], weight [B], metrics [12] of the whole sequences, with the gradient made in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, logp: Tensor, log_z: Tensor | None, group: Any, impl: str, row: Any, *rest: Any):
+        anchor, old, sampler, reward, mask, cu_seqlens, groups, normalizer = rest
+        loss, d, weight, metrics, dlogp, dlog_z = launchers(STEM, impl).residual_fwd(
+            group, row, logp, anchor, old, sampler, reward, log_z, mask, cu_seqlens, groups, normalizer
+        )
+        ctx.save_for_backward(dlogp.to(logp.dtype), None if log_z is None else dlog_z.to(log_z.dtype))
+        ctx.mark_non_differentiable(d, weight, metrics)
+        return loss, d, weight, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any):
+        dlogp, dlog_z = ctx.saved_tensors
+        dlog_z = None if dlog_z is None else (grad * dlog_z).to(dlog_z.dtype)
+        return (grad * dlogp).to(dlogp.dtype), dlog_z, *(None,) * 11
+
+
+def residual(
+    row: Any, logp: Tensor, anchor: Tensor | None, old: Tensor | None, sampler: Tensor | None, reward: Tensor,
+    log_z: Tensor | None, segments: Segments, groups: Tensor | None, normalizer: Tensor | None, group: Any, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """loss, residual [B], weight [B] and metrics [12] of the whole sequences, the same bits on every rank."""
+    if check_enabled():
+        own = torch.stack([reward.new_tensor(len(reward), dtype=torch.float64), reward.double().sum()])
+        if not torch.equal(sum_over_ranks(own, group), own * dist.get_world_size(group)):
+            raise ValueError("reward: wanted the same sequences on every rank of cp_group; got other numbers elsewhere")
+    # the value to the bit, the gradient as a share (which autograd gives of itself where own tokens meet log Z)
+    if log_z is not None and not (impl == "reference" and row.level == "token"):
+        log_z = log_z.detach() + (log_z - log_z.detach()) / dist.get_world_size(group)
+    if impl == "reference":
+        segments = segments._replace(over_ranks=lambda own: SumOverRanks.apply(own, group, False))
+        terms = reference.residual(row, logp, anchor, old, sampler, reward, log_z, segments, groups, normalizer)
+        with torch.no_grad():
+            metrics = reference.metrics(terms, logp, anchor)
+        return terms.loss, terms.residual, terms.weight, metrics
+    return Residual.apply(
+        logp, log_z, group, impl, row, anchor, old, sampler, reward, *segments[:2], groups, normalizer
+    )
