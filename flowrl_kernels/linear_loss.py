@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from flowrl_kernels.functional import checked_head
 from flowrl_kernels.ops import linear_residual as op
 from flowrl_kernels.reference.residual import Segments
 from flowrl_kernels.types import LossOutput
+
+ROW_BLOCK = 256  # rows that a forward takes together, on every backend or a multiple of it
 
 
 def linear_residual(
@@ -30,7 +33,7 @@ def linear_residual(
     impl, preset = explicit.pop("impl", "auto"), explicit.pop("preset", None)
     bias = head["bias"]
     wants = [isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
-    if not any(wants) or dispatch.resolve("linear_logprob", impl, hidden) != "chunked":
+    if not any(wants) or (chosen := dispatch.resolve("linear_residual", impl, hidden)) == "reference":
         return None
     stand_in = torch.empty((), dtype=torch.float32, device=hidden.device).expand(target.shape)
     settled = losses.settle(
@@ -67,8 +70,8 @@ def linear_residual(
     with torch.autocast(hidden.device.type, enabled=False):
         loss, d, weights, metrics, *_ = op.linear_residual(
             flat, w, bias, settled.log_z, ids, temperature, float(head["logit_scale"]), softcap, *per_token,
-            settled.reward, segments.mask, segments.cu_seqlens, settled.groups, bounds, normalizer, row.dumps(), wants,
-            "chunked",
+            settled.reward, segments.mask, segments.cu_seqlens, settled.groups,
+            [edges[i] for i in bounds], bounds, normalizer, row.dumps(), wants, chosen,
         )  # fmt: skip
     return losses.output(loss, d, weights, metrics)
 
@@ -84,13 +87,15 @@ def independent(settled: losses.Settled) -> bool:
 def chunk_bounds(edges: list[int], vocab_size: int, device: str, split: bool) -> list[int] | None:
     """Sequence indices at which chunks begin, and B; None if a chunk would outgrow the buffer of logits."""
     limit = op.chunk_tokens(vocab_size, device)
+    full = limit // ROW_BLOCK * ROW_BLOCK if split and limit > ROW_BLOCK else limit  # whole row blocks: less padding
     if len(edges) < 2:
         return None
     bounds = [0]
     for i in range(1, len(edges)):
         if edges[i] - edges[i - 1] > limit:
             return None
-        if edges[i] - edges[bounds[-1]] > limit:
+        if edges[i] - edges[bounds[-1]] > full and i - 1 > bounds[-1]:
             bounds.append(i - 1)
     bounds.append(len(edges) - 1)
-    return bounds if split or len(bounds) == 2 else None
+    fits = all(edges[high] - edges[low] <= limit for low, high in itertools.pairwise(bounds))
+    return bounds if fits and (split or len(bounds) == 2) else None

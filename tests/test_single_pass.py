@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowrl_kernels import LinearFlowRLLoss, linear_logprob
+from flowrl_kernels import LinearFlowRLLoss, linear_logprob, linear_loss
 from flowrl_kernels.chunked import linear_residual as room
 from flowrl_kernels.ops import linear_residual as operator
 from flowrl_kernels.testing import assert_grad_close, cu_seqlens_of, peaked_inputs, ragged_mask
@@ -138,3 +138,24 @@ def test_the_operator_keeps_the_contract_and_compiles():
     compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x, w), (x, w))
     for a, b in zip(eager, compiled):
         torch.testing.assert_close(a, b)
+
+
+def test_a_second_backward_is_refused_once_the_gradients_were_scaled_in_place():
+    hidden, weight, target, ref, old, reward, log_z = batch()
+    x, w = hidden.requires_grad_(), weight.requires_grad_()
+    out = LinearFlowRLLoss()(x, w, target, ref, reward, log_z, logp_old=old, cu_seqlens=cu_seqlens_of(LENGTHS))
+    unscaled = torch.autograd.grad(out.loss, (x, w), retain_graph=True)
+    again = [g.clone() for g in torch.autograd.grad(out.loss, (x, w), retain_graph=True)]
+    assert all(torch.equal(a, b) for a, b in zip(unscaled, again))
+    (out.loss * 3.0).backward(retain_graph=True)
+    assert_grad_close(w.grad, 3.0 * again[1], rel=1e-6)
+    with pytest.raises(RuntimeError, match="single_pass=False"):
+        out.loss.backward()
+
+
+def test_chunks_end_at_whole_row_blocks_where_the_sequences_allow(monkeypatch):
+    monkeypatch.setattr(operator, "chunk_tokens", lambda *_: 441)
+    assert linear_loss.chunk_bounds(list(range(0, 1025, 64)), 151936, "cpu", True) == [0, 4, 8, 12, 16]
+    assert linear_loss.chunk_bounds([0, 300, 400, 500], 151936, "cpu", True) == [0, 1, 3]
+    assert linear_loss.chunk_bounds([0, 442], 151936, "cpu", True) is None
+    assert linear_loss.chunk_bounds([0, 200, 400], 151936, "cpu", False) == [0, 2]

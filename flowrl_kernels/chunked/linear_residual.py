@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.chunked import tiles
+from flowrl_kernels.chunked.linear_logprob import accumulate
 from flowrl_kernels.chunked.residual import residual_fwd
 from flowrl_kernels.presets import Row
+
+COLUMNS = 8 * tiles.COLUMNS  # of one tile of dlogits
 
 
 def linear_residual_fwd(
@@ -32,7 +35,8 @@ def linear_residual_fwd(
     mask: Tensor,  # [N] bool
     cu_seqlens: Tensor,  # [B+1] int64
     groups: Tensor | None,  # [B], for one chunk that holds the whole batch
-    bounds: list[int],  # sequence indices at which chunks begin, and B
+    edges: list[int],  # the tokens at which chunks begin, and N
+    bounds: list[int],  # the sequences at which chunks begin, and B
     normalizer: Tensor | None,  # scalar
     need_hidden: bool,
     need_weight: bool,
@@ -44,9 +48,8 @@ def linear_residual_fwd(
     vocab_size = weight.shape[0]
     logp = x.new_zeros(hidden.shape[0], dtype=dtype)
     dhidden = torch.zeros_like(hidden) if need_hidden else None
-    dweight = None
+    dweight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
     dbias = x.new_zeros(vocab_size, dtype=dtype) if need_bias else None
-    edges = cu_seqlens[torch.tensor(bounds, device=cu_seqlens.device)].tolist()
     with tiles.exact_products():
         for first, last, low, high in zip(bounds, bounds[1:], edges, edges[1:]):
             own = slice(low, high)
@@ -61,18 +64,20 @@ def linear_residual_fwd(
                 row, logp[own], a, o, t, reward[first:last], z_own, mask[own], starts, groups, normalizer
             )
             g = (dlogp.to(dtype).masked_fill(skipped, 0.0) * logit_scale)[:, None] / scale[:, None].to(dtype)
-            dz = _dlogits_(z, lse, target[own], g, scale[:, None], softcap)
-            if dbias is not None:
-                dbias += dz.sum(0)
-            dz = dz.to(x.dtype)
-            if dhidden is not None:
-                dhidden[own] = tiles.product(dz, tiles.operand(weight))
-            if need_weight:
-                part = tiles.product(dz.T, x[own])
-                dweight = part if dweight is None else dweight.add_(part)
-    if need_weight:
-        dweight = torch.zeros_like(weight) if dweight is None else dweight.to(weight.dtype)
-    return logp, dhidden, dweight, dbias
+            part = x.new_zeros((high - low, hidden.shape[1]), dtype=dtype) if need_hidden else None
+            for start, stop in tiles.column_tiles(vocab_size, COLUMNS):
+                dz = _dlogits_(z[:, start:stop], lse, target[own] - start, g, scale[:, None], softcap)
+                if dbias is not None:
+                    dbias[start:stop] += dz.sum(0)
+                dz = dz.to(x.dtype)
+                if part is not None:
+                    accumulate(part, dz, tiles.operand(weight[start:stop]))
+                if dweight is not None:
+                    accumulate(dweight[start:stop], dz.T, x[own])
+            if dhidden is not None and part is not None:
+                dhidden[own] = part
+            del z
+    return logp, dhidden, None if dweight is None else dweight.to(weight.dtype), dbias
 
 
 def _logits(
@@ -109,7 +114,7 @@ def _logits(
 def _dlogits_(
     z: Tensor, lse: Tensor, target: Tensor, scale: Tensor, temperature: Tensor, softcap: float | None
 ) -> Tensor:
-    """Over the logits: the gradient of the product hidden weight^T. [R, V]"""
+    """Over the logits of a tile: the gradient of the product hidden weight^T. [R, C]"""
     slope = None
     if softcap is not None:
         slope = (z * temperature).div_(softcap).square_().neg_().add_(1.0)

@@ -38,7 +38,8 @@ def linear_residual(
     mask: Tensor,  # [N] bool
     cu_seqlens: Tensor,  # [B+1] int64
     groups: Tensor | None,  # [B]
-    bounds: list[int],
+    edges: list[int],  # the tokens at which chunks of whole sequences begin, and N: host values, so no sync here
+    bounds: list[int],  # the sequences at which they begin, and B
     normalizer: Tensor | None,  # scalar
     row: str,
     need: list[bool],  # hidden, weight, bias
@@ -49,7 +50,7 @@ def linear_residual(
     clean, _, wrong = clean_target(target, weight.shape[0], -100)
     logp, *gradients = launchers("linear_residual", impl).linear_residual_fwd(
         settings, hidden, weight, clean, bias, temperature, logit_scale, softcap, anchor, old, sampler, reward, log_z,
-        mask, cu_seqlens, groups, bounds, normalizer, *need,
+        mask, cu_seqlens, groups, edges, bounds, normalizer, *need,
     )  # fmt: skip
     logp = logp.masked_fill(wrong, float("nan"))
     # the whole batch once more over [N]: its loss and metrics, and the gradient of log Z
@@ -67,7 +68,7 @@ def linear_residual(
 
 @linear_residual.register_fake
 def _(hidden, weight, bias, log_z, target, temperature, logit_scale, softcap, anchor, old, sampler, reward, mask,
-      cu_seqlens, groups, bounds, normalizer, row, need, impl):  # fmt: skip
+      cu_seqlens, groups, edges, bounds, normalizer, row, need, impl):  # fmt: skip
     dtype, num = (torch.float64 if hidden.dtype == torch.float64 else torch.float32), reward.shape[0]
     parts = [
         torch.empty_like(t) if n and t is not None else hidden.new_empty(0)
@@ -91,12 +92,23 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
     if grad is None:
-        return (None,) * 20
-    gradients = [
-        (grad * saved).to(saved.dtype) if needed and saved.numel() else (saved if needed else None)
-        for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad)
-    ]
-    return (*gradients, *(None,) * 16)
+        return (None,) * 21
+    scaled = getattr(ctx, "scaled", False)
+    if scaled:
+        raise RuntimeError(
+            "linear_residual: a second backward through one forward; the first scaled the gradients in place. "
+            "Use single_pass=False to go backward more than once"
+        )
+    # a copy of dweight would be the largest tensor of the whole loss; under a tracer it is the tracer's to plan
+    plain = type(grad) is Tensor
+    whole = plain and grad.device.type == "cpu" and bool(grad == 1)
+    ctx.scaled = plain and not whole
+    gradients = []
+    for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad):
+        if needed and saved.numel() and not whole:
+            saved = saved.data.mul_(grad) if plain else (grad * saved).to(saved.dtype)
+        gradients.append(saved if needed else None)
+    return (*gradients, *(None,) * 17)
 
 
 linear_residual.register_autograd(_backward, setup_context=_setup_context)
