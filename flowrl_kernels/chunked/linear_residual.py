@@ -65,8 +65,8 @@ def linear_residual_fwd(
             )
             g = (dlogp.to(dtype).masked_fill(skipped, 0.0) * logit_scale)[:, None] / scale[:, None].to(dtype)
             part = x.new_zeros((high - low, hidden.shape[1]), dtype=dtype) if need_hidden else None
-            for start, stop in tiles.column_tiles(vocab_size, COLUMNS):
-                dz = _dlogits_(z[:, start:stop], lse, target[own] - start, g, scale[:, None], softcap)
+            for tile, (start, stop) in zip(z, tiles.column_tiles(vocab_size, COLUMNS)):
+                dz = _dlogits_(tile, lse, target[own] - start, g, scale[:, None], softcap)
                 if dbias is not None:
                     dbias[start:stop] += dz.sum(0)
                 dz = dz.to(x.dtype)
@@ -76,22 +76,23 @@ def linear_residual_fwd(
                     accumulate(dweight[start:stop], dz.T, x[own])
             if dhidden is not None and part is not None:
                 dhidden[own] = part
-            del z
+            del z, tile, dz  # before the next chunk's
     return logp, dhidden, None if dweight is None else dweight.to(weight.dtype), dbias
 
 
 def _logits(
     x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: Tensor, logit_scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Logits [R, V], log-sum-exp [R] and target logit [R], bit for bit what `linear_logprob_fwd` makes."""
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    """Logits in tiles [R, COLUMNS], log-sum-exp [R], target logit [R]: bit for bit what `linear_logprob_fwd` makes."""
     num_rows, vocab_size = x.shape[0], weight.shape[0]
     dtype = tiles.accumulator_dtype(x.dtype)
     block = tiles.row_block(x.shape[1], vocab_size)
     padded = torch.nn.functional.pad(x, (0, 0, 0, -num_rows % block))
-    z = x.new_empty((num_rows, vocab_size), dtype=dtype)
+    # a product reads a tile of its own several times faster than columns of a [R, V] buffer
+    z = [x.new_empty((num_rows, b - a), dtype=dtype) for a, b in tiles.column_tiles(vocab_size, COLUMNS)]
     starts = range(0, len(padded), block)
-    sums = [tiles.Sums(block, z, False) for _ in starts]
+    sums = [tiles.Sums(block, z[0], False) for _ in starts]
     scale = temperature.to(dtype)
     if scale.shape[0] > 1:
         scale = torch.nn.functional.pad(scale, (0, 0, 0, -num_rows % block), value=1.0)
@@ -103,12 +104,15 @@ def _logits(
                 padded[own], columns, None if bias is None else bias[start:stop], logit_scale, softcap
             )
             tiles.divide_by_temperature(part, scale if scale.shape[0] == 1 else scale[own])
-            z[own, start:stop] = part[: num_rows - low]
+            z[start // COLUMNS][own, start % COLUMNS : start % COLUMNS + stop - start] = part[: num_rows - low]
             running.add(part)
     lse = torch.cat([s.lse() for s in sums])[:num_rows]
-    known = (target >= 0) & (target < vocab_size)
-    picked = z.gather(1, target.where(known, 0)[:, None])[:, 0]
-    return z, lse, picked.where(known, 0.0)
+    picked = torch.zeros_like(lse)
+    for tile, (start, stop) in zip(z, tiles.column_tiles(vocab_size, COLUMNS)):
+        local = target - start
+        here = (local >= 0) & (local < stop - start)
+        picked = torch.where(here, tile.gather(1, local.where(here, 0)[:, None])[:, 0], picked)
+    return z, lse, picked
 
 
 def _dlogits_(
