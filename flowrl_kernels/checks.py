@@ -27,8 +27,9 @@ def plain(name: str, value: Any) -> Tensor:
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name}: wanted a plain tensor; got a DTensor. Call the op inside the forward of the FSDP unit that owns "
-            f"the parameter (its hooks unshard it), or pass {name}.full_tensor(); for a vocabulary-sharded head pass "
-            f"{name}.to_local() with vocab_parallel=the process group"
+            f"the parameter (its hooks unshard it); or gather it, with the ranks' gradients summed: "
+            f"{name}.full_tensor(grad_placements=[Partial()] * {name}.device_mesh.ndim); or, for a head split over its "
+            f"rows and the same tokens on every rank, pass {name}.to_local() with vocab_parallel=the process group"
         )
     return value
 

@@ -72,10 +72,8 @@ def linear_logprob(
     _accumulator("report", report, (3,), flat)
     _accumulator("main_grad", main_grad, tuple(weight.shape), flat)
     chosen = dispatch.resolve("linear_logprob", impl, flat)
-    if epsilon > 0.0 and chosen == "triton":
-        raise RuntimeError(
-            f"epsilon={epsilon}: the bounded backward runs with impl='chunked'; triton has the exact one"
-        )
+    if vocab_parallel is not None:
+        checks.process_group("vocab_parallel", vocab_parallel)
     if (kept is not None or vocab_parallel is not None) and (epsilon > 0.0 or main_grad is not None):
         checks.fail("kept" if kept is not None else "vocab_parallel", "neither epsilon nor main_grad beside it", "both")
     # autocast has had its say: inside, it would round the very products that must stay in fp32
@@ -202,15 +200,16 @@ def checked_head(
     """The arguments of `linear_logprob` against their contract, after autocast."""
     hidden, weight = _autocast(checks.plain("hidden", hidden), checks.plain("weight", weight))
     checks.floating("hidden", hidden)
+    if weight.numel() == 0:
+        checks.fail(
+            "weight",
+            "[V, H] with a vocabulary of at least 1 row (DeepSpeed ZeRO-3 and FSDP1 empty parameters outside their own "
+            "layer: gather it around forward and backward, deepspeed.zero.GatheredParameters, or use ZeRO-2 or FSDP2)",
+            checks.shape(weight),
+        )
     checks.floating("weight", weight, dims=2)
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         checks.fail("hidden", f"shape [..., H] with H = {weight.shape[1]} as in weight", checks.shape(hidden))
-    if weight.shape[0] == 0:
-        checks.fail(
-            "weight",
-            "a vocabulary of at least 1 row (ZeRO-3 leaves parameters empty until gathered)",
-            "0 rows",
-        )
     if hidden.dtype != weight.dtype:
         raise TypeError(f"weight: wanted the dtype of hidden, {hidden.dtype}; got {weight.dtype}")
     checks.same_device("weight", weight, "hidden", hidden)

@@ -20,6 +20,17 @@ CASES = {
     "weight of three dimensions": ({"weight": torch.zeros(2, 10, 8)}, ValueError, "weight: wanted 2 dimensions"),
     "weight of another dtype": ({"weight": torch.zeros(20, 8).half()}, TypeError, "weight: .*float32.*float16"),
     "an empty weight": ({"weight": torch.zeros(0, 8)}, ValueError, "weight: .*ZeRO-3"),
+    "what ZeRO-3 leaves of a weight": ({"weight": torch.zeros(0)}, ValueError, r"weight: .*ZeRO-3.*Gathered.*\(0,\)"),
+    "a layer for its weight": (
+        {"weight": torch.nn.Linear(8, 20)},
+        TypeError,
+        "weight: wanted a torch.Tensor; got Linear",
+    ),
+    "a mesh for its group": (
+        {"vocab_parallel": "tp"},
+        TypeError,
+        r"vocab_parallel: .*ProcessGroup.*get_group.*got str",
+    ),
     "targets of another length": (
         {"target": torch.zeros(5, dtype=torch.int64)},
         ValueError,
