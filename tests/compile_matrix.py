@@ -138,6 +138,8 @@ def compiling(
         mock.patch.object(tiles, "num_programs", return_value=132),
         mock.patch("flowrl_kernels.triton.linear_logprob.matmul_into"),
         mock.patch("flowrl_kernels.triton.linear_logprob.exact_matmul", contextlib.nullcontext),
+        mock.patch("flowrl_kernels.triton.linear_residual.matmul_into"),
+        mock.patch("flowrl_kernels.triton.linear_residual.exact_matmul", contextlib.nullcontext),
         torch.device("meta"),
     ):
         yield entries
@@ -201,6 +203,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
 # what `make test` compiles: each kernel once per architecture as it is shipped, and the float32 forward for its PTX
 QUICK = [
     ("entropy+stats", "bf16", None),
+    ("single pass", "bf16", None),
     ("logits", "bf16", None),
     ("residual, groups", "bf16", None),
     ("plain", "fp32", FORWARD),
@@ -209,6 +212,21 @@ QUICK = [
 
 def compile_case(
     case: str, dtype: str, arch: str, only: str | None = None, seen: set[str] | None = None
+def linear_residual(dtype, h=3584, v=152064, softcap=None) -> None:
+    """One chunk of whole sequences. A host sync anywhere would raise: meta tensors have no values."""
+    from flowrl_kernels.presets import named
+    from flowrl_kernels.triton import linear_residual as op
+
+    n, sequences = 4096, 8
+    hidden, weight = torch.empty(n, h, dtype=dtype), torch.empty(v, h, dtype=dtype)
+    target, mask = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.bool)
+    ref, old, each = torch.empty(n), torch.empty(n), torch.empty(sequences)
+    op.linear_residual_fwd(
+        named("paper"), hidden, weight, target, None, torch.empty(1), 1.0, softcap, ref, old, None, each, each, mask,
+        torch.empty(sequences + 1, dtype=torch.int64), None, [0, n], [0, sequences], torch.empty(1), True, True, False,
+    )  # fmt: skip
+
+
 ) -> list[Entry]:
     with compiling(arch, case, dtype, only, seen) as entries:
         CASES[case](DTYPES[dtype])
@@ -223,6 +241,8 @@ def faults(entry: Entry, spills: int = 0) -> list[str]:
         found.append(f"spills {entry.spills}")
     if entry.shared > SHARED_LIMIT[entry.arch]:
         found.append(f"shared memory {entry.shared} over {SHARED_LIMIT[entry.arch]}")
+    "single pass": lambda t: linear_residual(t),
+    "single pass, softcap": lambda t: linear_residual(t, softcap=30.0),
     if entry.dtype == "fp32" and (entry.tf32 or (entry.mma and not entry.arch.startswith("gfx"))):
         found.append("float32 goes through tensor cores")  # gfx942 has float32 matrix instructions
     if matrix and entry.dtype != "fp32":

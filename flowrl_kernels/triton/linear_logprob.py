@@ -73,43 +73,69 @@ def linear_logprob_fwd(
     and tile_lse [ceil(V/128), N] fp16, an upper bound of the log-sum-exp over 128 columns, or [0]. Skipped rows
     hold 0 everywhere; row blocks of nothing but skipped rows cost nothing.
     """
-    n, h = hidden.shape
-    v = weight.shape[0]
-    device = hidden.device
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    target_logit = torch.zeros(n, dtype=torch.float32, device=device)
-    lse = empty(n)
-    entropies = empty(n if entropy else 0)
-    tile_lse = torch.zeros((-(-v // TILE), n) if stats else (0, 0), dtype=torch.float16, device=device)
-    if n == 0:
-        return target_logit, lse, entropies, tile_lse
-    with torch.cuda.device_of(hidden):
-        order, count = compact(target >= 0)
-        rows = gather_rows(hidden, order, count)
-        tile = _tile(rows, weight)
-        num_splits, tiles_per_split = tiles.splits(v, tile)
-        parts = empty(3 if entropy else 2, num_splits, n)
-        x, w = _operands(rows, weight, tile)
-        items = triton.cdiv(n, tile.block_m) * num_splits
-        forward_kernel[(min(items, tiles.num_programs(device, tile)),)](
-            x, w, bias, order, count, target, temperature,
-            target_logit, parts[0], parts[1], parts[-1], tile_lse,
-            n, v, h, rows.stride(0), weight.stride(0), int(temperature.shape[0] > 1), logit_scale, softcap,
-            num_splits, tiles_per_split, tiles.group_rows(h, hidden.element_size(), tile),
-            ENTROPY=entropy, STATS=stats, EVEN_V=v % TILE == 0, **_options(tile, h),
-        )  # fmt: skip
-        merge_kernel[(triton.cdiv(n, 16),)](
-            parts[0], parts[1], parts[-1], order, count, lse, entropies, n, num_splits,
-            ENTROPY=entropy, SPLITS=triton.next_power_of_2(num_splits), BLOCK=16,
-            num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+    n, v = hidden.shape[0], weight.shape[0]
+    new = {"dtype": torch.float32, "device": hidden.device}
+    target_logit, lse = torch.zeros(n, **new), torch.empty(n, **new)
+    entropies = torch.empty(n if entropy else 0, **new)
+    tile_lse = torch.zeros((-(-v // TILE), n) if stats else (0, 0), dtype=torch.float16, device=hidden.device)
+    if n > 0:
+        with torch.cuda.device_of(hidden):
+            order, count = compact(target >= 0)
+            rows = gather_rows(hidden, order, count)
+            forward_rows(
+                rows, order, count, weight, target, bias, temperature, logit_scale, softcap,
+                target_logit, lse, entropies if entropy else None, tile_lse if stats else None, None,
+            )  # fmt: skip
     return target_logit, lse, entropies, tile_lse
 
 
 # dz of at most this many rows and columns at a time: 32768 columns keep the fp32 read-modify-write of dhidden under
+def forward_rows(
+    rows: Tensor,  # [N, H] compact
+    order: Tensor,  # [N]
+    count: Tensor,  # [1]
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    target_logit: Tensor,  # [N], 0 so far
+    lse: Tensor,  # [N]
+    entropy: Tensor | None,  # [N]
+    tile_lse: Tensor | None,  # [ceil(V/128), N] fp16, 0 so far
+    logits: Tensor | None,  # [N, at least V rounded up to 128] fp32, written in the order of `rows`
+) -> None:
+    """The forward of at least one row, into the tensors after `softcap`; each None leaves out its work, not a bit."""
+    n, h = rows.shape
+    v, device = weight.shape[0], rows.device
+    tile = _tile(rows, weight)
+    num_splits, tiles_per_split = tiles.splits(v, tile)
+    parts = torch.empty(2 if entropy is None else 3, num_splits, n, dtype=torch.float32, device=device)
+    store = 0
+    if logits is not None:
+        tile, store = tiles.logits_store(tiles.arch_of(device), tile)
+    x, w = _operands(rows, weight, tile)
+    out = logits
+    if logits is not None and tile.descriptor:
+        out = TensorDescriptor.from_tensor(logits, [tile.block_m, store])
+    items = triton.cdiv(n, tile.block_m) * num_splits
+    forward_kernel[(min(items, tiles.num_programs(device, tile)),)](
+        x, w, bias, order, count, target, temperature,
+        target_logit, parts[0], parts[1], parts[-1], tile_lse, out,
+        n, v, h, rows.stride(0), weight.stride(0), 0 if logits is None else logits.stride(0),
+        int(temperature.shape[0] > 1), logit_scale, softcap,
+        num_splits, tiles_per_split, tiles.group_rows(h, rows.element_size(), tile),
+        ENTROPY=entropy is not None, STATS=tile_lse is not None, EVEN_V=v % TILE == 0, STORE=store,
+        **_options(tile, h),
+    )  # fmt: skip
+    merge_kernel[(triton.cdiv(n, 16),)](
+        parts[0], parts[1], parts[-1], order, count, lse, entropy, n, num_splits,
+        ENTROPY=entropy is not None, SPLITS=triton.next_power_of_2(num_splits), BLOCK=16,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
 # 1 % of the products, 2 GiB bound the buffer (0.5 GiB at 8192 rows of 16 bits, 2 GiB from 32768 rows on)
 SLAB_ROWS, SLAB_COLUMNS, SLAB_BYTES = 65536, 32768, 2 << 30
 
@@ -120,7 +146,7 @@ def _slab_columns(rows: int, vocab: int, itemsize: int, block_n: int) -> int:
     return -(-vocab // (slabs * block_n)) * block_n
 
 
-def _fp16_factor(grad_logp, grad_entropy, entropy, temperature, logit_scale) -> Tensor:
+def fp16_factor(grad_logp, grad_entropy, entropy, temperature, logit_scale) -> Tensor:
     """[1] power of two that brings the largest |dz| a row can have just under 4096: fp16 has 5 exponent bits."""
     bound = grad_logp.abs()
     if grad_entropy is not None:
@@ -179,7 +205,7 @@ def linear_logprob_bwd(
             live |= (target >= 0) & (grad_entropy != 0)
         factor = inverse = None
         if dtype == torch.float16:
-            factor = _fp16_factor(grad_logp, grad_entropy, entropy, temperature, logit_scale)
+            factor = fp16_factor(grad_logp, grad_entropy, entropy, temperature, logit_scale)
             inverse = 1.0 / factor
         dhidden = torch.zeros(n, h, dtype=torch.float32, device=device) if need_hidden else None
         many = n > SLAB_ROWS
@@ -238,12 +264,5 @@ def _backward_rows(
             dbias[slab] += total if inverse is None else total * inverse
         if dhidden is not None:
             matmul_into(dhidden, dz, weight[slab], add=begin > 0)
-        if dweight is None:
-            continue
-        if inverse is None:
-            matmul_into(dweight[slab], dz.t(), rows, add=add)
-        else:
-            product = torch.empty(width, h, dtype=torch.float32, device=device)
-            matmul_into(product, dz.t(), rows, add=False)
-            product *= inverse
-            dweight[slab].add_(product) if add else dweight[slab].copy_(product)
+        if dweight is not None:
+            matmul_into(dweight[slab], dz.t(), rows, add, inverse)

@@ -13,9 +13,32 @@ from flowrl_kernels.triton.primitives import LN2, LOG2E, activate, matmul_tile, 
 
 
 @triton.jit
+def _store_logits(
+    z, logits, i_row, num_live, i_col0, stride_logits,
+    DESCRIPTOR: tl.constexpr, STORE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, TILE] logits to memory; by descriptor also those of the block's rows that take no part."""
+    if DESCRIPTOR:
+        # staged in shared memory: no registers for addresses or for a second layout
+        i_row0 = tl.min(i_row, 0)
+        if STORE == TILE:
+            logits.store([i_row0, i_col0], z)
+        else:
+            tl.static_assert(TILE == 2 * STORE)
+            left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, STORE)), (0, 2, 1)))
+            logits.store([i_row0, i_col0], left)
+            logits.store([i_row0, i_col0 + STORE], right)
+    else:
+        p_logits = logits + i_row[:, None].to(tl.int64) * stride_logits + (i_col0 + tl.arange(0, TILE))[None, :]
+        tl.store(p_logits, z, mask=(i_row < num_live)[:, None])
+
+
+@triton.jit
 def _absorb(
-    acc, b_max, b_sum, b_dot, b_logit, bias, tile_lse, order, i_row, num_live, i_col0, N, V, b_target, b_factor,
-    logit_scale, softcap, ENTROPY: tl.constexpr, STATS: tl.constexpr, EVEN_V: tl.constexpr, TILE: tl.constexpr,
+    acc, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live, i_col0, N, V, stride_logits,
+    b_target, b_factor, logit_scale, softcap,
+    ENTROPY: tl.constexpr, STATS: tl.constexpr, EVEN_V: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, STORE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Take [BLOCK_M, TILE] products into a row's running max, sum, entropy sum and target logit."""
     i_col = i_col0 + tl.arange(0, TILE)
@@ -52,6 +75,10 @@ def _absorb(
         shift = tl.where(b_sum > 0.0, b_max - ref, 0.0)
         b_dot = scale * tl.fma(shift, b_sum, b_dot) + t_scale * tl.fma(t_shift, t_sum, t_dot)
     b_sum = tl.fma(b_sum, scale, t_sum * t_scale)
+    if logits is not None:
+        _store_logits(
+            z, logits, i_row, num_live, i_col0, stride_logits, DESCRIPTOR, STORE, BLOCK_M, TILE
+        )  # fmt: skip
     return new_max, b_sum, b_dot, b_logit
 
 
@@ -69,11 +96,13 @@ def forward_kernel(
     part_sum,  # [splits, N]
     part_dot,  # [splits, N]: sum of (z - max) e, log2 units
     tile_lse,  # [V/128, N] fp16
+    logits,  # [N, V rounded up to 128] fp32 compact rows, descriptor, pointer or None: z itself
     N,
     V,
     H,
     stride_x,
     stride_w,
+    stride_logits,
     temperature_stride,
     logit_scale,
     softcap,
@@ -83,6 +112,7 @@ def forward_kernel(
     ENTROPY: tl.constexpr,
     STATS: tl.constexpr,
     EVEN_V: tl.constexpr,
+    STORE: tl.constexpr,  # columns of logits that a descriptor stores at a time
     DESCRIPTOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -116,19 +146,22 @@ def forward_kernel(
             if BLOCK_N == 2 * TILE:
                 left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, TILE)), (0, 2, 1)))
                 b_max, b_sum, b_dot, b_logit = _absorb(
-                    left, b_max, b_sum, b_dot, b_logit, bias, tile_lse, order, i_row, num_live, col0,
-                    N, V, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V, TILE,
+                    left, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live, col0,
+                    N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V,
+                    DESCRIPTOR, STORE, BLOCK_M, TILE,
                 )  # fmt: skip
                 if col0 + TILE < V:
                     b_max, b_sum, b_dot, b_logit = _absorb(
-                        right, b_max, b_sum, b_dot, b_logit, bias, tile_lse, order, i_row, num_live, col0 + TILE,
-                        N, V, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V, TILE,
+                        right, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live,
+                        col0 + TILE, N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS,
+                        EVEN_V, DESCRIPTOR, STORE, BLOCK_M, TILE,
                     )  # fmt: skip
             else:
                 tl.static_assert(BLOCK_N == TILE)
                 b_max, b_sum, b_dot, b_logit = _absorb(
-                    acc, b_max, b_sum, b_dot, b_logit, bias, tile_lse, order, i_row, num_live, col0,
-                    N, V, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V, TILE,
+                    acc, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live, col0,
+                    N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V,
+                    DESCRIPTOR, STORE, BLOCK_M, TILE,
                 )  # fmt: skip
 
         held = (b_target >= first * BLOCK_N) & (b_target < tl.minimum(last * BLOCK_N, V))

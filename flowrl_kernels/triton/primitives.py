@@ -154,9 +154,12 @@ def gather_rows(source: Tensor, order: Tensor, count: Tensor) -> Tensor:
     return out
 
 
-def scatter_rows(source: Tensor, order: Tensor, count: Tensor, dtype: torch.dtype, factor: Tensor | None) -> Tensor:
-    """Undo `gather_rows`: [N, H] of `dtype`, times the number in `factor`, rows from `count` on zero."""
-    out = torch.empty(source.shape, dtype=dtype, device=source.device)
+def scatter_rows(
+    source: Tensor, order: Tensor, count: Tensor, dtype: torch.dtype, factor: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """Undo `gather_rows`: [N, H] of `dtype` (`out`), times the number in `factor`, rows from `count` on zero."""
+    if out is None:
+        out = torch.empty(source.shape, dtype=dtype, device=source.device)
     move_rows_kernel[(source.shape[0],)](
         source, out, order, count, factor, source.shape[1], source.stride(0), out.stride(0), GATHER=False, BLOCK=1024
     )

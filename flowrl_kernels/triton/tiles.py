@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from flowrl_kernels.types import TILE
+
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
@@ -53,6 +55,17 @@ def tile_for(arch: str, dtype: torch.dtype, aligned: bool) -> Tile:
     if dtype == torch.float32:
         return _SINGLE
     return _HALF[arch] if aligned else _HALF_UNALIGNED
+
+
+def logits_store(arch: str, tile: Tile) -> tuple[Tile, int]:
+    """What the forward of `tile` becomes where it also stores its logits by descriptor, and the columns at a time.
+
+    They are staged in shared memory, which must hold them beside the pipeline; half a tile at a time does that, but
+    would take sm_100 through a second register layout and spill. Stages change no bit.
+    """
+    if arch == "sm_100":
+        return tile._replace(num_stages=3), TILE
+    return tile, TILE // 2
 
 
 @cache

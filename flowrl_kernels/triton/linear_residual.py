@@ -1,0 +1,164 @@
+"""Hidden states to loss and gradients in a single pass, 6NHV (4NHV for a frozen head): whole sequences at a time.
+
+A sequence's coefficient is one number that is known after its own forward (docs/maths.md, eq. 8). So a chunk's logits
+are made once, by the forward kernel of `linear_logprob` with one more output, and kept in fp32: logp has the bits of
+`linear_logprob`. Then residual, dz = dloss/d(hidden weight^T), and the two products.
+
+dz takes the place of the logits, row by row: a second buffer would cost another 2 bytes a logit, or slabs of the
+vocabulary whose dhidden has to be added up in fp32. In place, one row is one program that reads ahead of what it
+writes, and each gradient is one product over the whole chunk.
+
+Memory beyond the gradients: the logits, 4 bytes each (4.2 GB at 8192 x 128256), and two [chunk, H] of the inputs'
+dtype. With several chunks dweight also adds up in fp32, 4VH bytes (2.2 GB for Qwen2.5-7B); one chunk rounds it
+straight from the product's accumulators.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flowrl_kernels.presets import Row
+from flowrl_kernels.triton.linear_logprob import forward_rows, fp16_factor
+from flowrl_kernels.triton.matmul import exact_matmul, matmul_into
+from flowrl_kernels.triton.primitives import LOG2E, compact, gather_rows, row_factor, scatter_rows
+from flowrl_kernels.triton.residual import residual_fwd
+from flowrl_kernels.types import TILE
+
+BLOCK, WARPS = 4096, 8  # columns a step: four 16-byte loads a thread in flight
+
+
+@triton.jit(do_not_specialize=["V", "temperature_stride"])
+def dlogits_in_place_kernel(
+    logits,  # [N, V] fp32 compact rows
+    dz,  # the same memory as rows of the inputs' dtype
+    order,  # [N]
+    count,  # [1]
+    target,  # [N]
+    temperature,  # [N] or [1]
+    lse,  # [N]
+    grad_logp,  # [N]
+    factor,  # [1] power of two, or None
+    V,
+    stride_logits,
+    stride_dz,
+    temperature_stride,
+    logit_scale,
+    softcap,
+    BLOCK: tl.constexpr,
+):
+    """g (1{v=y} - p_v) dz/d(h W^T + b) of one row, over its logits; 0 in rows that take no part."""
+    i_row = tl.program_id(0).to(tl.int64)
+    live = i_row < tl.load(count)
+    source = tl.load(order + i_row)
+    b_grad = tl.load(grad_logp + source, mask=live, other=0.0)
+    p_dz = dz + i_row * stride_dz
+    if b_grad == 0.0:
+        for v in range(0, V, BLOCK):
+            i_col = v + tl.arange(0, BLOCK)
+            tl.store(p_dz + i_col, tl.zeros((BLOCK,), dz.dtype.element_ty), mask=i_col < V)
+    else:
+        b_target = tl.load(target + source)
+        b_temperature = tl.load(temperature + source * temperature_stride)
+        b_lse = tl.load(lse + source)
+        b_scale = row_factor(b_temperature, logit_scale, None)
+        if factor is not None:
+            b_scale *= tl.load(factor)
+        p_logits = logits + i_row * stride_logits
+        for v in range(0, V, BLOCK):
+            i_col = v + tl.arange(0, BLOCK)
+            z = tl.load(p_logits + i_col, mask=i_col < V, other=0.0)
+            # a step's dz lies over this step's logits or earlier ones: every thread has to have read its own
+            tl.debug_barrier()
+            d = b_grad * (tl.where(i_col == b_target, 1.0, 0.0) - tl.exp2((z - b_lse) * LOG2E))
+            if softcap is not None:
+                bend = z * tl.div_rn(b_temperature, softcap + tl.zeros_like(b_temperature))
+                d *= 1.0 - bend * bend
+            d *= b_scale
+            tl.store(p_dz + i_col, d.to(dz.dtype.element_ty), mask=i_col < V)
+
+
+def linear_residual_fwd(
+    row: Row,
+    hidden: Tensor,  # [N, H] packed response positions; fp32, bf16 or fp16
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [N] int64; -1 skips the row, V gives NaN
+    bias: Tensor | None,  # [V]
+    temperature: Tensor,  # [N] or [1] fp32
+    logit_scale: float,
+    softcap: float | None,
+    anchor: Tensor | None,  # [N]
+    old: Tensor | None,  # [N]
+    sampler: Tensor | None,  # [N]
+    reward: Tensor,  # [B]
+    log_z: Tensor | None,  # [B]
+    mask: Tensor,  # [N] bool
+    cu_seqlens: Tensor,  # [B+1] int64
+    groups: Tensor | None,  # [B], for one chunk that holds the whole batch
+    edges: list[int],  # the tokens at which chunks begin, and N
+    bounds: list[int],  # the sequences at which chunks begin, and B
+    normalizer: Tensor | None,  # float64 scalar, or [2]: sequences and tokens
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """logp [N] fp32; gradients of the loss by hidden and weight (in their dtype) and bias (fp32), None if not needed.
+
+    dz is rounded once, to the input dtype; sums run in fp32. No host sync. Bits are the same from run to run.
+    """
+    (v, h), device, dtype = weight.shape, hidden.device, hidden.dtype
+    logp = torch.zeros(hidden.shape[0], dtype=torch.float32, device=device)
+    dhidden = torch.zeros_like(hidden) if need_hidden else None
+    dbias = torch.zeros(v, dtype=torch.float32, device=device) if need_bias else None
+    chunks = [c for c in zip(bounds, bounds[1:], edges, edges[1:]) if c[3] > c[2]]
+    if not chunks:
+        return logp, dhidden, torch.zeros_like(weight) if need_weight else None, dbias
+    sums = torch.float32 if len(chunks) > 1 else dtype
+    dweight = torch.empty(v, h, dtype=sums, device=device) if need_weight else None
+    most = max(high - low for _, _, low, high in chunks)
+    buffer = torch.empty(most, -(-v // TILE) * TILE, dtype=torch.float32, device=device)
+    with exact_matmul(hidden):
+        for first, last, low, high in chunks:
+            own = slice(low, high)
+            ids, logits = target[own], buffer[: high - low]
+            degrees = temperature if temperature.shape[0] == 1 else temperature[own]
+            order, count = compact(ids >= 0)
+            rows = gather_rows(hidden[own], order, count)
+            picked, lse = torch.zeros_like(logp[own]), torch.empty_like(logp[own])
+            forward_rows(
+                rows, order, count, weight, ids, bias, degrees, logit_scale, softcap, picked, lse, None, None, logits
+            )
+            logp[own] = torch.where(ids < v, picked - lse, float("nan"))
+            a, o, s = (None if tokens is None else tokens[own] for tokens in (anchor, old, sampler))
+            partition = None if log_z is None else log_z[first:last]
+            starts = cu_seqlens[first : last + 1] - low
+            *_, grad, _ = residual_fwd(
+                row, logp[own], a, o, s, reward[first:last], partition, mask[own], starts, groups, normalizer
+            )
+            grad = grad.masked_fill(ids < 0, 0.0)
+            factor = inverse = None
+            if dtype == torch.float16:
+                factor = fp16_factor(grad, None, None, degrees, logit_scale)
+                inverse = 1.0 / factor
+            dz = logits.view(dtype)
+            dlogits_in_place_kernel[(high - low,)](
+                logits, dz, order, count, ids, degrees, lse, grad, factor,
+                v, logits.stride(0), dz.stride(0), int(degrees.shape[0] > 1), logit_scale, softcap,
+                BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+            dz = dz[:, :v]
+            if dbias is not None:
+                total = dz.sum(0, dtype=torch.float32)
+                dbias += total if inverse is None else total * inverse
+            if dhidden is not None:
+                part = torch.empty(high - low, h, dtype=dtype if inverse is None else torch.float32, device=device)
+                matmul_into(part, dz, weight, add=False)
+                scatter_rows(part, order, count, dtype, inverse, out=dhidden[own])
+            if dweight is not None:
+                matmul_into(dweight, dz.t(), rows, low > chunks[0][2], inverse)
+    if dweight is not None:
+        del buffer, logits, dz  # dweight may need another [V, H] now
+        dweight = dweight.to(dtype)
+    return logp, dhidden, dweight, dbias
