@@ -37,6 +37,7 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}  # bytes a block
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORWARD, DLOGITS = "linear_logprob_kernels.forward_kernel", "linear_logprob_kernels.dlogits_kernel"
+BOUNDED = tuple(f"bounded_kernels.{name}_kernel" for name in ("pairs", "rows", "columns"))
 JSON = Path(__file__).with_suffix(".json")
 TABLE = Path(__file__).parents[1] / "docs" / "compile_matrix.md"
 
@@ -138,11 +139,19 @@ def compiling(
         mock.patch.object(tiles, "num_programs", return_value=132),
         mock.patch("flowrl_kernels.triton.linear_logprob.matmul_into"),
         mock.patch("flowrl_kernels.triton.linear_logprob.exact_matmul", contextlib.nullcontext),
+        mock.patch("flowrl_kernels.triton.bounded.matmul_into"),
+        mock.patch("flowrl_kernels.triton.bounded.read_plan", lambda plan, lists: (True, active_pairs(plan))),
         mock.patch("flowrl_kernels.triton.linear_residual.matmul_into"),
         mock.patch("flowrl_kernels.triton.linear_residual.exact_matmul", contextlib.nullcontext),
         torch.device("meta"),
     ):
         yield entries
+
+
+def active_pairs(plan) -> list[int]:
+    """Offsets of a plan that fills two slabs of 16 bits: nearly all pairs."""
+    blocks, num_tiles = plan.active.shape
+    return [(blocks - 4) * tile for tile in range(num_tiles + 1)]
 
 
 def linear_logprob(dtype, h=3584, v=152064, bias=False, softcap=None, entropy=True, stats=True) -> None:
@@ -156,6 +165,20 @@ def linear_logprob(dtype, h=3584, v=152064, bias=False, softcap=None, entropy=Tr
     op.linear_logprob_bwd(
         out[1], out[1] if entropy else None, hidden, weight, target, b, temperature, 1.0, softcap,
         out[1], out[2], out[3], 0.0, None, None, True, True, bias,
+    )  # fmt: skip
+
+
+def bounded(dtype, h=3584, v=152064, more=False) -> None:
+    """The bounded backward; `more`: with a bias and into a main_grad."""
+    from flowrl_kernels.triton import linear_logprob as op
+
+    n = 8192
+    hidden, weight, grad = torch.empty(n, h, dtype=dtype), torch.empty(v, h, dtype=dtype), torch.empty(n)
+    b = torch.empty(v, dtype=dtype) if more else None
+    op.linear_logprob_bwd(
+        grad, None, hidden, weight, torch.empty(n, dtype=torch.int64), b, torch.empty(1), 1.0, None,
+        grad, grad, torch.empty(-(-v // 128), n, dtype=torch.float16), 0.01, None,
+        torch.empty(v, h) if more else None, True, True, more,
     )  # fmt: skip
 
 
@@ -186,32 +209,6 @@ def residual(dtype, preset="paper", packed=False) -> None:
     op.residual_fwd(row, logp, anchor, old, None, torch.empty(sequences), log_z, mask, cu_seqlens, groups, None)
 
 
-# every flag that changes the code, on and off, and the path without descriptors
-CASES: dict[str, Callable[[torch.dtype], None]] = {
-    "plain": lambda t: linear_logprob(t, entropy=False, stats=False),
-    "stats": lambda t: linear_logprob(t, entropy=False),
-    "entropy+stats": lambda t: linear_logprob(t),
-    "bias": lambda t: linear_logprob(t, bias=True),
-    "softcap": lambda t: linear_logprob(t, softcap=30.0),
-    "odd H": lambda t: linear_logprob(t, h=3583),
-    "logits": lambda t: logprob(t),
-    "logits plain": lambda t: logprob(t, entropy=False),
-    "logits softcap, odd V": lambda t: logprob(t, v=151937, softcap=30.0),
-    "residual": lambda t: residual(t),
-    "residual, groups": lambda t: residual(t, preset="group", packed=True),
-}
-# what `make test` compiles: each kernel once per architecture as it is shipped, and the float32 forward for its PTX
-QUICK = [
-    ("entropy+stats", "bf16", None),
-    ("single pass", "bf16", None),
-    ("logits", "bf16", None),
-    ("residual, groups", "bf16", None),
-    ("plain", "fp32", FORWARD),
-]
-
-
-def compile_case(
-    case: str, dtype: str, arch: str, only: str | None = None, seen: set[str] | None = None
 def linear_residual(dtype, h=3584, v=152064, softcap=None) -> None:
     """One chunk of whole sequences. A host sync anywhere would raise: meta tensors have no values."""
     from flowrl_kernels.presets import named
@@ -227,6 +224,38 @@ def linear_residual(dtype, h=3584, v=152064, softcap=None) -> None:
     )  # fmt: skip
 
 
+# every flag that changes the code, on and off, and the path without descriptors
+CASES: dict[str, Callable[[torch.dtype], None]] = {
+    "plain": lambda t: linear_logprob(t, entropy=False, stats=False),
+    "stats": lambda t: linear_logprob(t, entropy=False),
+    "entropy+stats": lambda t: linear_logprob(t),
+    "bias": lambda t: linear_logprob(t, bias=True),
+    "softcap": lambda t: linear_logprob(t, softcap=30.0),
+    "odd H": lambda t: linear_logprob(t, h=3583),
+    "bounded": lambda t: bounded(t),
+    "bounded, bias, main_grad": lambda t: bounded(t, more=True),
+    "bounded, odd H": lambda t: bounded(t, h=3583),
+    "logits": lambda t: logprob(t),
+    "logits plain": lambda t: logprob(t, entropy=False),
+    "logits softcap, odd V": lambda t: logprob(t, v=151937, softcap=30.0),
+    "single pass": lambda t: linear_residual(t),
+    "single pass, softcap": lambda t: linear_residual(t, softcap=30.0),
+    "residual": lambda t: residual(t),
+    "residual, groups": lambda t: residual(t, preset="group", packed=True),
+}
+# what `make test` compiles: each kernel once per architecture as it is shipped, and the float32 forward for its PTX
+QUICK = [
+    ("entropy+stats", "bf16", None),
+    ("single pass", "bf16", None),
+    ("bounded", "bf16", None),
+    ("logits", "bf16", None),
+    ("residual, groups", "bf16", None),
+    ("plain", "fp32", FORWARD),
+]
+
+
+def compile_case(
+    case: str, dtype: str, arch: str, only: str | None = None, seen: set[str] | None = None
 ) -> list[Entry]:
     with compiling(arch, case, dtype, only, seen) as entries:
         CASES[case](DTYPES[dtype])
@@ -236,20 +265,18 @@ def linear_residual(dtype, h=3584, v=152064, softcap=None) -> None:
 def faults(entry: Entry, spills: int = 0) -> list[str]:
     """What is wrong with a compiled kernel; empty if nothing is. `spills`: bytes let pass."""
     found = []
-    matrix = entry.kernel in (FORWARD, DLOGITS)
+    matrix = entry.kernel in (FORWARD, DLOGITS, *BOUNDED)
     if entry.spills > spills:
         found.append(f"spills {entry.spills}")
     if entry.shared > SHARED_LIMIT[entry.arch]:
         found.append(f"shared memory {entry.shared} over {SHARED_LIMIT[entry.arch]}")
-    "single pass": lambda t: linear_residual(t),
-    "single pass, softcap": lambda t: linear_residual(t, softcap=30.0),
     if entry.dtype == "fp32" and (entry.tf32 or (entry.mma and not entry.arch.startswith("gfx"))):
         found.append("float32 goes through tensor cores")  # gfx942 has float32 matrix instructions
     if matrix and entry.dtype != "fp32":
         wanted = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}.get(entry.arch, "mma")
         if wanted not in entry.mma.split("+"):
             found.append(f"no {wanted} (found {entry.mma or 'none'})")
-        if entry.arch in ("sm_90", "sm_100", "sm_120") and entry.case != "odd H" and not entry.tma:
+        if entry.arch in ("sm_90", "sm_100", "sm_120") and not entry.case.endswith("odd H") and not entry.tma:
             found.append("no loads by tensor descriptor")
     return found
 
@@ -294,7 +321,7 @@ def markdown(table: dict[str, list[Entry]]) -> str:
         "Written by `make matrix` (`python -m tests.compile_matrix --write`); every row is in "
         "`tests/compile_matrix.json`. Compiled without a GPU, so this says what the machine code is, not how fast it "
         "runs. Shape: N = 8192, H = 3584 (3583 where odd), V = 152064 (151937 where odd); residual 256 x 8192. "
-        "`make test` compiles bfloat16 `entropy+stats`, `logits` and `residual, groups`.",
+        "`make test` compiles bfloat16 `entropy+stats`, `bounded`, `logits` and `residual, groups`.",
         "",
         "A cell reads: registers a thread, shared memory, spills where there are any (NVIDIA: bytes of a thread's "
         "stack frame, which is where they go; AMD: vector registers). `float16` compiles like `bfloat16` and is in the "

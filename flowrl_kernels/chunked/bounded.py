@@ -8,6 +8,7 @@ tile.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,25 +40,28 @@ def make_plan(
     epsilon: float,
     block_rows: int = 1,
     columns: int = COLUMNS,
+    live: Tensor | None = None,  # [R] rows that take part; the others have gradient 0 and come last
+    tile_costs: Callable[..., tuple[Tensor, Tensor]] = routing.tile_costs,
+    drop_lightest: Callable[..., tuple[Tensor, Tensor]] = routing.drop_lightest,
 ) -> Plan:
     """Drop pairs batch-wide, those with the least squared mass first, while both budgets last: epsilon of the L1
     norm of dlogits, and L2_SHARE * epsilon of its L2 norm (one heavy entry costs more than a thin tail)."""
     rest = -torch.expm1(target_logp)  # [R] non-target mass
     rest_low = (rest - SLACK).clamp_min_(0.0)
     if block_rows > 1:
-        order = torch.argsort(gradient * rest, stable=True)
+        mass = gradient * rest
+        order = torch.argsort(mass if live is None else torch.where(live, mass, torch.inf), stable=True)
     else:
         order = torch.arange(len(rest), device=rest.device)
-    cost, square = routing.tile_costs(
+    cost, square = tile_costs(
         tile_lse, lse, target, target_logp, gradient, order, block_rows, columns // TILE
     )  # [blocks, tiles]
     norm = (2.0 * gradient * rest_low).sum(dtype=torch.float64)
     square_norm = (gradient * rest_low).double().square().sum()  # of the target entries alone: a lower bound
-    active, spent = routing.drop_lightest(
-        cost, square, torch.stack([epsilon * norm, (L2_SHARE * epsilon) ** 2 * square_norm])
-    )
+    active, spent = drop_lightest(cost, square, torch.stack([epsilon * norm, (L2_SHARE * epsilon) ** 2 * square_norm]))
     bound = spent[0] / norm.clamp_min(torch.finfo(torch.float64).tiny)
-    return Plan(order, active, bound, active.double().mean())
+    pairs = active.numel() if live is None else (-(-live.sum() // block_rows) * active.shape[1]).clamp_min(1)
+    return Plan(order, active, bound, active.sum(dtype=torch.float64) / pairs)
 
 
 def bounded_backward(

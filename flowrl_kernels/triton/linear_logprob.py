@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flowrl_kernels.triton import tiles
+from flowrl_kernels.triton.bounded import bounded_backward
 from flowrl_kernels.triton.linear_logprob_kernels import dlogits_kernel, forward_kernel, merge_kernel
 from flowrl_kernels.triton.matmul import exact_matmul, matmul_into
 from flowrl_kernels.triton.primitives import compact, gather_rows, scatter_rows
@@ -89,7 +90,6 @@ def linear_logprob_fwd(
     return target_logit, lse, entropies, tile_lse
 
 
-# dz of at most this many rows and columns at a time: 32768 columns keep the fp32 read-modify-write of dhidden under
 def forward_rows(
     rows: Tensor,  # [N, H] compact
     order: Tensor,  # [N]
@@ -136,6 +136,7 @@ def forward_rows(
     )  # fmt: skip
 
 
+# dz of at most this many rows and columns at a time: 32768 columns keep the fp32 read-modify-write of dhidden under
 # 1 % of the products, 2 GiB bound the buffer (0.5 GiB at 8192 rows of 16 bits, 2 GiB from 32768 rows on)
 SLAB_ROWS, SLAB_COLUMNS, SLAB_BYTES = 65536, 32768, 2 << 30
 
@@ -182,16 +183,13 @@ def linear_logprob_bwd(
     `main_grad` [V, H] fp32 the weight's gradient is added there and not returned. dz is rounded once, to the input
     dtype; sums run in fp32. Bits are the same from run to run.
 
-    Raises:
-        RuntimeError: epsilon > 0; the bounded backward is in `chunked`.
+    epsilon > 0 takes the bounded backward (bounded.py) where it pays, there is no softcap and no entropy gradient;
+    `report` [3] gets the bound reached, the share of tiles computed, and 1 where it fell back to the exact one.
     """
-    if epsilon > 0.0:
-        raise RuntimeError(
-            f"epsilon={epsilon}: the bounded backward runs with impl='chunked'; triton has the exact one"
-        )
-    if report is not None:  # bound, share of tiles computed, fell back: exact
+    if report is not None:
         report.zero_()
-        report[1].fill_(1.0)
+        report[1:].fill_(1.0)
+        report[2].fill_(float(epsilon > 0.0))
     n, h = hidden.shape
     v = weight.shape[0]
     device, dtype = hidden.device, hidden.dtype
@@ -207,6 +205,16 @@ def linear_logprob_bwd(
         if dtype == torch.float16:
             factor = fp16_factor(grad_logp, grad_entropy, entropy, temperature, logit_scale)
             inverse = 1.0 / factor
+        if epsilon > 0.0 and softcap is None and grad_entropy is None and n > 0:
+            made = torch.empty(v, h, dtype=dtype, device=device) if need_weight and main_grad is None else None
+            done = bounded_backward(
+                grad_logp, hidden, weight, target, bias, temperature, logit_scale, lse, tile_lse, epsilon, report,
+                _tile(torch.empty(1, h, dtype=dtype, device=device), weight), factor,
+                main_grad if need_weight and made is None else made, main_grad is not None, need_hidden, need_bias,
+            )  # fmt: skip
+            if done is not None:
+                return done[0], made, done[1]
+            del made
         dhidden = torch.zeros(n, h, dtype=torch.float32, device=device) if need_hidden else None
         many = n > SLAB_ROWS
         dweight = main_grad

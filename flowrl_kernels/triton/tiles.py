@@ -57,6 +57,16 @@ def tile_for(arch: str, dtype: torch.dtype, aligned: bool) -> Tile:
     return _HALF[arch] if aligned else _HALF_UNALIGNED
 
 
+def pair_tile(tile: Tile) -> Tile:
+    """For the logits of one pair of the bounded backward: so that two programs share a multiprocessor on sm_90."""
+    return tile._replace(block_n=128, num_stages=min(tile.num_stages, 3))
+
+
+def list_tile(arch: str, tile: Tile) -> Tile:
+    """For its products over lists: NVIDIA's two further stages hold the index that the loads wait for."""
+    return tile if arch == "gfx942" else tile._replace(num_stages=tile.num_stages + 2)
+
+
 def logits_store(arch: str, tile: Tile) -> tuple[Tile, int]:
     """What the forward of `tile` becomes where it also stores its logits by descriptor, and the columns at a time.
 
