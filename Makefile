@@ -40,9 +40,10 @@ test: setup lint
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@
 
-test-integrations: .venv-trl/.installed .venv-verl/.installed
-	HF_HUB_OFFLINE=1 .venv-trl/bin/python -m pytest tests/integrations -rs
-	HF_HUB_OFFLINE=1 .venv-verl/bin/python -m pytest tests/integrations -rs
+TRAINERS := trl verl torchtitan
+
+test-integrations: $(TRAINERS:%=.venv-%/.installed)
+	for t in $(TRAINERS); do HF_HUB_OFFLINE=1 .venv-$$t/bin/python -m pytest tests/integrations -rs || exit 1; done
 
 lint: setup
 	$(PY) -m ruff check .
@@ -71,4 +72,4 @@ csrc:
 	$(PYTHON) csrc/build.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-triton-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-triton-* $(TRAINERS:%=.venv-%) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -12,7 +12,7 @@ BLOCKS = re.findall(r"<!-- needs: (\w+) -->\n```python\n(.*?)```", PAGE, re.S)
 
 
 def test_every_python_block_says_what_it_needs():
-    assert len(BLOCKS) == PAGE.count("```python") == 3
+    assert len(BLOCKS) == PAGE.count("```python") == 4
 
 
 @pytest.mark.parametrize(("package", "block"), BLOCKS, ids=[f"{need}-{i}" for i, (need, _) in enumerate(BLOCKS)])
@@ -34,11 +34,15 @@ def test_the_snippet_runs(package, block, request, tmp_path):
     exec(compile(block, "docs/integrations.md", "exec"), names)
 
 
-@pytest.mark.parametrize(("package", "environment"), [("trl", "trl"), ("verl", "verl")])
+@pytest.mark.parametrize(("package", "environment"), [("trl", "trl"), ("verl", "verl"), ("torchtitan", "torchtitan")])
 def test_the_page_names_the_versions_that_are_tested(package, environment):
     pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / f"constraints-{environment}.txt").read_text(), re.M))
-    named = {"trl": {"TRL": "trl", "peft": "peft"}, "verl": {"verl": "verl", "tensordict": "tensordict"}}[package]
-    for word, name in {**named, "transformers": "transformers"}.items():
+    named = {
+        "trl": {"TRL": "trl", "peft": "peft", "transformers": "transformers"},
+        "verl": {"verl": "verl", "tensordict": "tensordict", "transformers": "transformers"},
+        "torchtitan": {"torchtitan": "torchtitan"},
+    }[package]
+    for word, name in named.items():
         assert f"{word} {pins[name]}" in PAGE
     try:
         installed = version(package)
