@@ -321,7 +321,7 @@ def markdown(table: dict[str, list[Entry]]) -> str:
         "Written by `make matrix` (`python -m tests.compile_matrix --write`); every row is in "
         "`tests/compile_matrix.json`. Compiled without a GPU, so this says what the machine code is, not how fast it "
         "runs. Shape: N = 8192, H = 3584 (3583 where odd), V = 152064 (151937 where odd); residual 256 x 8192. "
-        "`make test` compiles bfloat16 `entropy+stats`, `bounded`, `logits` and `residual, groups`.",
+        "`make test` compiles bfloat16 " + ", ".join(f"`{case}`" for case, dtype, _ in QUICK if dtype == "bf16") + ".",
         "",
         "A cell reads: registers a thread, shared memory, spills where there are any (NVIDIA: bytes of a thread's "
         "stack frame, which is where they go; AMD: vector registers). `float16` compiles like `bfloat16` and is in the "

@@ -55,7 +55,7 @@ class FlowRLLoss(ChunkedLossWrapper):
         super().__init__(config, compile_config=compile_config)
         self.config = config
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         pred: Tensor,
         labels: Tensor,
