@@ -44,7 +44,7 @@ from flowrl_kernels.types import TILE
 # an assumed 0.65 of it (not yet measured on hardware); the plan and the correction take the rest.
 FALL_BACK = 0.5
 SLAB_BYTES = 2 << 30  # of dz at a time
-RUNS = 64  # runs of tile statistics a step
+RUNS = 32  # runs of tile statistics a step
 
 
 class Batch(NamedTuple):

@@ -380,7 +380,7 @@ def columns_kernel(
             acc = tl.dot(b_dz, b_x, acc, input_precision="ieee")
     col0 = i_tile * TILE + c0
     last = tl.load(cuts + i_tile + 1).to(tl.int32)
-    for place in range(tl.load(cuts + i_tile).to(tl.int32), last, BLOCK_K):
+    for place in tl.range(tl.load(cuts + i_tile).to(tl.int32), last, BLOCK_K, num_stages=2):  # saves registers
         held = place + i_k < last
         i_row = tl.load(by_target + place + i_k, mask=held, other=0)
         b_target = tl.load(target + i_row, mask=held, other=-1)
