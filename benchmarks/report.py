@@ -81,7 +81,7 @@ def rows(case: dict, document: dict) -> list[tuple[str, ...]]:
         label = name
         if "bounded" in entry:
             share = entry["bounded"]["share_of_tiles"]
-            label += f" (s {share:.0%}{', fell back' if entry['bounded']['fell_back'] else ''})"
+            label += f" (s {share:.1%}{', fell back' if entry['bounded']['fell_back'] else ''})"
         made.append(
             (
                 label,
