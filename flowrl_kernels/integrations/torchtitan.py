@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.functional import linear_logprob
+from flowrl_kernels.integrations.head import call_head
 from flowrl_kernels.losses import flowrl_loss
 
 try:
@@ -117,15 +118,7 @@ class FlowRLLoss(ChunkedLossWrapper):
             weight = head.weight.to(hidden.dtype)
             return linear_logprob(hidden, weight, labels, bias=getattr(head, "bias", None), impl=self.config.impl).logp
 
-        kept = vars(head).get("forward")
-        head.forward = forward
-        try:
-            return head(pred)
-        finally:
-            if kept is None:
-                del head.forward
-            else:
-                head.forward = kept
+        return call_head(head, forward, pred)
 
 
 def _responses(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.functional import linear_logprob
+from flowrl_kernels.integrations.head import refuse_adapter
 from flowrl_kernels.nn import FlowRLLoss, LogPartition
 
 try:
@@ -111,18 +112,6 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if is_peft_model(model) else model
 
 
-def _check_lm_head(model: Any) -> None:
-    try:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError:
-        return
-    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        raise ValueError(
-            "lm_head: wanted a plain linear layer; got one with a PEFT adapter, whose weights a fused head would leave "
-            "out. Take 'lm_head' out of target_modules, or train the head whole with modules_to_save=['lm_head']"
-        )
-
-
 def _fuse(model: Any, impl: str) -> None:
     """Give `model`, which has TRL's fused head, ours."""
     base = _base(model)
@@ -136,7 +125,7 @@ def _fuse(model: Any, impl: str) -> None:
             f"trainer: wanted one whose model has TRL's fused head (GRPO, RLOO, SFT, DPO, KTO, async GRPO); got "
             f"{type(base).__name__} without one, so its log-probs come from logits and nothing could be patched"
         )
-    _check_lm_head(base)
+    refuse_adapter(base)
 
     @functools.wraps(theirs.__func__)  # generate() reads the model's own signature through the chain
     def forward(self, *args, fused_lm_head=False, **kwargs):

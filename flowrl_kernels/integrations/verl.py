@@ -10,15 +10,16 @@ registers everything where verl is installed. A run then needs:
     actor_rollout_ref.actor.kl_loss_coef=0.0
 
 verl's hook for policy losses is given neither the reference's log-probs nor the prompts, and its hook for estimators
-no log-probs. So `ppo_loss` and `compute_advantage` of verl are wrapped to remember the batch they work on; what they
-compute is verl's own. log Z is the group's estimate (detached): the learned one needs hidden states, which no loss of
-verl sees; `flowrl_kernels.trainer` and TRL have it.
+no log-probs. So `ppo_loss` and `compute_advantage` of verl are wrapped to remember what they were called with; what
+they compute is verl's own. log Z is the group's estimate (detached). The learned one, `flowrl_learned`, needs hidden
+states, which no loss of verl sees: `integrations.verl_engine` has the engine that hands it over.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import logging
 import sys
 from collections.abc import Callable
@@ -48,8 +49,8 @@ PRESET_NAMES = {
     "flowrl_token_old_anchor_no_log_z": "token_old_anchor_no_log_z",
     "flowrl_token_no_anchor_no_log_z": "token_no_anchor_no_log_z",
 }
-_actor_batch: ContextVar[Any] = ContextVar("actor_batch", default=None)  # TensorDict of ppo_loss
-_scored_batch: ContextVar[Any] = ContextVar("scored_batch", default=None)  # DataProto of compute_advantage
+_ppo_loss: ContextVar[Any] = ContextVar("ppo_loss", default=None)  # arguments: data (TensorDict), model_output
+_compute_advantage: ContextVar[Any] = ContextVar("compute_advantage", default=None)  # arguments: data (DataProto)
 
 
 def register(name: str, *, log_z: str | None = "group", **settings: Any) -> None:
@@ -57,14 +58,18 @@ def register(name: str, *, log_z: str | None = "group", **settings: Any) -> None
 
     Args:
         name: for `policy_loss.loss_mode` and `algorithm.adv_estimator`.
-        log_z: "group", or None to go without. Rows that have no log Z go without.
+        log_z: "group"; "learned", with the engine of `integrations.verl_engine`; or None to go without. Rows that have
+            no log Z go without.
         settings: of `flowrl_loss`: preset, beta, clip, ratio, anchor, ...
 
     Raises:
         ImportError: verl is not installed, or is one whose hooks differ.
+        ValueError: another `log_z`, or "learned" for a row without one.
     """
     core = _verl("verl.trainer.ppo.core_algos")
     row = named(settings.get("preset") or "paper")
+    if log_z not in ("group", "learned", None) or (log_z == "learned" and row.log_z is None):
+        raise ValueError(f"log_z: wanted 'group', 'learned' (for a row that has log Z) or None; got {log_z!r}")
     if row.log_z is None:
         log_z = None
     beta = settings.get("beta", row.beta)
@@ -93,7 +98,7 @@ def register(name: str, *, log_z: str | None = "group", **settings: Any) -> None
             log_prob.float(),
             _reference(name, log_prob) if anchor == "ref" else None,
             sequence_value(advantages, mask),
-            None,  # folded into the advantages
+            _learned_log_z(name) if log_z == "learned" else None,  # the group's is folded into the advantages
             logp_old=old_log_prob.float(),
             mask=mask,
             normalizer=_normalizer(info, mask, row.level),
@@ -144,9 +149,10 @@ def ppo_loss(config: Any, model_output: Any, data: Any, dp_group: Any = None) ->
 
 def _group_log_z(name: str, reward: Tensor, groups: Tensor, mask: Tensor, settings: dict[str, Any]) -> Tensor:
     """The group's mean of beta r + mean(anchor - old), from the batch that is being scored. [B]"""
-    data = _scored_batch.get()
-    if data is None:
+    call = _compute_advantage.get()
+    if call is None:
         raise RuntimeError(f"{name}: called outside verl's compute_advantage, so there are no log-probs for log Z")
+    data = call["data"]
     for key in ("old_log_probs", "ref_log_prob") if settings["anchor"] == "ref" else ("old_log_probs",):
         if key not in list(data.batch.keys()):
             raise ValueError(f"{key}: wanted in the batch, for the log Z of adv_estimator={name}. {_HOW[key]}")
@@ -163,13 +169,29 @@ _HOW = {
 }
 
 
-def _reference(name: str, like: Tensor) -> Tensor:
-    data = _actor_batch.get()
-    if data is None:
+def _call(name: str) -> Any:
+    call = _ppo_loss.get()
+    if call is None:
         raise RuntimeError(
-            f"{name}: called outside verl's ppo_loss, so there are no reference log-probs. Use "
+            f"{name}: called outside verl's ppo_loss, so there are no reference log-probs and no log Z. Use "
             "flowrl_kernels.integrations.verl.ppo_loss as the worker's loss, or an old-anchor loss"
         )
+    return call
+
+
+def _learned_log_z(name: str) -> Tensor:
+    """[B] what the engine put beside the log-probs."""
+    value = _call(name)["model_output"].get("log_z")
+    if value is None:
+        raise ValueError(
+            f"log_z: wanted in the model's output, for loss_mode={name}. Export VERL_ENGINE_VENDOR=flowrl and set "
+            "model.external_lib=flowrl_kernels.integrations.verl_engine, actor.strategy=fsdp2"
+        )
+    return value.values() if value.is_nested else value
+
+
+def _reference(name: str, like: Tensor) -> Tensor:
+    data = _call(name)["data"]
     if "ref_log_prob" not in list(data.keys()):
         raise ValueError(f"ref_log_prob: wanted in the batch, for loss_mode={name}. {_HOW['ref_log_prob']}")
     ref = data.select("ref_log_prob").to_padded_tensor()["ref_log_prob"]
@@ -204,18 +226,19 @@ def _verl(module: str) -> Any:
         raise ImportError(f"flowrl_kernels.integrations.verl was written for verl 0.9.1: {error}") from error
 
 
-def _remember(module: str, function: str, slot: ContextVar[Any], argument: int) -> None:
-    """Wrap `module.function` so that `slot` holds its positional or keyword argument `data` while it runs."""
+def _remember(module: str, function: str, slot: ContextVar[Any]) -> None:
+    """Wrap `module.function` so that `slot` holds its arguments by name while it runs."""
     home = _verl(module)
     theirs: Callable[..., Any] | None = getattr(home, function, None)
     if theirs is None:
         raise ImportError(f"flowrl_kernels.integrations.verl was written for verl 0.9.1: no {module}.{function} here")
     if hasattr(theirs, "flowrl_slot"):
         return
+    signature = inspect.signature(theirs)
 
     @functools.wraps(theirs)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        token = slot.set(kwargs["data"] if "data" in kwargs else args[argument])
+        token = slot.set(signature.bind(*args, **kwargs).arguments)
         try:
             return theirs(*args, **kwargs)
         finally:
@@ -228,14 +251,15 @@ def _remember(module: str, function: str, slot: ContextVar[Any], argument: int) 
 
 
 def _install() -> None:
-    _remember("verl.workers.utils.losses", "ppo_loss", _actor_batch, 2)
+    _remember("verl.workers.utils.losses", "ppo_loss", _ppo_loss)
     try:
-        _remember("verl.trainer.ppo.ray_trainer", "compute_advantage", _scored_batch, 0)
+        _remember("verl.trainer.ppo.ray_trainer", "compute_advantage", _compute_advantage)
     except ImportError as error:  # a worker without the trainer's extras scores nothing
         logging.getLogger(__name__).info("FlowRL's advantage estimators cannot be used here: %s", error)
     for name, preset in PRESET_NAMES.items():
         assert preset in PRESETS
         register(name, preset=preset)
+    register("flowrl_learned", log_z="learned")
 
 
 if importlib.util.find_spec("verl") is not None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from flowrl_kernels.integrations import verl as ours
 from flowrl_kernels.losses import flowrl_loss
 from flowrl_kernels.testing import assert_grad_close
 
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 B, T, PROMPT = 8, 7, 3
 LENGTHS = [7, 1, 4, 2, 6, 3, 5, 7]
 GROUPS = torch.arange(B) // 4
@@ -229,3 +231,48 @@ def test_what_is_missing_is_said_with_what_to_set(batch):
     fn = core_algos.get_policy_loss_fn("flowrl")
     with pytest.raises(RuntimeError, match="outside verl's ppo_loss"):
         fn(batch["old_log_probs"], batch["log_prob"], advantage, mask_of())
+
+
+def test_the_example_config_is_one_of_verl_s(tiny_model, monkeypatch):
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+    from verl.workers.engine import EngineRegistry
+
+    with initialize_config_dir(str(EXAMPLES), version_base=None):
+        config = compose("verl_flowrl", [f"actor_rollout_ref.model.path={tiny_model}"])
+    validate_config(config, need_reference_policy(config), need_critic(config))
+    assert (need_reference_policy(config), need_critic(config)) == (True, False)
+    worker = config.actor_rollout_ref
+    model, actor = (omega_conf_to_dataclass(worker[name]) for name in ("model", "actor"))
+    assert (actor.engine.strategy, worker.ref.strategy, worker.ref.fsdp_config.forward_only) == ("fsdp2", "fsdp2", True)
+    assert actor.optim.override_optimizer_config["log_z_lr"] == 1e-4
+    assert worker.rollout.log_prob_use_dynamic_bsz == worker.actor.use_dynamic_bsz
+    # main_ppo hands this environment to every worker
+    runtime = OmegaConf.merge(get_ppo_ray_runtime_env(config), config.ray_kwargs.ray_init.runtime_env)
+    monkeypatch.setenv("VERL_ENGINE_VENDOR", runtime.env_vars.VERL_ENGINE_VENDOR)
+    assert EngineRegistry.get_engine_cls(model.model_type, actor.engine.strategy).__name__ == "FlowRLEngine"
+    for name in (config.algorithm.adv_estimator, actor.policy_loss.loss_mode):
+        assert name in core_algos.ADV_ESTIMATOR_REGISTRY
+        assert name in core_algos.POLICY_LOSS_REGISTRY
+    assert EngineRegistry.get_engine_cls("value_model", "fsdp2").__name__ == "FSDPEngineWithValueHead"
+
+
+def test_a_learned_log_z_is_the_one_beside_the_log_probs(batch):
+    log_z = torch.linspace(-0.5, 2.0, B).requires_grad_()
+    log_prob = batch["log_prob"].clone().requires_grad_()
+    output = model_output(log_prob) | {"log_z": log_z}
+    loss, _ = engine_workers.ppo_loss(
+        actor("flowrl_learned"), output, actor_data(batch, advantages(batch, "flowrl_learned"))
+    )
+    wanted_log_z, wanted_at = log_z.detach().double().requires_grad_(), batch["log_prob"].double().requires_grad_()
+    wanted = specification(batch, wanted_at, wanted_log_z)
+    torch.testing.assert_close(loss.double(), wanted.loss, rtol=1e-5, atol=1e-6)
+    for actual, expected in zip(
+        torch.autograd.grad(loss, (log_prob, log_z)), torch.autograd.grad(wanted.loss, (wanted_at, wanted_log_z))
+    ):
+        assert_grad_close(actual, expected, rel=1e-5, row=1e-3)
+    with pytest.raises(ValueError, match="log_z: wanted 'group', 'learned'"):
+        ours.register("wrong", log_z="learned", preset="release_no_log_z")
