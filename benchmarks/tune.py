@@ -1,9 +1,12 @@
-"""Times the free settings of the matrix kernels on this GPU: `python -m benchmarks.tune --out FILE`.
+"""Times the free settings of the matrix kernels on this GPU, and puts the best ones into the kernels' table.
+
+    python -m benchmarks.tune --out FILE      # time every candidate on the real heads: minutes, needs a GPU
+    python -m benchmarks.tune --adopt FILE    # write its best rows into flowrl_kernels/triton/tiles.json: needs none
 
 Free are the pipeline stages, the programs per multiprocessor and the raster (how many row blocks walk the vocabulary
 together): none of them changes a bit of the result, which is checked here for every candidate. Block sizes and warps
-fix the order of the reductions, so they are fixed by contract; candidates for them are timed apart, marked with
-whether they kept the bits, for whoever revises the table in flowrl_kernels/triton/tiles.py.
+fix the order of the reductions, so they are fixed by contract (flowrl_kernels/triton/tiles.py); candidates for them
+are timed apart, marked with whether they kept the bits, for whoever revises that file. They are never adopted.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ import torch
 from benchmarks import machine, measure
 from benchmarks.cases import HEADS
 
+GAIN = 0.01  # a row is adopted for a median at least this much shorter than the table's own
+
+FREE = ("num_stages", "programs_per_sm", "raster")
 STAGES, PROGRAMS, RASTERS = (2, 3, 4, 5), (1, 2), (0.5, 1.0, 2.0)
 BLOCKS = (
     (128, 256, 64, 8),
@@ -37,30 +43,24 @@ class Overrides:
     def __init__(self):
         from flowrl_kernels.triton import tiles
 
-        self.tiles, self.tile_for, self.group_rows = tiles, tiles.tile_for, tiles.group_rows
-        self.rows_factor, self.change = 1.0, {}
+        self.tiles, self.tile_for, self.change = tiles, tiles.tile_for, {}
 
     def __enter__(self):
         self.tiles.tile_for = lambda *a: self.tile_for(*a)._replace(**self.change)
-        self.tiles.group_rows = lambda *a: max(4, int(self.group_rows(*a) * self.rows_factor))
         return self
 
     def __exit__(self, *_):
-        self.tiles.tile_for, self.tiles.group_rows = self.tile_for, self.group_rows
+        self.tiles.tile_for = self.tile_for
 
 
-def candidates(tile) -> list[tuple[str, dict, float]]:
-    """(kind, change of the tile, raster factor): the table's own entry first, then free ones, then other blocks."""
-    made = [("table", {}, 1.0)]
+def candidates(tile) -> list[tuple[str, dict]]:
+    """(kind, change of the tile): the table's own entry first, then free ones, then other blocks."""
+    made: list[tuple[str, dict]] = [("table", {})]
     for stages, programs, raster in itertools.product(STAGES, PROGRAMS, RASTERS):
-        change = {"num_stages": stages, "programs_per_sm": programs}
-        if stages != tile.num_stages or programs != tile.programs_per_sm or raster != 1.0:
-            made.append(("free", change, raster))
+        made.append(("free", {"num_stages": stages, "programs_per_sm": programs, "raster": raster}))
     for m, n, k, warps in BLOCKS:
-        change = {"block_m": m, "block_n": n, "block_k": k, "num_warps": warps}
-        if any(getattr(tile, field) != value for field, value in change.items()):
-            made.append(("blocks", change, 1.0))
-    return made
+        made.append(("blocks", {"block_m": m, "block_n": n, "block_k": k, "num_warps": warps}))
+    return made[:1] + [(kind, change) for kind, change in made[1:] if tile._replace(**change) != tile]
 
 
 def tune_head(name: str, tokens: int, dtype: torch.dtype, repeats: int, deadline: float) -> dict:
@@ -75,7 +75,7 @@ def tune_head(name: str, tokens: int, dtype: torch.dtype, repeats: int, deadline
     target = torch.randint(0, v, (tokens,), device="cuda")
     one = torch.ones(1, device="cuda")
     arch = tiles.arch_of(hidden.device)
-    own = tiles.tile_for(arch, dtype, True)
+    own = tiles.tile_for(arch, dtype, True, h)
     clock = measure.Clock("cuda")
 
     def run():
@@ -84,11 +84,11 @@ def tune_head(name: str, tokens: int, dtype: torch.dtype, repeats: int, deadline
     expected = run()[:2]
     made = []
     with Overrides() as overrides:
-        for kind, change, factor in candidates(own):
+        for kind, change in candidates(own):
             if time.monotonic() > deadline:
                 break
-            overrides.change, overrides.rows_factor = change, factor
-            entry = {"kind": kind, **own._replace(**change)._asdict(), "raster_factor": factor}
+            overrides.change = change
+            entry = {"kind": kind, **own._replace(**change)._asdict()}
             try:
                 got = run()[:2]
                 entry["same_bits"] = all(torch.equal(a, b) for a, b in zip(got, expected))
@@ -107,13 +107,56 @@ def tune_head(name: str, tokens: int, dtype: torch.dtype, repeats: int, deadline
     }  # fmt: skip
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.tune", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+def rows_of(document: dict) -> list[dict]:
+    """The rows of flowrl_kernels/triton/tiles.json that a tuning run speaks for: free settings that kept every bit and
+    were faster than the table's own by GAIN."""
+    rows = []
+    for head in document["heads"]:
+        own, best = head["candidates"][0], head["best"]
+        if best is None or best["kind"] != "free" or best["median_ms"] > (1.0 - GAIN) * own["median_ms"]:
+            continue
+        source = (
+            f"{document['machine']['gpu']}, triton {document['versions'].get('triton')}, {document['started'][:10]}: "
+            f"{head['tokens']} tokens in {best['median_ms']:.2f} ms, before {own['median_ms']:.2f}"
+        )
+        key = {"arch": head["arch"], "dtype": head["dtype"], "h": head["h"]}
+        rows.append({**key, **{name: best[name] for name in FREE}, "source": source})
+    return rows
+
+
+def adopt(documents: list[dict], table: Path) -> int:
+    """Puts the rows of tuning runs into the table, in place of what it had for their keys; how many there were."""
+    from flowrl_kernels.triton.tiles import read_table
+
+    def key(row: dict) -> tuple:
+        return row["arch"], row["dtype"], row["h"]
+
+    read_table(table)
+    new = {key(row): row for document in documents for row in rows_of(document)}
+    rows = {key(row): row for row in json.loads(table.read_text())["rows"]} | new
+    lines = ",\n".join("  " + json.dumps(rows[name]) for name in sorted(rows))
+    table.write_text('{\n "schema": 1,\n "rows": [' + (f"\n{lines}\n " if lines else "") + "]\n}\n")
+    read_table(table)
+    return len(new)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path)
+    what.add_argument("--adopt", type=Path, nargs="+")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=7.0)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
+    if given.adopt:
+        from flowrl_kernels.triton.tiles import TABLE
+
+        count = adopt([json.loads(path.read_text()) for path in given.adopt], TABLE)
+        print(f"{count} rows put into {TABLE.name}")
+        return 0
     if not torch.cuda.is_available():
         print("no GPU: tile timings were not taken")
         return 2

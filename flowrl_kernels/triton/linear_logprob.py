@@ -26,11 +26,13 @@ from flowrl_kernels.triton.primitives import compact, gather_rows, scatter_rows
 from flowrl_kernels.types import TILE
 
 
-def _tile(rows: Tensor, weight: Tensor) -> tiles.Tile:
-    def aligned(t: Tensor) -> bool:
-        return t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+def _aligned(t: Tensor) -> bool:
+    return t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
 
-    return tiles.tile_for(tiles.arch_of(rows.device), rows.dtype, aligned(rows) and aligned(weight))
+
+def _tile(rows: Tensor, weight: Tensor) -> tiles.Tile:
+    aligned = _aligned(rows) and _aligned(weight)
+    return tiles.tile_for(tiles.arch_of(rows.device), rows.dtype, aligned, rows.shape[1])
 
 
 def _operands(rows: Tensor, weight: Tensor, tile: tiles.Tile):
@@ -209,7 +211,8 @@ def linear_logprob_bwd(
             made = torch.empty(v, h, dtype=dtype, device=device) if need_weight and main_grad is None else None
             done = bounded_backward(
                 grad_logp, hidden, weight, target, bias, temperature, logit_scale, lse, tile_lse, epsilon, report,
-                _tile(torch.empty(1, h, dtype=dtype, device=device), weight), factor,
+                tiles.tile_for(tiles.arch_of(device), dtype, _aligned(weight) and h * weight.element_size() % 16 == 0),
+                factor,
                 main_grad if need_weight and made is None else made, main_grad is not None, need_hidden, need_bias,
             )  # fmt: skip
             if done is not None:

@@ -1,13 +1,22 @@
-"""Block sizes of the matrix kernels by (architecture, dtype, hidden size).
+"""Block sizes of the matrix kernels by (architecture, dtype), and their settings by (architecture, dtype, hidden size).
 
-Fixed, never tuned at import: block sizes and warps fix the order of every reduction, and so the bits of a row. Of
-the fields only `num_stages` and `programs_per_sm` may be tuned freely. The compile matrix (docs/compile_matrix.md)
-shows registers, spills and shared memory of every entry.
+Never tuned at import. What may change a bit of logp is fixed in this file: `block_k` and `num_warps` decide how a
+product adds up and how a row's columns lie over the threads that sum them, `block_n` which columns are summed before
+they meet the others and where a split of the vocabulary ends, `block_m` how many warps share a row. A change of any
+of them makes log-probs of one machine differ from those of another version, and old ones from new ones, so
+`benchmarks/tune.py` times other blocks apart, for a revision of this file, and adopts none.
+
+What changes no bit (the pipeline's stages, programs per multiprocessor, and the raster: how many row blocks walk the
+vocabulary together) may come from tiles.json, a table that `python -m benchmarks.tune --adopt` writes from timings on
+hardware. Where it has no row for an architecture, dtype and hidden size, the values here are used. The compile matrix
+(docs/compile_matrix.md) shows registers, spills and shared memory of every entry in this file.
 """
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,6 +24,14 @@ import torch
 from flowrl_kernels.types import TILE
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+TABLE = Path(__file__).with_name("tiles.json")
+# what a row of the table sets: type, least, most
+FREE: dict[str, tuple[type, float, float]] = {
+    "num_stages": (int, 1, 8),
+    "programs_per_sm": (int, 1, 8),
+    "raster": (float, 0.05, 64.0),
+}
+KEY: dict[str, type] = {"arch": str, "dtype": str, "h": int}
 
 
 class Tile(NamedTuple):
@@ -27,6 +44,7 @@ class Tile(NamedTuple):
     num_stages: int
     programs_per_sm: int
     descriptor: bool  # host-side tensor descriptors where the strides allow
+    raster: float = 1.0  # times the row blocks that walk the vocabulary together
 
 
 # 16-bit inputs with 16-byte rows; sm_89 and sm_120 have 99 KB of shared memory, gfx942 64 KB
@@ -45,16 +63,64 @@ _HALF_UNALIGNED = Tile(64, 128, 32, 8, 2, 2, False)
 _SINGLE = Tile(64, 128, 16, 8, 2, 2, False)
 
 
-def tile_for(arch: str, dtype: torch.dtype, aligned: bool) -> Tile:
+def read_table(path: Path) -> dict[tuple[str, str, int], dict[str, float]]:
+    """The free settings by (architecture, dtype, hidden size).
+
+    Raises:
+        ValueError: naming the file, the row, what was wanted and what came.
+    """
+
+    def fail(where: str, wanted: str, got: object) -> None:
+        raise ValueError(f"{path}: {where}: wanted {wanted}; got {got!r}")
+
+    try:
+        rows = json.loads(path.read_text())["rows"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f'{path}: wanted an object with a list of "rows"; got {error!r}') from error
+    table: dict[tuple[str, str, int], dict[str, float]] = {}
+    for i, row in enumerate(rows):
+        where = f"row {i}"
+        if not isinstance(row, dict):
+            fail(where, "an object", row)
+        for name, kind in KEY.items():
+            if type(row.get(name)) is not kind:
+                fail(f"{where}, {name}", f"a value of type {kind.__name__}", row.get(name))
+        key = (row["arch"], row["dtype"], row["h"])
+        if row["arch"] not in _HALF or row["dtype"] not in ("bfloat16", "float16", "float32"):
+            fail(where, f"an architecture of {', '.join(_HALF)} and a dtype of the kernels", key)
+        if key in table:
+            fail(where, "each architecture, dtype and hidden size once", key)
+        settings = {name: value for name, value in row.items() if name not in KEY and name != "source"}
+        for name, value in settings.items():
+            if name not in FREE:
+                fail(f"{where}, {name}", f"only {', '.join(FREE)}: anything else could change bits of logp", value)
+            kind, least, most = FREE[name]
+            if isinstance(value, bool) or not isinstance(value, (kind, int)) or not least <= value <= most:
+                fail(f"{where}, {name}", f"a number ({kind.__name__}) from {least} to {most}", value)
+        table[key] = settings
+    return table
+
+
+@cache
+def _table() -> dict[tuple[str, str, int], dict[str, float]]:
+    return read_table(TABLE)
+
+
+def tile_for(arch: str, dtype: torch.dtype, aligned: bool, hidden: int | None = None) -> Tile:
     """The block sizes of `linear_logprob` on `arch` (one of ARCHS, "sm_89" or "interpreter").
 
-    `aligned`: rows of hidden and weight start at multiples of 16 bytes.
+    `aligned`: rows of hidden and weight start at multiples of 16 bytes. With a `hidden` size, the settings that the
+    table has for it; they were timed on the forward, whose operands the exact backward shares.
     """
     if arch == "interpreter":
-        return _HALF[arch]._replace(descriptor=aligned)
-    if dtype == torch.float32:
-        return _SINGLE
-    return _HALF[arch] if aligned else _HALF_UNALIGNED
+        tile = _HALF[arch]._replace(descriptor=aligned)
+    elif dtype == torch.float32:
+        tile = _SINGLE
+    else:
+        tile = _HALF[arch] if aligned else _HALF_UNALIGNED
+    if hidden is None or not aligned:
+        return tile
+    return tile._replace(**_table().get((arch, str(dtype).removeprefix("torch."), hidden), {}))
 
 
 def pair_tile(tile: Tile) -> Tile:
@@ -74,8 +140,8 @@ def logits_store(arch: str, tile: Tile) -> tuple[Tile, int]:
     would take sm_100 through a second register layout and spill. Stages change no bit.
     """
     if arch == "sm_100":
-        return tile._replace(num_stages=3), TILE
-    return tile, TILE // 2
+        return tile._replace(num_stages=min(tile.num_stages, 3)), TILE
+    return tile._replace(num_stages=min(tile.num_stages, 4)), TILE // 2
 
 
 @cache
@@ -123,4 +189,4 @@ def splits(vocab: int, tile: Tile) -> tuple[int, int]:
 
 def group_rows(hidden: int, itemsize: int, tile: Tile) -> int:
     """Row blocks that walk the vocabulary together: about 16 MB of hidden states, to stay in L2 beside the weights."""
-    return max(4, (16 << 20) // (tile.block_m * hidden * itemsize))
+    return max(4, int(tile.raster * (16 << 20)) // (tile.block_m * hidden * itemsize))

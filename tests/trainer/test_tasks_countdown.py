@@ -127,14 +127,12 @@ def test_splits_are_disjoint_and_fixed_by_the_seed(task):
     assert {what(p) for p in Countdown(seed=1).problems("test")} != splits["test"]
 
 
-def test_prompts_give_the_numbers_in_every_order_in_train_and_in_one_elsewhere(task):
-    for split in ("train", "test"):
+def test_prompts_give_the_numbers_in_rising_order(task):
+    for split in ("train", "valid", "test"):
         for asked in task.problems(split):
             given, _, target = asked.prompt.rstrip(":").partition("=")
-            assert sorted(map(int, given.split(","))) == asked.answer["numbers"]
+            assert list(map(int, given.split(","))) == sorted(asked.answer["numbers"])
             assert int(target) == asked.answer["target"]
-    prompts = [p.prompt for p in task.problems("train")]
-    assert len(prompts) == len(set(prompts)) > 4 * len({what(p) for p in task.problems("train")})
 
 
 def test_the_warm_start_never_shows_a_held_out_problem(task):

@@ -53,14 +53,13 @@ def _count(numbers: tuple[int, ...], answer: str, distinct: bool) -> dict[int, i
 
 @dataclass(frozen=True)
 class Countdown:
-    """Prompt "3,2,6=15:" asks for 15 from 3, 2 and 6, given in any order.
+    """Prompt "2,3,6=15:" asks for 15 from 2, 3 and 6, always given in rising order.
 
     answer: "chain" wants one true step after another, "2*6=12,3+12=15", each intermediate a non-negative
     integer; "infix" one expression, "2*6+3", of any rational value underway. Problems are every reachable
     (numbers, target) with at least `min_solutions` different solutions, shuffled by the seed: `held_out` for
-    test, as many for valid, the rest for train and the warm start, where every order of the numbers is a
-    prompt of its own. The same numbers may come with another target in another split, the same numbers and
-    target never, in any order.
+    test, as many for valid, the rest for train and the warm start. The same numbers may come with another
+    target in another split, the same numbers and target never.
 
     Raises ValueError for numbers outside 2..4, an empty range, an unknown answer form or too few problems.
     """
@@ -118,23 +117,19 @@ class Countdown:
                 f"there are {len(found)} problems with numbers={self.numbers}, largest={self.largest}, "
                 f"max_target={self.max_target}, min_solutions={self.min_solutions}"
             )
-        rng = random.Random(self.seed)
-        rng.shuffle(found)
+        random.Random(self.seed).shuffle(found)
         cut = {
             "test": found[: self.held_out],
             "valid": found[self.held_out : 2 * self.held_out],
             "train": found[2 * self.held_out :],
         }
-        splits: dict[str, list[Problem]] = {}
-        for split, problems in cut.items():
-            splits[split] = []
-            for given, target in problems:
-                orders = sorted(set(itertools.permutations(given)))
-                for order in orders if split == "train" else [rng.choice(orders)]:
-                    prompt = f"{','.join(map(str, order))}={target}:"
-                    answer = {"numbers": list(given), "target": target}
-                    splits[split].append(Problem(len(splits[split]), prompt, answer))
-        return splits
+        return {
+            split: [
+                Problem(i, f"{','.join(map(str, given))}={target}:", {"numbers": list(given), "target": target})
+                for i, (given, target) in enumerate(problems)
+            ]
+            for split, problems in cut.items()
+        }
 
     def problems(self, split: str) -> Sequence[Problem]:
         return self._splits[check_split(split)]
