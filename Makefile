@@ -5,7 +5,11 @@ PY := $(VENV)/bin/python
 EXTRAS ?= train,math,bench,dev
 # TORCH_INDEX=<url> takes torch from another wheel index (a CUDA or ROCm one, say).
 TORCH_INDEX ?=
+# make train NPROC=2 RUN=runs/two ARGS="--run.seed 1"; ARGS=--resume goes on with a run that was cut off.
 RUN ?= runs/sums
+NPROC ?= 1
+ARGS ?=
+LAUNCH := $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
 STAMP := $(VENV)/.installed
 
 .PHONY: setup train compare countdown test test-integrations lint matrix bench bench-report csrc clean
@@ -20,14 +24,14 @@ $(STAMP): constraints.txt pyproject.toml setup.py
 	touch $@
 
 train: setup
-	$(PY) -m flowrl_kernels.trainer configs/sums.toml --run.dir $(RUN)
+	$(LAUNCH) -m flowrl_kernels.trainer configs/sums.toml --run.dir $(RUN) $(ARGS)
 
 # FlowRL, GRPO, PPO and REINFORCE++ one after the other, then one table and one plot.
 compare: setup
-	$(PY) -m flowrl_kernels.trainer compare configs/sums.toml --out runs/compare
+	$(PY) -m flowrl_kernels.trainer compare configs/sums.toml --out runs/compare $(ARGS)
 
 countdown: setup
-	$(PY) -m flowrl_kernels.trainer configs/countdown.toml --run.dir runs/countdown
+	$(LAUNCH) -m flowrl_kernels.trainer configs/countdown.toml --run.dir runs/countdown $(ARGS)
 
 test: setup lint
 	$(PY) -m pytest -n 2
