@@ -12,6 +12,7 @@ USAGE = """usage: flowrl train FILE.toml [--section.field value ...] [--resume]
 
 The same as `python -m flowrl_kernels.trainer ...`, which is what torchrun starts.
 `flowrl train FILE.toml --help` lists every field."""
+EXTRA = ("matplotlib", "numpy", "rich", "safetensors", "tqdm", "transformers", "tyro")  # what [train] brings
 
 
 def cli(argv: list[str] | None = None) -> int:
@@ -27,16 +28,28 @@ def cli(argv: list[str] | None = None) -> int:
     if command not in commands:
         print(f"flowrl: unknown command {command!r}\n{USAGE}", file=sys.stderr)
         return 2
-    from flowrl_kernels.trainer.loop import NotFinite
-
+    try:
+        from flowrl_kernels.trainer.loop import NotFinite
+    except ModuleNotFoundError as error:
+        return missing(command, error)
     try:
         return commands[command](rest)
     except (ValueError, FileNotFoundError, OSError, NotFinite) as error:
         print(f"flowrl {command}: {error}", file=sys.stderr)
         return 3 if isinstance(error, NotFinite) else 2
+    except ModuleNotFoundError as error:
+        return missing(command, error)
     except KeyboardInterrupt:
         print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
         return 130
+
+
+def missing(command: str, error: ModuleNotFoundError) -> int:
+    """Says what to install where it is the trainer's extra that is not there; anything else is raised."""
+    if (error.name or "").partition(".")[0] not in EXTRA:
+        raise error
+    print(f"flowrl {command}: {error.name} is not installed: pip install 'flowrl-kernels[train]'", file=sys.stderr)
+    return 2
 
 
 def train(args: list[str]) -> int:

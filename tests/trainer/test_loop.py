@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 
 import pytest
 import tiny
@@ -140,6 +141,14 @@ def test_bad_settings_end_in_one_line_that_names_them(tmp_path, capsys, args, sa
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
+
+
+def test_a_missing_extra_ends_in_one_line_that_says_what_to_install(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    file = tmp_path / "run.toml"
+    file.write_text("")
+    assert main.cli(["train", str(file), "--run.steps", "1"]) == 2
+    assert "tyro is not installed: pip install 'flowrl-kernels[train]'" in capsys.readouterr().err
 
 
 def test_a_malformed_row_is_named_by_its_line(tmp_path):
