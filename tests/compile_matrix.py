@@ -37,7 +37,7 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}  # bytes a block
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORWARD, DLOGITS = "linear_logprob_kernels.forward_kernel", "linear_logprob_kernels.dlogits_kernel"
-BOUNDED = tuple(f"bounded_kernels.{name}_kernel" for name in ("pairs", "rows", "columns"))
+BOUNDED = tuple(f"bounded_kernels.{name}_kernel" for name in ("pairs", "products", "columns"))
 JSON = Path(__file__).with_suffix(".json")
 TABLE = Path(__file__).parents[1] / "docs" / "compile_matrix.md"
 
@@ -140,7 +140,7 @@ def compiling(
         mock.patch("flowrl_kernels.triton.linear_logprob.matmul_into"),
         mock.patch("flowrl_kernels.triton.linear_logprob.exact_matmul", contextlib.nullcontext),
         mock.patch("flowrl_kernels.triton.bounded.matmul_into"),
-        mock.patch("flowrl_kernels.triton.bounded.read_plan", lambda plan, lists: (True, active_pairs(plan))),
+        mock.patch("flowrl_kernels.triton.bounded.read_plan", lambda plan, *_: (True, active_blocks(plan))),
         mock.patch("flowrl_kernels.triton.linear_residual.matmul_into"),
         mock.patch("flowrl_kernels.triton.linear_residual.exact_matmul", contextlib.nullcontext),
         torch.device("meta"),
@@ -148,10 +148,10 @@ def compiling(
         yield entries
 
 
-def active_pairs(plan) -> list[int]:
-    """Offsets of a plan that fills two slabs of 16 bits: nearly all pairs."""
-    blocks, num_tiles = plan.active.shape
-    return [(blocks - 4) * tile for tile in range(num_tiles + 1)]
+def active_blocks(plan) -> list[int]:
+    """First blocks of a plan that fills several slabs: half of all pairs."""
+    rows, num_tiles = plan.active.shape
+    return [rows // 256 * tile for tile in range(num_tiles + 1)]
 
 
 def linear_logprob(dtype, h=3584, v=152064, bias=False, softcap=None, entropy=True, stats=True) -> None:

@@ -27,9 +27,8 @@ def dropped_error(hidden, weight, target, grad, epsilon):
     rest = p.scatter(1, target[:, None], 0.0)
     entries = grad.double().abs()[:, None] * rest
     total = 2.0 * entries.sum()
-    rows = grad.nonzero()[:, 0][plan.order]
-    active = plan.active[: len(rows)]
-    active = active.repeat_interleave(bounded.COLUMNS, 1)[:, : weight.shape[0]]
+    rows = grad.nonzero()[:, 0]
+    active = plan.active.repeat_interleave(bounded.COLUMNS, 1)[:, : weight.shape[0]]
     dropped = entries[rows].masked_fill(active, 0.0).sum()
     return report, float(dropped / total), (x.grad, w.grad)
 

@@ -1,4 +1,4 @@
-"""The bounded backward in Triton on a GPU: 16-bit inputs, blocks of 128 rows, the lists of the compiled library too."""
+"""The bounded backward in Triton on a GPU: 16-bit inputs, whole tiles, the lists of the compiled library too."""
 
 import warnings
 
@@ -8,18 +8,16 @@ import torch
 from flowrl_kernels import linear_logprob
 from flowrl_kernels.chunked import routing
 from flowrl_kernels.testing import assert_grad_close, rl_like_inputs
-from flowrl_kernels.types import TILE
 
 pytestmark = pytest.mark.gpu
 
 
-def dropped_share(plan, block_rows, hidden, weight, target, grad):
-    """Relative L1 norm of the entries of dlogits that a plan over row blocks dropped, in float64."""
+def dropped_share(plan, columns, hidden, weight, target, grad):
+    """Relative L1 norm of the entries of dlogits that a plan over tiles of `columns` dropped, in float64."""
     p = torch.softmax(hidden.double() @ weight.double().T, -1)
     entries = grad.double().abs()[:, None] * p.scatter(1, target[:, None], 0.0)
-    active = plan.active.repeat_interleave(block_rows, 0)[: len(grad)]
-    active = active.repeat_interleave(TILE, 1)[:, : weight.shape[0]]
-    return float(entries[plan.order].masked_fill(active, 0.0).sum() / (2.0 * entries.sum()))
+    active = plan.active.repeat_interleave(columns, 1)[:, : weight.shape[0]]
+    return float(entries.masked_fill(active, 0.0).sum() / (2.0 * entries.sum()))
 
 
 def batch(dtype, n=4096, h=1024, v=40000, **settings):
@@ -39,15 +37,14 @@ def test_the_bound_holds_on_what_was_dropped_and_the_gradients_are_close_to_exac
     from flowrl_kernels.triton import bounded
 
     plans, make_plan = [], bounded.make_plan
-    monkeypatch.setattr(bounded, "make_plan", lambda *a: plans.append((make_plan(*a), a[6])) or plans[-1][0])
+    monkeypatch.setattr(bounded, "make_plan", lambda *a: plans.append(make_plan(*a)) or plans[-1])
     data = batch(dtype)
     report, dx, dw = gradients(*data)
     bound, share, fell_back = report.tolist()
     assert fell_back == 0.0
     assert 0.0 < share < 0.5
     assert 0.005 <= bound <= 0.01
-    plan, block_rows = plans[0]
-    assert dropped_share(plan, block_rows, *data) <= bound
+    assert dropped_share(plans[0], bounded.COLUMNS, *data) <= bound
     exact = gradients(*data, epsilon=0.0)
     rel = 1.5e-3 if dtype == torch.float32 else 4e-3  # two roundings of dz and of the output
     assert_grad_close(dx, exact[1], rel=rel, row=0.2)
@@ -99,7 +96,7 @@ def test_lists_from_torch_and_from_the_compiled_library_give_the_same_gradients(
 def test_slabs_bias_and_odd_sizes_stay_within_their_memory(h, monkeypatch):
     from flowrl_kernels.triton import bounded
 
-    monkeypatch.setattr(bounded, "SLAB_BYTES", 8 * 128 * TILE * 2)
+    monkeypatch.setattr(bounded, "SLAB_BYTES", 4 * 128 * (2 * bounded.COLUMNS + 4 * h))
     monkeypatch.setattr(bounded, "FALL_BACK", 1.0)
     hidden, weight, target, grad = batch(torch.bfloat16, 300, h, 3001)
     bias = torch.zeros(3001, device="cuda", requires_grad=True)

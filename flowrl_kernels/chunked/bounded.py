@@ -25,8 +25,7 @@ L2_SHARE = 0.2  # second budget: relative L2 error of dlogits, before the correc
 
 
 class Plan(NamedTuple):
-    order: Tensor  # [R] rows by rising non-target gradient mass, as they are cut into blocks
-    active: Tensor  # [blocks, tiles] bool: pairs to compute
+    active: Tensor  # [R, tiles] bool: pairs to compute
     bound: Tensor  # scalar: relative L1 error of dlogits that the dropped pairs can cause
     share: Tensor  # scalar: active pairs / all pairs
 
@@ -38,9 +37,8 @@ def make_plan(
     target: Tensor,  # [R]
     target_logp: Tensor,  # [R]
     epsilon: float,
-    block_rows: int = 1,
     columns: int = COLUMNS,
-    live: Tensor | None = None,  # [R] rows that take part; the others have gradient 0 and come last
+    live: Tensor | None = None,  # [R] rows that take part, all if None; the others have gradient 0
     tile_costs: Callable[..., tuple[Tensor, Tensor]] = routing.tile_costs,
     drop_lightest: Callable[..., tuple[Tensor, Tensor]] = routing.drop_lightest,
 ) -> Plan:
@@ -48,20 +46,14 @@ def make_plan(
     norm of dlogits, and L2_SHARE * epsilon of its L2 norm (one heavy entry costs more than a thin tail)."""
     rest = -torch.expm1(target_logp)  # [R] non-target mass
     rest_low = (rest - SLACK).clamp_min_(0.0)
-    if block_rows > 1:
-        mass = gradient * rest
-        order = torch.argsort(mass if live is None else torch.where(live, mass, torch.inf), stable=True)
-    else:
-        order = torch.arange(len(rest), device=rest.device)
-    cost, square = tile_costs(
-        tile_lse, lse, target, target_logp, gradient, order, block_rows, columns // TILE
-    )  # [blocks, tiles]
+    order = torch.arange(len(rest), device=rest.device)
+    cost, square = tile_costs(tile_lse, lse, target, target_logp, gradient, order, 1, columns // TILE)  # [R, tiles]
     norm = (2.0 * gradient * rest_low).sum(dtype=torch.float64)
     square_norm = (gradient * rest_low).double().square().sum()  # of the target entries alone: a lower bound
     active, spent = drop_lightest(cost, square, torch.stack([epsilon * norm, (L2_SHARE * epsilon) ** 2 * square_norm]))
     bound = spent[0] / norm.clamp_min(torch.finfo(torch.float64).tiny)
-    pairs = active.numel() if live is None else (-(-live.sum() // block_rows) * active.shape[1]).clamp_min(1)
-    return Plan(order, active, bound, active.sum(dtype=torch.float64) / pairs)
+    pairs = active.numel() if live is None else (live.sum() * active.shape[1]).clamp_min(1)
+    return Plan(active, bound, active.sum(dtype=torch.float64) / pairs)
 
 
 def bounded_backward(

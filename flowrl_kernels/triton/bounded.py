@@ -1,14 +1,23 @@
 """The bounded backward in Triton: the definition is `flowrl_kernels.chunked.bounded` (docs/maths.md, eq. 19).
 
-Rows are sorted by their non-target gradient mass and cut into blocks; a pair is a row block and a vocabulary tile of
-128 columns. The lightest pairs of the batch are dropped while the bound lasts. The others are recomputed into compact
-dz tiles, a slab of the vocabulary at a time, and turned into dhidden by the list of each row block (CSR) and into
-dweight by the list of each tile (CSC): every output has one program, every sum one order, no atomics. Target entries
-go by themselves, as a gather for dhidden and as a product over the rows sorted by target for dweight.
+A pair is a row and a vocabulary tile of COLUMNS columns, and the plan is the definition's. What is left has the shape
+of a mixture of experts: a tile is an expert, and each row goes to the tiles that it still needs. A tile's rows (CSC)
+are cut into blocks; a block's rows of hidden states are gathered as the logits are recomputed, and its dz is stored
+compactly. dweight of a tile is dz^T by the same gathered rows. For dhidden each pair's product with the tile is
+stored, and a row adds up its own (CSR): every output has one program, every sum one order, no atomics. A flat row
+goes to every tile, so it is computed densely. Target entries go by themselves, as a gather for dhidden and as a
+product over the rows sorted by target for dweight.
 
-2NHV + s 6NHV FLOP with the forward, s the share of active pairs. Memory beyond the gradients: hidden in the plan's
-order and dhidden in fp32 as in the exact backward, dz of at most SLAB_BYTES, and the owed masses, the size of the
-tile statistics. The host waits once: for whether it pays, and where each tile's list begins.
+2NHV + s 6NHV FLOP with the forward, s the share of active pairs, each tile's rows rounded up to whole blocks. A
+pair's product with its tile is 2 COLUMNS H FLOP, and 8 H bytes to write it and read it again: 256 FLOP a byte, where
+an H200 does 183 (788 TFLOP/s, 4.3 TB/s), so the traffic takes about 0.7 of the time of this one of three products.
+Blocks of rows that share their tiles would add up in registers instead, and leave 4 to 9 times as many pairs
+(docs/log.md).
+
+Memory beyond the gradients, as in the exact backward: hidden states with zeros in rows that take no part, and dhidden
+in fp32. In addition the owed masses, the size of the tile statistics, and a slab of the vocabulary at a time: dz and
+the pairs' products, at most SLAB_BYTES or one tile's, N (2 COLUMNS + 4 H) bytes for 16-bit inputs. The host waits
+once: for whether it pays, and where each tile's list begins.
 """
 
 from __future__ import annotations
@@ -23,35 +32,31 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flowrl_kernels import cuda
 from flowrl_kernels.chunked import routing
-from flowrl_kernels.chunked.bounded import Plan, make_plan
+from flowrl_kernels.chunked.bounded import COLUMNS, Plan, make_plan
 from flowrl_kernels.chunked.routing import SLACK, BlockLists
 from flowrl_kernels.triton import tiles
 from flowrl_kernels.triton.bounded_kernels import (
     columns_kernel,
+    combine_kernel,
     costs_kernel,
     finish_kernel,
     owed_kernel,
     pairs_kernel,
-    rows_kernel,
+    products_kernel,
     sums_kernel,
     target_kernel,
 )
 from flowrl_kernels.triton.matmul import matmul_into
-from flowrl_kernels.triton.primitives import gather_rows
 from flowrl_kernels.types import TILE
 
-# Share of active pairs above which the exact backward is taken. Its products run at cuBLAS's rate, those over lists at
-# an assumed 0.65 of it (not yet measured on hardware); the plan and the correction take the rest.
+# Share of blocks above which the exact backward is taken. Its products run at cuBLAS's rate, those over lists at an
+# assumed 0.65 of it (not yet measured on hardware); the plan, the sums over pairs and the correction take the rest.
 FALL_BACK = 0.5
-SLAB_BYTES = 2 << 30  # of dz at a time
+SLAB_BYTES = 1 << 30  # of dz and of the pairs' products at a time
 RUNS = 32  # runs of tile statistics a step
 
 
 class Batch(NamedTuple):
-    """Rows in the plan's order; those that take no part come last."""
-
-    order: Tensor  # [N]
-    count: Tensor  # [1] rows that take part
     x: Tensor  # [N, H], 0 in rows that take no part
     target: Tensor  # [N]; V where the row has none
     target_logp: Tensor  # [N]
@@ -59,6 +64,19 @@ class Batch(NamedTuple):
     lse: Tensor  # [N]; inf in rows that take no part
     factor: Tensor  # [N] logit_scale / temperature
     scale: Tensor  # [N] gradient by the products, times the float16 factor
+
+
+class Lists(NamedTuple):
+    """The active pairs, by tile and by row, and the blocks that the tiles' lists are cut into."""
+
+    offsets: Tensor  # [tiles + 1] first slot of each tile
+    slot_row: Tensor  # [slots] rows of each tile, rising
+    row_offsets: Tensor  # [N + 1] first entry of each row
+    entry_tile: Tensor  # [entries] tiles of each row, rising
+    entry_slot: Tensor  # [entries] where the same pair stands in slot_row
+    first_block: Tensor  # [tiles + 1] first block of each tile
+    shift: Tensor  # [tiles] place of a slot minus the slot
+    edges: list[int]  # first_block, on the host
 
 
 def route(device: torch.device) -> ModuleType:
@@ -70,22 +88,31 @@ def route(device: torch.device) -> ModuleType:
     return routing
 
 
-def read_plan(plan: Plan, lists: BlockLists) -> tuple[bool, list[int]]:
-    """Whether it pays, and the first slot of each tile: the one time the host waits in a bounded backward."""
-    pays = (plan.share <= FALL_BACK) & plan.bound.isfinite()  # a NaN in the inputs goes the exact way
-    values = torch.cat([pays.long()[None], lists.block_offsets]).tolist()
+def blocks_of(offsets: Tensor, block_rows: int) -> Tensor:
+    """First block of each tile, and their number. [tiles + 1]"""
+    blocks = (offsets.diff() + block_rows - 1).div(block_rows, rounding_mode="floor")
+    return torch.nn.functional.pad(blocks.cumsum(0), (1, 0))
+
+
+def read_plan(plan: Plan, first_block: Tensor, live: Tensor, block_rows: int) -> tuple[bool, list[int]]:
+    """Whether it pays, and the first block of each tile: the one time the host waits in a bounded backward."""
+    every = (live.sum() + block_rows - 1).div(block_rows, rounding_mode="floor") * plan.active.shape[1]
+    pays = (first_block[-1] <= FALL_BACK * every) & plan.bound.isfinite()  # a NaN in the inputs goes the exact way
+    values = torch.cat([pays.long()[None], first_block]).tolist()
     return bool(values[0]), values[1:]
 
 
 def tile_costs(tile_lse, lse, target, target_logp, gradient, order, block_rows, tile_runs) -> tuple[Tensor, Tensor]:
-    """`chunked.routing.tile_costs` for tiles of one run."""
-    assert tile_runs == 1
+    """`chunked.routing.tile_costs` for blocks of one row in their own order, where tile_runs divides RUNS."""
+    assert block_rows == 1
     num_runs, n = tile_lse.shape
-    cost = torch.empty((triton.cdiv(n, block_rows), num_runs), dtype=torch.float64, device=lse.device)
+    num_tiles = triton.cdiv(num_runs, tile_runs)
+    cost = torch.empty((n, num_tiles), dtype=torch.float64, device=lse.device)
     square = torch.empty_like(cost)
-    costs_kernel[(cost.shape[0] * triton.cdiv(num_runs, RUNS),)](
-        tile_lse, lse, target, target_logp, gradient, order, cost, square, n, num_runs, SLACK,
-        BLOCK_M=block_rows, RUNS=RUNS, TILE=TILE, num_warps=8, enable_fp_fusion=False,
+    at_once = RUNS // tile_runs
+    costs_kernel[(triton.cdiv(n, 64) * triton.cdiv(num_tiles, at_once),)](
+        tile_lse, lse, target, target_logp, gradient, cost, square, n, num_runs, num_tiles, SLACK,
+        BLOCK_M=64, TILES=at_once, TILE_RUNS=tile_runs, TILE=TILE, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return cost, square
 
@@ -127,55 +154,55 @@ def bounded_backward(
     )  # fmt: skip
     chosen = route(device)
     plan = make_plan(
-        scale.abs(), lse, tile_lse, target, target_logp, epsilon, tile.block_m, TILE, live, tile_costs,
-        chosen.drop_lightest,
-    )  # fmt: skip
-    lists = BlockLists(*chosen.block_lists(plan.active.T.contiguous()))  # "blocks" of these lists are tiles
-    pays, offsets = read_plan(plan, lists)
+        scale.abs(), lse, tile_lse, target, target_logp, epsilon, COLUMNS, live, tile_costs, chosen.drop_lightest
+    )
+    made = BlockLists(*chosen.block_lists(plan.active.T.contiguous()))  # "blocks" of these lists are tiles
+    first_block = blocks_of(made.block_offsets, tile.block_m)
+    pays, edges = read_plan(plan, first_block, live, tile.block_m)
     if not pays:
         return None
     if report is not None:
         report.copy_(torch.stack([plan.bound, plan.share, torch.zeros_like(plan.share)]))
-    order, count = plan.order, live.sum().view(1)
     inverse = None
     if fp16_factor is not None:
         scale, inverse = scale * fp16_factor, 1.0 / fp16_factor
     batch = Batch(
-        order,
-        count,
-        gather_rows(hidden, order, count),
-        target[order],
-        target_logp[order],
-        (scale * -torch.expm1(target_logp))[order],
-        torch.where(live, lse, torch.inf)[order],
-        factor[order],
-        scale[order],
+        torch.where(live[:, None], hidden, 0.0),
+        target,
+        target_logp,
+        scale * -torch.expm1(target_logp),
+        torch.where(live, lse, torch.inf),
+        factor.contiguous(),
+        scale,
     )
+    shift = first_block[:-1] * tile.block_m - made.block_offsets[:-1]
+    lists = Lists(*made, first_block, shift, edges)
     return _compute(
-        batch, plan.active, lists, offsets, weight, bias, tile_lse, tile, inverse, dweight, add, need_hidden, need_bias
+        batch, plan.active, lists, weight, bias, tile_lse, tile, inverse, dweight, add, need_hidden, need_bias
     )
 
 
-def _owed(batch: Batch, active: Tensor, tile_lse: Tensor, amount: Tensor, block_rows: int, dropped: bool) -> Tensor:
+def _owed(batch: Batch, active: Tensor, tile_lse: Tensor, amount: Tensor, dropped: bool) -> Tensor:
     """`amount` of each row over its dropped runs, in proportion to their masses. [N, runs rounded up to 8]"""
     n, num_runs = len(amount), len(tile_lse)
     out = torch.empty((n, triton.cdiv(num_runs, 8) * 8), dtype=batch.x.dtype, device=amount.device)
     owed_kernel[(triton.cdiv(n, 32),)](
-        tile_lse, batch.order, active.view(torch.uint8), batch.lse, batch.target, batch.target_logp, amount, out,
-        n, num_runs, block_rows, out.stride(0), SLACK,
-        DROPPED=dropped, BLOCK_M=32, RUNS=RUNS, TILE=TILE, num_warps=4, enable_fp_fusion=False,
+        tile_lse, active.view(torch.uint8), batch.lse, batch.target, batch.target_logp, amount, out,
+        n, num_runs, active.shape[1], out.stride(0), SLACK,
+        DROPPED=dropped, BLOCK_M=32, RUNS=RUNS, TILE_RUNS=COLUMNS // TILE, TILE=TILE,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
-def _slabs(offsets: list[int], most: int) -> list[tuple[int, int]]:
-    """Neighbouring tiles of together at most `most` pairs (at least one tile)."""
+def _slabs(edges: list[int], most: int) -> list[tuple[int, int]]:
+    """Neighbouring tiles of together at most `most` blocks (at least one tile)."""
     slabs, first = [], 0
-    for tile in range(1, len(offsets) - 1):
-        if offsets[tile + 1] - offsets[first] > most:
+    for tile in range(1, len(edges) - 1):
+        if edges[tile + 1] - edges[first] > most:
             slabs.append((first, tile))
             first = tile
-    return [*slabs, (first, len(offsets) - 1)]
+    return [*slabs, (first, len(edges) - 1)]
 
 
 def _run_means(weight: Tensor, rows: int) -> Tensor:
@@ -190,115 +217,109 @@ def _run_means(weight: Tensor, rows: int) -> Tensor:
 
 
 def _compute(
-    batch: Batch, active: Tensor, lists: BlockLists, offsets: list[int], weight: Tensor, bias: Tensor | None,
-    tile_lse: Tensor, tile: tiles.Tile, inverse: Tensor | None, dweight: Tensor | None, add: bool,
-    need_hidden: bool, need_bias: bool,
+    batch: Batch, active: Tensor, lists: Lists, weight: Tensor, bias: Tensor | None, tile_lse: Tensor,
+    tile: tiles.Tile, inverse: Tensor | None, dweight: Tensor | None, add: bool, need_hidden: bool, need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    order, count, x, target, _, target_gradient, _, _, scale = batch
+    x, target, target_logp, target_gradient, _, _, scale = batch
     (n, h), v, device = x.shape, weight.shape[0], x.device
-    num_blocks, num_tiles = active.shape
+    num_tiles, num_runs = active.shape[1], len(tile_lse)
     new = {"dtype": torch.float32, "device": device}
     acc = torch.empty(n, h, **new) if need_hidden else None
-    computed = torch.zeros(num_blocks, tile.block_m, **new)  # non-target mass that was computed, per row
-    bias_sums = torch.zeros(num_tiles if need_bias else 0, TILE, **new)
+    computed = torch.empty(n, **new)  # non-target mass that was computed, per row
+    bias_sums = torch.empty(num_tiles, COLUMNS, **new) if need_bias else None
     spread = bias_spread = None
     if dweight is not None or need_bias:  # by the statistics: what was computed is known only after the last slab
-        owed = _owed(batch, active, tile_lse, target_gradient, tile.block_m, dropped=False)
+        owed = _owed(batch, active, tile_lse, target_gradient, dropped=False)
         if need_bias:
-            bias_spread = owed.sum(0, dtype=torch.float32)[:num_tiles]
+            bias_spread = owed.sum(0, dtype=torch.float32)[:num_runs]
         if dweight is not None:
             spread = torch.empty(owed.shape[1], h, **new)
             matmul_into(spread, owed.t(), x, add=False)
         del owed
-    for first, last in _slabs(offsets, max(1, SLAB_BYTES // (tile.block_m * TILE * x.element_size()))):
+    place_bytes = COLUMNS * x.element_size() + (4 * h if need_hidden else 0)
+    for first, last in _slabs(lists.edges, max(1, SLAB_BYTES // (tile.block_m * place_bytes))):
         _slab(
-            batch, active, lists, first, last, offsets[first], offsets[last], weight, bias, tile, inverse, spread,
-            acc, computed, bias_sums if need_bias else None, dweight, add,
+            batch, active, lists, first, last, weight, bias, tile, inverse, spread, acc, computed, bias_sums, dweight,
+            add,
         )  # fmt: skip
     dhidden = dbias = None
     if acc is not None:
-        rest = -torch.expm1(batch.target_logp)
-        still = (rest - computed.view(-1)[:n]).clamp_min_(0.0) * -scale  # exactly what each row still owes
-        owed = _owed(batch, active, tile_lse, still, tile.block_m, dropped=True)
+        still = (-torch.expm1(target_logp) - computed).clamp_min_(0.0) * -scale  # exactly what each row still owes
+        owed = _owed(batch, active, tile_lse, still, dropped=True)
         matmul_into(acc, owed, _run_means(weight, owed.shape[1]), add=True)
         dhidden = torch.empty(n, h, dtype=x.dtype, device=device)
-        finish_kernel[(n,)](
-            acc, weight, order, count, target, target_gradient, inverse, dhidden, v, h, weight.stride(0), BLOCK=1024
-        )
-    if bias_spread is not None:
-        width = torch.full((num_tiles, 1), float(TILE), **new)
-        width[-1:] = v - TILE * (num_tiles - 1)
-        bias_sums -= bias_spread[:, None] / width
+        finish_kernel[(n,)](acc, weight, target, target_gradient, inverse, dhidden, v, h, weight.stride(0), BLOCK=1024)
+    if bias_sums is not None and bias_spread is not None:
+        width = torch.full((num_runs,), float(TILE), **new)
+        width[-1:] = v - TILE * (num_runs - 1)
+        each = (bias_spread / width).repeat_interleave(TILE, output_size=num_runs * TILE)
         # sorted on a GPU, sequential on a CPU: a fixed order; the one past the last column takes what has no target
-        dbias = torch.nn.functional.pad(bias_sums.view(-1)[:v], (0, 1))
+        dbias = torch.nn.functional.pad(bias_sums.view(-1)[:v] - each[:v], (0, 1))
         dbias.index_put_((target,), target_gradient, accumulate=True)
         dbias = dbias[:v] if inverse is None else dbias[:v] * inverse
     return dhidden, dbias
 
 
 def _slab(
-    batch: Batch, active: Tensor, lists: BlockLists, first: int, last: int, base: int, end: int, weight: Tensor,
-    bias: Tensor | None, tile: tiles.Tile, inverse: Tensor | None, spread: Tensor | None, acc: Tensor | None,
-    computed: Tensor, bias_sums: Tensor | None, dweight: Tensor | None, add: bool,
+    batch: Batch, active: Tensor, lists: Lists, first: int, last: int, weight: Tensor, bias: Tensor | None,
+    tile: tiles.Tile, inverse: Tensor | None, spread: Tensor | None, acc: Tensor | None, computed: Tensor,
+    bias_sums: Tensor | None, dweight: Tensor | None, add: bool,
 ) -> None:  # fmt: skip
-    """The tiles from `first` to `last`, whose active pairs are the slots from `base` to `end`."""
+    """The tiles from `first` to `last`."""
     x, target = batch.x, batch.target
     (n, h), v, device = x.shape, weight.shape[0], x.device
-    pairs, pair_tile, list_tile = end - base, tiles.pair_tile(tile), tiles.list_tile(tiles.arch_of(device), tile)
-    (block_m, block_n, block_k), row_step = tile[:3], min(tile.block_k, tile.block_m)
-    dz = torch.empty(max(pairs, 1) * block_m, TILE, dtype=x.dtype, device=device)
-    part_rows = torch.empty(pairs, block_m, dtype=torch.float32, device=device)
-    part_columns = torch.empty(pairs if bias_sums is not None else 0, TILE, dtype=torch.float32, device=device)
+    pair_tile, list_tile = tiles.pair_tile(tile), tiles.list_tile(tiles.arch_of(device), tile)
+    block_m, block_n, block_k = tile[:3]
+    begin, end = lists.edges[first], lists.edges[last]
+    base, num_blocks = begin * block_m, end - begin
+    blocks = lists.first_block[first : last + 1]
+    places = max(num_blocks, 1) * block_m
+    dz = torch.empty(places, COLUMNS, dtype=x.dtype, device=device)
+    part_mass = torch.empty(places, COLUMNS // TILE, dtype=torch.float32, device=device)
+    part_bias = torch.empty(num_blocks if bias_sums is not None else 0, COLUMNS, dtype=torch.float32, device=device)
+    block_tile = torch.arange(first, last, device=device).repeat_interleave(blocks.diff(), output_size=num_blocks)
+    block_slot = torch.arange(begin, end, device=device) * block_m - lists.shift[block_tile]
 
     def operand(tensor: Tensor, *block: int):
         return TensorDescriptor.from_tensor(tensor, list(block)) if tile.descriptor else tensor
 
-    # the lists within this slab
-    offsets, slot_block = lists.block_offsets, lists.block_tiles
-    before = lists.tile_offsets[:-1]
-    begin = before + active[:, :first].sum(1)
-    stop = begin + active[:, first:last].sum(1)
-    tile_lengths = offsets[first + 1 : last + 1] - offsets[first:last]
-    if pairs > 0:
-        slot_tile = torch.arange(first, last, dtype=torch.int32, device=device)
-        slot_tile = slot_tile.repeat_interleave(tile_lengths, output_size=pairs)
-        # row blocks in groups that stay in L2, a group through its tiles together
-        group = tiles.group_rows(h, x.element_size(), tile)
-        raster = torch.argsort((slot_block[base:end] // group) * len(tile_lengths) + (slot_tile - first), stable=True)
-        pairs_kernel[(pairs,)](
-            operand(x, block_m, pair_tile.block_k), operand(weight, TILE, pair_tile.block_k), bias,
-            raster, slot_block[base:end], slot_tile, target, batch.lse, batch.factor, batch.scale,
-            operand(dz, block_m, TILE), part_rows, part_columns, n, v, h, x.stride(0), weight.stride(0),
-            BIAS=bias_sums is not None, DESCRIPTOR=tile.descriptor, EVEN_K=h % pair_tile.block_k == 0,
+    wide = {"DESCRIPTOR": tile.descriptor, "COLUMNS": COLUMNS, "enable_fp_fusion": False}
+    if num_blocks > 0:
+        pairs_kernel[(num_blocks * (COLUMNS // TILE),)](
+            x, operand(weight, TILE, pair_tile.block_k), bias, block_tile, block_slot, lists.offsets, lists.slot_row,
+            target, batch.lse, batch.factor, batch.scale, operand(dz, block_m, TILE), part_mass, part_bias,
+            v, h, x.stride(0), weight.stride(0), BIAS=bias_sums is not None, EVEN_K=h % pair_tile.block_k == 0,
             BLOCK_M=block_m, BLOCK_K=pair_tile.block_k, TILE=TILE,
-            num_warps=pair_tile.num_warps, num_stages=pair_tile.num_stages, enable_fp_fusion=False,
+            num_warps=pair_tile.num_warps, num_stages=pair_tile.num_stages, **wide,
         )  # fmt: skip
     heights = triton.cdiv(h, block_n)
-    shared = {"DESCRIPTOR": tile.descriptor, "BLOCK_M": block_m, "BLOCK_H": block_n, "TILE": TILE}
-    shared |= {"num_warps": tile.num_warps, "num_stages": list_tile.num_stages, "enable_fp_fusion": False}
+    wide |= {"BLOCK_H": block_n, "num_warps": tile.num_warps}
     if acc is not None:
-        sums_kernel[(len(active),)](part_rows, begin, stop, lists.tile_slots, computed, base, WIDTH=block_m, BLOCK=32)
-        lines = torch.argsort(stop - begin, descending=True, stable=True)  # the longest first: they end together
-        rows_kernel[(len(lines) * heights,)](
-            operand(dz, block_m, block_k), operand(weight, block_k, block_n), lines, begin, stop,
-            lists.tile_blocks, lists.tile_slots, acc, base, n, v, h, weight.stride(0), heights,
-            ADD=first > 0, BLOCK_K=block_k, **shared,
+        part = torch.empty(places, h, dtype=torch.float32, device=device)
+        if num_blocks > 0:
+            products_kernel[(num_blocks * heights,)](
+                operand(dz, block_m, block_k), operand(weight, block_k, block_n), block_tile, part,
+                places, v, h, weight.stride(0), heights,
+                BLOCK_M=block_m, BLOCK_K=block_k, num_stages=tile.num_stages, **wide,
+            )  # fmt: skip
+        # each row's entries within this slab
+        entry = lists.row_offsets[:-1] + active[:, :first].sum(1)
+        stop = entry + active[:, first:last].sum(1)
+        combine_kernel[(n * triton.cdiv(h, 1024),)](
+            part, part_mass, entry, stop, lists.entry_tile, lists.entry_slot, lists.shift, acc, computed, base, v, h,
+            ADD=first > 0, COLUMNS=COLUMNS, TILE=TILE, BLOCK=1024, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
+        del part
     if bias_sums is not None:
-        sums_kernel[(last - first,)](
-            part_columns, offsets[first:last], offsets[first + 1 : last + 1], None, bias_sums[first:last], base,
-            WIDTH=TILE, BLOCK=32,
-        )  # fmt: skip
+        sums_kernel[(last - first,)](part_bias, blocks, bias_sums[first:last], WIDTH=COLUMNS, BLOCK=4)
     if dweight is not None:
         by_target = torch.argsort(target, stable=True)
-        edges = torch.arange(0, (len(offsets) - 1) * TILE + 1, TILE, device=device).clamp_max_(v)
+        edges = torch.arange(0, v + TILE, TILE, device=device).clamp_max_(v)
         cuts = torch.searchsorted(target[by_target], edges)
-        work = tile_lengths * block_m + cuts[first + 1 : last + 1] - cuts[first:last]
-        lines = torch.argsort(work, descending=True, stable=True) + first
-        parts = TILE // min(block_m, TILE)
-        columns_kernel[(len(lines) * parts * heights,)](
-            operand(dz, row_step, TILE // parts), operand(x, row_step, block_n), x, lines, offsets, slot_block,
-            by_target, cuts, target, batch.target_gradient, spread, inverse, dweight,
-            base, n, v, h, dweight.stride(0), heights, parts,
-            ADD=add, BLOCK_C=TILE // parts, BLOCK_K=row_step, **shared,
+        lines = torch.argsort(blocks.diff(), descending=True, stable=True) + first
+        height, step = min(block_m, TILE), min(block_k, block_m)
+        columns_kernel[(len(lines) * (COLUMNS // height) * heights,)](
+            operand(dz, step, height), x, lines, lists.offsets, lists.shift, lists.slot_row, by_target, cuts, target,
+            batch.target_gradient, spread, inverse, dweight, base, v, h, x.stride(0), dweight.stride(0), heights,
+            ADD=add, BLOCK_C=height, BLOCK_K=step, TILE=TILE, num_stages=list_tile.num_stages, **wide,
         )  # fmt: skip

@@ -124,12 +124,13 @@ def tile_for(arch: str, dtype: torch.dtype, aligned: bool, hidden: int | None = 
 
 
 def pair_tile(tile: Tile) -> Tile:
-    """For the logits of one pair of the bounded backward: so that two programs share a multiprocessor on sm_90."""
-    return tile._replace(block_n=128, num_stages=min(tile.num_stages, 3))
+    """For the logits of one block of the bounded backward: so that two programs share a multiprocessor on sm_90, and
+    float32 spills no registers."""
+    return tile._replace(block_n=128, block_k=max(32, tile.block_k), num_stages=min(tile.num_stages, 3))
 
 
 def list_tile(arch: str, tile: Tile) -> Tile:
-    """For its products over lists: NVIDIA's two further stages hold the index that the loads wait for."""
+    """For its dweight: NVIDIA's two further stages hold the index that the loads wait for."""
     return tile if arch == "gfx942" else tile._replace(num_stages=tile.num_stages + 2)
 
 
