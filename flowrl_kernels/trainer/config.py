@@ -93,6 +93,8 @@ class ModelConfig:
     """Standard deviation of a built model's first weights; narrow models learn faster from 0.1 and more."""
     tied: bool = False
     """Whether a built model shares its embedding with its LM head."""
+    vocab_multiple: int = 1
+    """Rows of a built model's embedding and head, rounded up to a multiple of this; the last ones are no token."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention of transformers; "auto" is flash-attention 2 where installed and on CUDA, else SDPA."""
     liger: bool = False
@@ -232,6 +234,9 @@ class ParallelConfig:
     SDPA's block mask grows with the square of the row."""
     impl: Literal["auto", "reference", "chunked", "triton", "cuda"] = "auto"
     """Implementation of the library's fused head and losses."""
+    epsilon: float = 0.0
+    """Bound on the relative L1 error of dlogits in the head's backward pass, which may then leave out light parts of
+    the vocabulary (docs/numerics.md); 0: exact."""
 
 
 @dataclass(frozen=True)
@@ -301,6 +306,7 @@ class Config:
 LEAST = {
     "run.steps": 0,
     "run.max_bad_updates": 1,
+    "model.vocab_multiple": 1,
     "warm.steps": 0,
     "warm.batch": 1,
     "rollout.prompts": 1,
@@ -340,6 +346,15 @@ def check(config: Config, world: int = 1) -> None:
     want(rollout.temperature > 0, "rollout.temperature", "more than 0", rollout.temperature)
     want(rollout.top_p == 1, "rollout.top_p", f"1 ({whole} no truncation)", rollout.top_p)
     want(rollout.top_k == 0, "rollout.top_k", f"0 ({whole} no truncation)", rollout.top_k)
+    want(0 <= parallel.epsilon < 1, "parallel.epsilon", "a number in [0, 1)", parallel.epsilon)
+    bounded = parallel.epsilon > 0
+    want(
+        not (bounded and parallel.impl == "reference"),
+        "parallel.epsilon",
+        "0 with impl = 'reference'",
+        parallel.epsilon,
+    )
+    want(not (bounded and algorithm.entropy > 0), "parallel.epsilon", "0 beside algorithm.entropy", parallel.epsilon)
     want(config.optim.max_grad_norm > 0, "optim.max_grad_norm", "more than 0", config.optim.max_grad_norm)
     update = algorithm.minibatch_prompts or rollout.prompts
     divisor = f"a divisor of rollout.prompts = {rollout.prompts}"

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from flowrl_kernels.presets import Row, named
@@ -86,7 +87,13 @@ class Scores(NamedTuple):
 
 
 def score_head(
-    config: Config, batch: MicroBatch, *, temperature: float | None = None, entropy: bool = False
+    config: Config,
+    batch: MicroBatch,
+    *,
+    temperature: float | None = None,
+    entropy: bool = False,
+    epsilon: float = 0.0,
+    report: Tensor | None = None,
 ) -> Callable[[Policy, Tensor], Scores]:
     """Head: log-probs of the response tokens at the sampling temperature, and values where there is a critic."""
     from flowrl_kernels.functional import linear_logprob
@@ -102,11 +109,25 @@ def score_head(
             logit_scale=actor.logit_scale,
             softcap=actor.softcap,
             entropy=entropy,
+            epsilon=epsilon,
+            report=report,
             impl=config.parallel.impl,
         )
         return Scores(out.logp, out.entropy, None if actor.value is None else actor.value(rows))
 
     return head
+
+
+def reported(out: Any, report: Tensor | None) -> Any:
+    """`out` with what a bounded backward will have reported among its metrics: filled in by the backward pass."""
+    if report is not None:
+        out.metrics.update(dlogits_error_bound=report[0], dlogits_share=report[1])
+    return out
+
+
+def report_of(config: Config, device: torch.device) -> Tensor | None:
+    """[3] for the report of a bounded backward, None where it is exact."""
+    return torch.zeros(3, device=device) if config.parallel.epsilon > 0 else None
 
 
 def log_z(actor: Policy, hidden: Tensor, batch: MicroBatch) -> Tensor:
@@ -135,7 +156,7 @@ def flow_loss(config: Config) -> Callable[..., Head]:
         settings["preset"] = None
         settings |= {"clip": bounds(a.clip)} if a.clip is not None else {}
         settings |= {"tis": "sequence", "tis_cap": a.tis_cap} if a.tis_cap > 0 else {}
-    fused = LinearFlowRLLoss(temperature=config.rollout.temperature, **settings)
+    fused = LinearFlowRLLoss(temperature=config.rollout.temperature, epsilon=config.parallel.epsilon, **settings)
     second = chosen.tis is not None or a.tis_cap > 0
 
     def loss(batch: MicroBatch, *, tokens: int, sequences: int) -> Head:
@@ -146,7 +167,8 @@ def flow_loss(config: Config) -> Callable[..., Head]:
                 zeta: Any = log_z(actor, hidden, batch)
             else:
                 zeta = sequence["log_z"] if kind == "group" else kind
-            return fused(
+            report = report_of(config, hidden.device)
+            out = fused(
                 hidden.flatten(0, 1)[batch.predict],
                 actor.head.weight,
                 batch.target,
@@ -161,7 +183,9 @@ def flow_loss(config: Config) -> Callable[..., Head]:
                 bias=getattr(actor.head, "bias", None),
                 logit_scale=actor.logit_scale,
                 softcap=actor.softcap,
+                report=report,
             )
+            return reported(out, report)
 
         return head
 
@@ -199,9 +223,10 @@ def gradient_loss(config: Config) -> Callable[..., Head]:
 
     def loss(batch: MicroBatch, *, tokens: int, sequences: int) -> Head:
         token = batch.per_token
-        score = score_head(config, batch, entropy=a.entropy > 0)
 
         def head(actor: Policy, hidden: Tensor) -> Any:
+            report = report_of(config, hidden.device)
+            score = score_head(config, batch, entropy=a.entropy > 0, epsilon=config.parallel.epsilon, report=report)
             now = score(actor, hidden)
             out = policy_gradient_loss(
                 now.logp,
@@ -231,7 +256,7 @@ def gradient_loss(config: Config) -> Callable[..., Head]:
                 )
                 total = total + value
                 out.metrics["value_loss"] = value.detach()
-            return out._replace(loss=total)
+            return reported(out._replace(loss=total), report)
 
         return head
 

@@ -112,7 +112,7 @@ def build_model(config: Config, tokenizer: Any, attention: str) -> Any:
 
     m = config.model
     shape = Qwen2Config(
-        vocab_size=len(tokenizer),
+        vocab_size=-(-len(tokenizer) // m.vocab_multiple) * m.vocab_multiple,
         hidden_size=m.hidden,
         intermediate_size=m.ffn,
         num_hidden_layers=m.layers,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -243,11 +245,23 @@ def make_encoder(config: Config, task: Task, tokenizer: Any) -> Callable[[Proble
 
 
 def make_decoder(tokenizer: Any) -> Callable[[list[list[int]]], list[str]]:
-    """Token ids -> texts without special tokens."""
+    """Token ids -> texts without special tokens; ids past the tokenizer's (a padded vocabulary) become U+FFFD."""
+    known = len(tokenizer)
     if getattr(tokenizer, "is_fast", False):
         fast = tokenizer.backend_tokenizer
-        return lambda rows: fast.decode_batch(rows, skip_special_tokens=True)
-    return lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=True)
+        plain = partial(fast.decode_batch, skip_special_tokens=True)
+    else:
+        plain = partial(tokenizer.batch_decode, skip_special_tokens=True)
+
+    def decode(rows: list[list[int]]) -> list[str]:
+        texts = plain([[token for token in row if token < known] for row in rows])
+        for i, row in enumerate(rows):
+            if row and max(row) >= known:
+                parts = [list(part) for _, part in itertools.groupby(row, lambda token: token >= known)]
+                texts[i] = "".join("\ufffd" * len(part) if part[0] >= known else plain([part])[0] for part in parts)
+        return texts
+
+    return decode
 
 
 def stop_tokens(actor: Policy, tokenizer: Any) -> tuple[int, ...]:
