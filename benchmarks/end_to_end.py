@@ -1,5 +1,7 @@
 """A whole optimiser step with and without our head: forward, loss, backward, AdamW, on a random-weight model.
 
+Where TRL is installed, its fused head takes part too, as it is and after `patch_logprobs`.
+
 The model has Qwen2.5-0.5B's shape on a GPU. On a CPU it is a scaled-down variant (fewer and narrower layers, smaller
 vocabulary), marked as such in the JSON and the table: its tokens/s say nothing about the full model.
 """
@@ -8,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -30,7 +34,7 @@ SMALL = {
     "intermediate_size": 1216, "vocab_size": 37984,
 }  # fmt: skip
 TOKENS = {"cuda": (8, 4096), "cpu": (4, 256)}  # sequences, tokens of each
-HEADS = ("eager", "ours")
+HEADS = ("eager", "ours", "trl", "trl-patched")  # TRL's own fused head, and the same trainer's after patch_logprobs
 
 
 def model(device: str, seed: int) -> torch.nn.Module:
@@ -45,9 +49,10 @@ def model(device: str, seed: int) -> torch.nn.Module:
 
 
 def logp_eager(network: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """All logits, fp32 log-softmax: the usual trainer. [B, T - 1]"""
+    """All logits, fp32 log-softmax (float64 for a float64 model): the usual trainer. [B, T - 1]"""
     logits = network(input_ids=ids).logits[:, :-1]
-    return torch.log_softmax(logits.float(), dim=-1).gather(2, ids[:, 1:, None])[..., 0]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.log_softmax(logits, dim=-1).gather(2, ids[:, 1:, None])[..., 0]
 
 
 def logp_ours(network: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -56,6 +61,34 @@ def logp_ours(network: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
     hidden = network.model(input_ids=ids).last_hidden_state[:, :-1]
     return linear_logprob(hidden, network.lm_head.weight, ids[:, 1:]).logp
+
+
+def logp_trl(network: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """TRL's forward with its fused head, as its trainers call it. [B, T - 1]"""
+    return network(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+
+
+def add_trl(network: torch.nn.Module, patched: bool) -> None:
+    """TRL's fused head on the model; and `patch_logprobs` on what has the two attributes of a trainer that it reads."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(network)
+    if patched:
+        from flowrl_kernels.integrations.trl import patch_logprobs
+
+        patch_logprobs(SimpleNamespace(model=network, accelerator=SimpleNamespace(unwrap_model=lambda model: model)))
+
+
+def usable() -> list[str]:
+    """The heads that can be run here."""
+    return [head for head in HEADS if not head.startswith("trl") or importlib.util.find_spec("trl")]
+
+
+@torch.no_grad()
+def exact(device: str, seed: int) -> torch.Tensor:
+    """Log-probs in float64, a sequence at a time. [B, T - 1]"""
+    network, ids = model(device, seed).double(), batch(device, seed)[0]
+    return torch.cat([logp_eager(network, row[None]) for row in ids])
 
 
 def loss_of(logp: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
@@ -67,20 +100,31 @@ def prepare(head: str, device: str, seed: int):
     """(step, tokens per step): step() does one whole optimiser step and returns the loss."""
     network = model(device, seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=device == "cuda")
-    b, t = TOKENS[device]
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, network.config.vocab_size, (b, t), generator=generator).to(device)
-    reward = torch.randn(b, generator=generator).to(device)
-    logp = {"eager": logp_eager, "ours": logp_ours}[head]
+    ids, reward = batch(device, seed)
+    if head.startswith("trl"):
+        add_trl(network, patched=head == "trl-patched")
+    logp = {"eager": logp_eager, "ours": logp_ours}.get(head, logp_trl)
 
-    def step() -> torch.Tensor:
-        loss = loss_of(logp(network, ids), reward)
+    def step(errors: list | None = None, truth: torch.Tensor | None = None) -> torch.Tensor:
+        values = logp(network, ids)
+        if truth is not None:
+            errors.append(float((values.detach().double() - truth).abs().max()))
+        loss = loss_of(values, reward)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return step, b * t
+    return step, ids.numel()
+
+
+def batch(device: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids [B, T], reward [B])"""
+    b, t = TOKENS[device]
+    generator = torch.Generator().manual_seed(seed)
+    vocab_size = (FULL if device == "cuda" else SMALL)["vocab_size"]
+    ids = torch.randint(0, vocab_size, (b, t), generator=generator).to(device)
+    return ids, torch.randn(b, generator=generator).to(device)
 
 
 def memory_of(head: str, device: str, seed: int) -> dict:
@@ -92,19 +136,21 @@ def memory_of(head: str, device: str, seed: int) -> dict:
 
 
 def run(device: str, repeats: int, seed: int, threads: int | None) -> dict:
-    """Time both heads in turns, then memory each in a fresh process; losses of the two must agree."""
+    """Time the heads in turns, then memory each in a fresh process; their losses must agree."""
     if threads:
         torch.set_num_threads(threads)
-    steps = {}
-    for head in HEADS:
+    steps, errors = {}, {}
+    heads, truth = usable(), exact(device, seed)
+    for head in heads:
         steps[head], tokens = prepare(head, device, seed)
-    losses = {head: float(step()) for head, step in steps.items()}
+        errors[head] = []
+    losses = {head: float(step(errors[head], truth)) for head, step in steps.items()}
     before = machine.load()
     times = measure.take_turns(steps, measure.Clock(device), repeats)
     steps.clear()
     if device == "cuda":
         torch.cuda.empty_cache()
-    gap = abs(losses["ours"] - losses["eager"]) / abs(losses["eager"])
+    gap = max(abs(loss - losses["eager"]) for loss in losses.values()) / abs(losses["eager"])
     limit = 1e-4 if device == "cpu" else 2e-2  # bf16 logits in the eager head
     document = {
         "schema": 1,
@@ -123,8 +169,8 @@ def run(device: str, repeats: int, seed: int, threads: int | None) -> dict:
         "heads": {},
         "load": {"before": before, "after": machine.load()},
     }
-    for head in HEADS:
-        entry = {"step": times[head], "memory": _fresh(head, device, seed, threads)}
+    for head in heads:
+        entry = {"step": times[head], "memory": _fresh(head, device, seed, threads), "logp_error": errors[head][0]}
         entry["tokens_per_s"] = tokens / times[head]["median_s"]
         document["heads"][head] = entry
     return document

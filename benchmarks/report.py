@@ -188,15 +188,20 @@ def _absent(document: dict) -> dict[str, str]:
     }
 
 
-def end_to_end_rows(document: dict) -> list[tuple[str, str, str, str]]:
+def end_to_end_rows(document: dict) -> list[tuple[str, ...]]:
     made = []
     for head, entry in document["heads"].items():
         step, extra = entry["step"], entry["memory"].get("extra")
-        made.append((head, f"{entry['tokens_per_s']:.0f}", f"{step['median_s'] * 1e3:.1f} ms", size(extra)))
+        rate, time = f"{entry['tokens_per_s']:.0f}", f"{step['median_s'] * 1e3:.1f} ms"
+        processor, error = step.get("cpu_median_s"), entry.get("logp_error")
+        cpu, gap = "-" if processor is None else f"{processor * 1e3:.1f} ms", "-" if error is None else f"{error:.2g}"
+        made.append((head, rate, time, cpu, size(extra), gap))
     return made
 
 
-STEP_HEADER = ("head", "tokens/s", "step", "peak memory beyond weights and optimiser state")
+STEP_HEADER = (
+    "head", "tokens/s", "step", "processor time", "peak memory beyond weights and optimiser state", "logp max",
+)  # fmt: skip
 
 
 def end_to_end_section(document: dict, source: str) -> str:
