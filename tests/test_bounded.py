@@ -144,3 +144,22 @@ def test_two_bounded_runs_give_the_same_bits():
         grads.append((x.grad, w.grad))
     assert torch.equal(grads[0][0], grads[1][0])
     assert torch.equal(grads[0][1], grads[1][1])
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.01])
+def test_a_report_and_a_main_grad_may_change_between_forward_and_backward(epsilon):
+    hidden, weight, target, grad = rl_like_inputs(64, 32, 4000, zipf=1.2)
+    report, main = torch.zeros(3), torch.ones(4000, 32)
+    x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    first, second = (
+        linear_logprob(x, w, target, epsilon=epsilon, report=report, main_grad=main).logp for _ in range(2)
+    )
+    main.zero_()
+    first.backward(grad, retain_graph=True)
+    first.backward(grad)
+    second.backward(grad)  # three times one gradient
+    alone, once = torch.zeros(4000, 32), x.grad / 3
+    y = hidden.clone().requires_grad_()
+    linear_logprob(y, w, target, epsilon=epsilon, main_grad=alone).logp.backward(grad)
+    assert_grad_close(main / 3, alone, rel=1e-6)
+    assert_grad_close(once, y.grad, rel=1e-6)

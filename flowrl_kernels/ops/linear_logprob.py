@@ -122,22 +122,24 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, ent, lse, stats = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, stats)
-    ctx.save_for_backward(hidden, weight, target, bias, temperature, lse, ent, stats, report, main_grad)
+    ctx.save_for_backward(hidden, weight, target, bias, temperature, lse, ent, stats)
+    # what the backward writes, so no saved value: it may change between forward and backward, and twice
+    ctx.written = report, main_grad
     ctx.settings = (logit_scale, softcap, ignore_index, epsilon)
     ctx.impl = impl
 
 
 def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple:
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-    saved = ctx.saved_tensors
+    report, main_grad = ctx.written
     nothing = (None,) * 13
     grad_entropy = grad_entropy if ctx.entropy else None
     if grad_logp is None and grad_entropy is None:
         return nothing
-    main_grad = saved[9]
     dhidden, dweight, dbias = linear_logprob_bwd(
-        grad_logp, grad_entropy, *saved, *ctx.settings, need_hidden, need_weight, need_bias, ctx.impl
-    )
+        grad_logp, grad_entropy, *ctx.saved_tensors, report, main_grad, *ctx.settings,
+        need_hidden, need_weight, need_bias, ctx.impl,
+    )  # fmt: skip
     return (
         dhidden if need_hidden else None,
         dweight if need_weight and main_grad is None else None,
