@@ -1,35 +1,45 @@
 #!/usr/bin/env bash
 # What only a GPU can prove, each mode in under nine minutes:
 #   benchmarks/gpu_check.sh check OUTDIR   gpu-marked tests, then compute-sanitizer on the `sanitize` ones
-#   benchmarks/gpu_check.sh tune  OUTDIR   times the free settings of the kernels' tile table
+#   benchmarks/gpu_check.sh tune  OUTDIR   times the free settings of the kernels' tile table, the bounded backward's
+#                                          tile width and the single pass's chunk
 #   benchmarks/gpu_check.sh bench OUTDIR   the real shapes against every peer that is installed
 # Writes JSON and logs under OUTDIR. Exit 2: there is no GPU, and it says what was not proved.
-# PYTHON= chooses the interpreter (python3). Nothing is installed and no setting of the card is touched.
+# PYTHON= chooses the interpreter (python3), LIMIT= the seconds. Nothing is installed, no setting of the card touched.
 set -uo pipefail
 mode=${1:-} out=${2:-}
 if [[ ! $mode =~ ^(check|tune|bench)$ || -z $out ]]; then
   echo "usage: benchmarks/gpu_check.sh check|tune|bench OUTDIR" >&2
   exit 64
 fi
-mkdir -p "$out" && out=$(cd "$out" && pwd)
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 73
 cd "$(dirname "$0")/.." || exit 1
-python=${PYTHON:-python3}
+python=${PYTHON:-python3} limit=${LIMIT:-525}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 begin=$SECONDS
-left() { echo $((535 - (SECONDS - begin))); }
+left() { echo $((limit - (SECONDS - begin))); }
+# within SECONDS COMMAND...: at most that long and at most what is left of the limit, then killed
+within() {
+  local most=$1 rest
+  shift
+  rest=$(left)
+  ((rest < most)) && most=$rest
+  ((most > 0)) || return 124
+  timeout -k 5 "$most" "$@"
+}
 
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>"$out/probe.log"; then
+if ! within 60 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>"$out/probe.log"; then
   case $mode in
     check) what="the kernels on a GPU: gpu-marked tests, memcheck, racecheck" ;;
-    tune) what="the tile table: no candidate was timed" ;;
+    tune) what="the tile table, the bounded backward's tiles, the single pass's chunk: no candidate was timed" ;;
     bench) what="every hardware figure: time, memory and error on the real shapes" ;;
   esac
-  echo "no GPU here (torch sees none). NOT PROVED: $what."
+  echo "no GPU here (torch sees none; $out/probe.log has what it said). NOT PROVED: $what."
   printf '{"kind": "%s", "gpu": false, "not_proved": "%s"}\n' "$mode" "$what" >"$out/$mode.json"
   exit 2
 fi
 
-"$python" - "$out/versions.json" <<'PY'
+within 60 "$python" - "$out/versions.json" <<'PY'
 import json, sys
 from benchmarks import machine
 made = {"machine": machine.describe("cuda"), "versions": machine.versions(), **machine.commit()}
@@ -38,33 +48,39 @@ print(made["machine"]["gpu"], made["versions"])
 PY
 
 if [[ $mode == tune ]]; then
-  timeout "$(left)" "$python" -m benchmarks.tune --out "$out/tune.json" --minutes 7 2>&1 | tee "$out/tune.log"
-  exit "${PIPESTATUS[0]}"
+  within 600 "$python" -m benchmarks.tune --out "$out/tune.json" --minutes 5 --step-minutes 2 2>&1 | tee "$out/tune.log"
+  status=${PIPESTATUS[0]}
+  [[ -s $out/tune.json ]] || printf '{"kind": "tune", "gpu": true, "exit": %s}\n' "$status" >"$out/tune.json"
+  exit "$status"
 fi
 
 if [[ $mode == bench ]]; then
-  status=0
+  status=0 tags=""
   # the bars first; each call writes its JSON after every case, so a cut-off loses one case
   run() {
     local tag=$1; shift
-    (($(left) > 30)) || { echo "$tag: NOT RUN, out of time"; status=1; return; }
-    timeout "$(left)" "$python" -m benchmarks --device cuda --out "$out" --tag "$tag" "$@" 2>&1 | tee "$out/$tag.log"
-    [[ ${PIPESTATUS[0]} == 0 ]] || status=1
+    (($(left) > 30)) || { echo "$tag: NOT RUN, out of time"; tags+="\"$tag\": \"not run\", "; status=1; return; }
+    within 600 "$python" -m benchmarks --device cuda --out "$out" --tag "$tag" "$@" 2>&1 | tee "$out/$tag.log"
+    local code=${PIPESTATUS[0]}
+    tags+="\"$tag\": \"exit $code\", "
+    [[ $code == 0 ]] || status=1
   }
-  run shapes --case qwen2.5-7b-8k --case llama-3.1-8b-8k --case logprob-8k --case residual-256x8192 --repeats 10 --seconds 15
+  run shapes --case qwen2.5-7b-8k --case llama-3.1-8b-8k --case logprob-8k --case residual-256x8192 --repeats 10 --seconds 12
+  run loss --case llama-3.1-8b-8k-loss --repeats 10 --seconds 12
   run bounded --case 'qwen2.5-7b-32k-bounded-0.01' --case 'qwen2.5-7b-32k-bounded-zipf1.2' --repeats 7 --seconds 15 \
     --impl eager --impl ours-triton --impl ours-triton-bounded
   run precision --case 'precision-*' --repeats 3 --seconds 3 --no-memory
   run scaling --case 'qwen2.5-7b-*-scaling' --repeats 5 --seconds 10
   run options --case qwen2.5-7b-8k-entropy --case qwen2.5-7b-8k-frozen --case qwen2.5-1.5b-8k --case qwen2.5-32b-8k \
     --repeats 7 --seconds 10
-  (($(left) > 40)) && timeout "$(left)" "$python" -m benchmarks end-to-end --device cuda --out "$out" --tag end-to-end
+  (($(left) > 40)) && within 120 "$python" -m benchmarks end-to-end --device cuda --out "$out" --tag end-to-end
   run levels --case 'qwen2.5-7b-8k-*' --repeats 5 --seconds 8
+  printf '{"kind": "bench", "gpu": true, %s"seconds": %s}\n' "$tags" "$((SECONDS - begin))" | tee "$out/bench.json"
   exit $status
 fi
 
 # check
-timeout "$(left)" "$python" -m pytest tests -m gpu -o addopts= -q -p no:cacheprovider --timeout 240 \
+within 330 "$python" -m pytest tests -m gpu -o addopts= -q -p no:cacheprovider --timeout 240 \
   --junitxml "$out/gpu-tests.xml" 2>&1 | tee "$out/gpu-tests.log"
 tests=${PIPESTATUS[0]}
 [[ $tests == 5 ]] && echo "no test is marked gpu: NOT PROVED: anything about kernels on this GPU"
@@ -76,7 +92,7 @@ if command -v compute-sanitizer >/dev/null; then
       printf -v "$tool" '%s' "out of time"
       continue
     fi
-    timeout "$(left)" compute-sanitizer --tool "$tool" --error-exitcode 77 --target-processes all \
+    within 600 compute-sanitizer --tool "$tool" --error-exitcode 77 --target-processes all \
       "$python" -m pytest tests -m sanitize -o addopts= -q -x -p no:cacheprovider >"$out/$tool.log" 2>&1
     printf -v "$tool" '%s' "exit $?"
     tail -4 "$out/$tool.log"

@@ -7,6 +7,7 @@ Free are the pipeline stages, the programs per multiprocessor and the raster (ho
 together): none of them changes a bit of the result, which is checked here for every candidate. Block sizes and warps
 fix the order of the reductions, so they are fixed by contract (flowrl_kernels/triton/tiles.py); candidates for them
 are timed apart, marked with whether they kept the bits, for whoever revises that file. They are never adopted.
+Last come the choices of the bounded backward and of the single pass (benchmarks/tune_steps.py), not adopted either.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine, measure
+from benchmarks import machine, measure, tune_steps
 from benchmarks.cases import HEADS
 
 GAIN = 0.01  # a row is adopted for a median at least this much shorter than the table's own
@@ -149,7 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--adopt", type=Path, nargs="+")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--minutes", type=float, default=5.0, help="for the tile table")
+    parser.add_argument("--step-minutes", type=float, default=2.0, help="for the bounded backward and the single pass")
     given = parser.parse_args(arguments)
     if given.adopt:
         from flowrl_kernels.triton.tiles import TABLE
@@ -185,6 +187,16 @@ def main(arguments: list[str] | None = None) -> int:
         for entry in record["candidates"]:
             if entry["kind"] != "blocks" and entry.get("same_bits") is False:
                 print(f"  WRONG: changed the bits: {entry}")
+    last = time.monotonic() + 60 * given.step_minutes
+    rl, loss = tune_steps.cases(given.tokens)
+    for what, run, case in (("bounded", tune_steps.bounded, rl), ("single_pass", tune_steps.single_pass, loss)):
+        try:
+            document[what] = run(case, "cuda", given.repeats, last)
+        except Exception as error:  # what was timed so far is kept
+            document[what] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        given.out.write_text(json.dumps(document, indent=1) + "\n")
+        print(f"{what}: {document[what]}")
+        torch.cuda.empty_cache()
     return 0
 
 

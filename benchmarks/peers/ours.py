@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 
 from benchmarks.cases import Case
@@ -56,21 +54,6 @@ def _only_bounded(case: Case) -> str | None:
     return "a bounded backward has no entropy gradient" if case.entropy else None
 
 
-def _bounded_available(impl: str):
-    def available(device: str) -> tuple[bool, str]:
-        here = _available(impl)(device)
-        if not here[0]:
-            return here
-        from flowrl_kernels.dispatch import launchers
-
-        source = inspect.getsource(launchers("linear_logprob", impl))
-        if "bounded" not in source:
-            return False, f"{impl} has no bounded backward yet"
-        return here
-
-    return available
-
-
 def _residual_of(impl: str):
     def loss(inputs: Inputs, logp: torch.Tensor, log_z: torch.Tensor) -> torch.Tensor:
         from flowrl_kernels.losses import flowrl_loss
@@ -116,17 +99,6 @@ def _loss(impl: str, single_pass: bool):
     return forward
 
 
-def _single_pass_available(impl: str):
-    def available(device: str) -> tuple[bool, str]:
-        here = _available(impl, "flowrl_loss")(device)
-        if not here[0] or impl == "chunked":
-            return here
-        source = inspect.getsource(imports("flowrl_kernels.linear_loss", "linear_residual")[0])
-        return here if f'"{impl}"' in source else (False, f"{impl} has no single pass yet")
-
-    return available
-
-
 def _small_only(case: Case) -> str | None:
     return "the specification holds all logits: small cases only" if case.n * case.v > 1 << 26 else None
 
@@ -142,7 +114,7 @@ PEERS = [
     ),
     *(
         Peer(
-            f"ours-{impl}-bounded", _linear(impl, True), _bounded_available(impl), refuse=_only_bounded,
+            f"ours-{impl}-bounded", _linear(impl, True), _available(impl), refuse=_only_bounded,
             package="flowrl-kernels", note="epsilon of the case",
         )
         for impl in ("chunked", "triton")
@@ -156,7 +128,7 @@ PEERS = [
     ),
     *(
         Peer(
-            f"ours-{impl}-loss-single-pass", _loss(impl, True), _single_pass_available(impl), ops=("flowrl_loss",),
+            f"ours-{impl}-loss-single-pass", _loss(impl, True), _available(impl, "flowrl_loss"), ops=("flowrl_loss",),
             recompute=False, grads_in_forward=True, package="flowrl-kernels", note="LinearFlowRLLoss, one pass",
         )
         for impl in ("chunked", "triton")

@@ -124,9 +124,9 @@ def tile_for(arch: str, dtype: torch.dtype, aligned: bool, hidden: int | None = 
 
 
 def pair_tile(tile: Tile) -> Tile:
-    """For the logits of one block of the bounded backward: so that two programs share a multiprocessor on sm_90, and
-    float32 spills no registers."""
-    return tile._replace(block_n=128, block_k=max(32, tile.block_k), num_stages=min(tile.num_stages, 3))
+    """For the logits of one block of the bounded backward: so that two programs share a multiprocessor on sm_90.
+    float32, with its few registers left, is not pipelined."""
+    return tile._replace(block_n=128, num_stages=min(tile.num_stages, 3 if tile.block_k > 16 else 1))
 
 
 def list_tile(arch: str, tile: Tile) -> Tile:
