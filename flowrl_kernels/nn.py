@@ -41,8 +41,8 @@ class LinearFlowRLLoss(FlowRLLoss):
     """The FlowRL loss from hidden states: log-probs, residual and gradients without a vocabulary-sized tensor.
 
     Args of the constructor: `temperature`, `epsilon` (see `linear_logprob`), those of `FlowRLLoss`, and `single_pass`.
-    With it, where gradients are wanted, epsilon is 0 and the implementation is `chunked`, the logits of whole sequences
-    are made once (6NHV instead of 8NHV) and held in a buffer of 2^26 numbers (2^30 on a GPU); logp has the same bits. A
+    With it, where gradients are wanted and epsilon is 0, `chunked` and `triton` make the logits of whole sequences
+    once (6NHV instead of 8NHV) and hold them in a buffer of 2^26 numbers (2^30 on a GPU); logp has the same bits. A
     batch with a sequence longer than the buffer allows, or one whose sequences depend on each other (group-centred,
     token-level without normalizer) and does not fit as a whole, takes two passes.
     """
