@@ -28,8 +28,8 @@ def seen(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def adapted(tiny_model, tmp_path_factory):
-    return run(verl_cpu.adapters, tiny_model, tmp_path_factory.mktemp("adapters"))
+def varied(tiny_model, tmp_path_factory):
+    return run(verl_cpu.variants, tiny_model, tmp_path_factory.mktemp("variants"))
 
 
 def test_the_vendor_selects_the_engine(seen):
@@ -102,20 +102,28 @@ def test_what_cannot_work_says_what_to_do(seen, what, message):
     assert message in seen[0]["refusals"][what]
 
 
-def test_lora_trains_adapters_and_log_z_and_exports_the_adapters_alone(adapted):
-    for rank in adapted:
+def test_lora_trains_adapters_and_log_z_and_exports_the_adapters_alone(varied):
+    for rank in varied:
         assert rank["start"] < 1e-5
         assert rank["off"] < 1e-5 < rank["moved"]
-    assert sum(rank["losses"][-1] for rank in adapted) < sum(rank["losses"][0] for rank in adapted)
-    assert adapted[0]["rank_of_lora"] == 4
-    assert adapted[0]["exported"]
-    assert all("lora_" in name for name in adapted[0]["exported"])
-    assert "lm_head: wanted a plain linear layer" in adapted[0]["refusal"]
+    assert sum(rank["losses"][-1] for rank in varied) < sum(rank["losses"][0] for rank in varied)
+    assert varied[0]["rank_of_lora"] == 4
+    assert varied[0]["exported"]
+    assert all("lora_" in name for name in varied[0]["exported"])
+    assert "lm_head: wanted a plain linear layer" in varied[0]["refusal"]
 
 
-def test_a_reference_worker_s_engine_has_neither_log_z_nor_an_optimiser(adapted):
-    assert adapted[0]["reference"] == [True, True]
-    assert adapted[0]["reference_error"] < 1e-5
+def test_verl_s_usual_bf16_with_checkpointing_and_padding_trains_and_leaves_log_z_in_fp32(varied):
+    for rank in varied:
+        assert 0 < rank["bf16_error"] < 0.2
+        assert rank["padded_error"] < 1e-5
+        assert rank["dtypes"] == ["torch.float32"]
+    assert sum(rank["bf16_losses"][-1] for rank in varied) < sum(rank["bf16_losses"][0] for rank in varied)
+
+
+def test_a_reference_worker_s_engine_has_neither_log_z_nor_an_optimiser(varied):
+    assert varied[0]["reference"] == [True, True]
+    assert varied[0]["reference_error"] < 1e-5
 
 
 def test_each_method_takes_what_verl_s_takes():

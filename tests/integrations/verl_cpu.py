@@ -47,8 +47,9 @@ def engine(path, vendor="flowrl", model=None, options=None, **settings):
         model_type="language_model",
         backend="fsdp2",
         model_config=HFModelConfig(
-            path=path, override_config={"attn_implementation": "sdpa"}, enable_gradient_checkpointing=False,
-            external_lib="flowrl_kernels.integrations.verl_engine", **(model or {}),
+            path=path, override_config={"attn_implementation": "sdpa"},
+            external_lib="flowrl_kernels.integrations.verl_engine",
+            **{"enable_gradient_checkpointing": False} | (model or {}),
         ),
         engine_config=FSDPEngineConfig(
             strategy="fsdp2", **{"mixed_precision": fp32, "use_torch_compile": False} | settings
@@ -260,8 +261,8 @@ def everything(path, folder, rank, world):
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(seen))
 
 
-def adapters(path, folder, rank, world):
-    """LoRA and a reference worker's forward-only engine."""
+def variants(path, folder, rank, world):
+    """LoRA, bf16, padding, and a reference worker's forward-only engine."""
     start()
     rows, seen = rows_of(rank, world), {}
     data, loss = data_of(rows), loss_of("flowrl_learned")
@@ -280,6 +281,12 @@ def adapters(path, folder, rank, world):
     seen["rank_of_lora"] = config["r"]
     on_head = {"lora_rank": 4, "target_modules": ["q_proj", "lm_head"]}
     seen["refusal"] = refusal(lambda: engine(path, model=on_head))
+    usual = engine(path, model={"enable_gradient_checkpointing": True}, mixed_precision=None, pad_to_length=True)
+    seen["bf16_error"] = float((score(usual, data)[0] - base).abs().max())
+    seen["bf16_losses"] = steps(usual, data, loss, 5)
+    seen["dtypes"] = sorted({str(p.dtype) for p in usual.log_z.parameters()})
+    padded = engine(path, pad_to_length=True, pad_to_length_bucket=64)
+    seen["padded_error"] = float((score(padded, data)[0] - base).abs().max())
     transformer_impl.CPUOffloadPolicy = lambda pin_memory: None  # memory cannot be pinned without an accelerator
     reference = engine(path, forward_only=True)
     seen["reference"] = [reference.log_z is None, reference.optimizer is None]
