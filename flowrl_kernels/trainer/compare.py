@@ -19,7 +19,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "flowrl": (),
     "grpo": ("--algorithm.name", "grpo", "--optim.lr", "2.5e-4", "--run.steps", "1200"),
     "ppo": ("--algorithm.name", "ppo", "--optim.lr", "2e-4", "--run.steps", "1200"),
-    "reinforce_pp": ("--algorithm.name", "reinforce_pp", "--optim.lr", "1e-4", "--run.steps", "1200"),
+    "reinforce_pp": ("--algorithm.name", "reinforce_pp", "--optim.lr", "2e-4", "--run.steps", "1200"),
 }
 COLUMNS = {
     "accuracy": ("exact_accuracy", "accuracy"),
