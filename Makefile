@@ -36,18 +36,23 @@ countdown: setup
 test: setup lint
 	$(PY) -m pytest -n 2
 
+# pip, in the environment that is being made: patient, and once more after a broken download.
+define PIP
+for i in 1 2 3; do $(@D)/bin/python -m pip --retries 10 --timeout 180 install -q --disable-pip-version-check $(1) && exit 0; sleep 10; done; exit 1
+endef
+
 # The trainers' own environments, for their pins exclude each other: torch first, then what the constraints file lists.
 .venv-%/.installed: constraints-%.txt constraints.txt pyproject.toml
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
-	$(@D)/bin/python -m pip install -q --disable-pip-version-check -r $<
-	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	$(call PIP,$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt))
+	$(call PIP,-r $<)
+	$(call PIP,--no-deps -e .)
 	touch $@
 
 TRAINERS := trl verl torchtitan
 
 test-integrations: $(TRAINERS:%=.venv-%/.installed)
-	for t in $(TRAINERS); do HF_HUB_OFFLINE=1 .venv-$$t/bin/python -m pytest tests/integrations -rs || exit 1; done
+	for t in $(TRAINERS); do HF_HUB_OFFLINE=1 .venv-$$t/bin/python -m pytest tests/integrations -rs --environment $$t || exit 1; done
 
 lint: setup
 	$(PY) -m ruff check .
