@@ -19,6 +19,7 @@ def run(*arguments, **environment):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a minute or two each, several times that beside other work
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_kernels_are_right_under_the_interpreter(file):
     done = run(
