@@ -18,19 +18,21 @@ def _store_logits(
     DESCRIPTOR: tl.constexpr, STORE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, TILE] logits to memory; by descriptor also those of the block's rows that take no part."""
-    if DESCRIPTOR:
-        # staged in shared memory: no registers for addresses or for a second layout
-        i_row0 = tl.min(i_row, 0)
-        if STORE == TILE:
-            logits.store([i_row0, i_col0], z)
-        else:
-            tl.static_assert(TILE == 2 * STORE)
-            left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, STORE)), (0, 2, 1)))
-            logits.store([i_row0, i_col0], left)
-            logits.store([i_row0, i_col0 + STORE], right)
+    if DESCRIPTOR and STORE == TILE:
+        logits.store([tl.min(i_row, 0), i_col0], z)  # staged in shared memory: no registers for a second layout
     else:
-        p_logits = logits + i_row[:, None].to(tl.int64) * stride_logits + (i_col0 + tl.arange(0, TILE))[None, :]
-        tl.store(p_logits, z, mask=(i_row < num_live)[:, None])
+        HALF: tl.constexpr = TILE // 2  # at a time: registers, or shared memory to stage them
+        left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        if DESCRIPTOR:
+            tl.static_assert(STORE == HALF)
+            i_row0 = tl.min(i_row, 0)
+            logits.store([i_row0, i_col0], left)
+            logits.store([i_row0, i_col0 + HALF], right)
+        else:
+            p_logits = logits + i_row[:, None].to(tl.int64) * stride_logits + (i_col0 + tl.arange(0, HALF))[None, :]
+            mask = (i_row < num_live)[:, None]
+            tl.store(p_logits, left, mask=mask)
+            tl.store(p_logits + HALF, right, mask=mask)
 
 
 @triton.jit
