@@ -207,8 +207,8 @@ class OptimConfig:
     """Decay of AdamW's two moments."""
     warmup: int = 10
     """Updates over which the rate rises linearly from zero."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the rate after the warm-up; the last two fall to zero at the last update."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """Course of the rate after the warm-up: "linear" and "cosine" fall to zero, "wsd" does over its last fifth only."""
     max_grad_norm: float = 1.0
     """Global gradient norm is clipped to this; inf: never."""
 

@@ -277,6 +277,8 @@ def learning_rate(config: Config, update: int, total: int) -> float:
     if o.schedule == "constant":
         return rise
     left = 1.0 - min(1.0, max(0, update - o.warmup) / max(1, total - o.warmup))
+    if o.schedule == "wsd":
+        return rise * min(1.0, 5.0 * left)
     return rise * (left if o.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
 
 

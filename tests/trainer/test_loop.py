@@ -287,6 +287,8 @@ def test_the_learning_rate_rises_and_falls():
     assert rates[4] == 1.0
     assert all(a > b for a, b in itertools.pairwise(rates[4:]))
     assert rates[10] == 0.0
+    late = config_file.override(cfg, ["--optim.warmup", "0", "--optim.schedule", "wsd"])
+    assert [learning_rate(late, update, 20) for update in (0, 15, 16, 18, 20)] == pytest.approx([1, 1, 1, 0.5, 0])
     constant = config_file.override(Config(), ["--optim.warmup", "0"])
     assert {learning_rate(constant, update, 10) for update in range(10)} == {1.0}
 
