@@ -9,12 +9,11 @@ from flowrl_kernels.presets import named
 from flowrl_kernels.testing import rl_like_inputs
 from flowrl_kernels.triton import bounded, linear_logprob, linear_residual
 from flowrl_kernels.types import TILE
-from tests.test_flops import IN_PLACE
+from tests.test_flops import IN_PLACE, ONE, backward, check_two_passes, forward
 
 N, H, V = 128, 256, 8192  # whole blocks: 32 rows, 256 columns, 256 of H
 NHV = N * H * V
 BLOCK = 32
-ONE = torch.ones(1)
 
 
 @pytest.fixture
@@ -43,26 +42,8 @@ def count(monkeypatch):
     return of
 
 
-def forward(data, stats):
-    hidden, weight, target, _ = data
-    return linear_logprob.linear_logprob_fwd(hidden, weight, target, None, ONE, 1.0, None, False, stats)
-
-
-def backward(data, kept, epsilon=0.0, report=None, needs=(True, True)):
-    hidden, weight, target, grad = data
-    _, lse, ent, stats = kept
-    return linear_logprob.linear_logprob_bwd(
-        grad, None, hidden, weight, target, None, ONE, 1.0, None, lse, ent, stats, epsilon, report, None, *needs, False
-    )
-
-
 def test_two_passes_do_eight_and_a_frozen_part_six(data, count):
-    ahead, kept = count(lambda: forward(data, False))
-    back, _ = count(lambda: backward(data, kept))
-    assert ahead == pytest.approx(2, rel=0.05)
-    assert ahead + back == pytest.approx(8, rel=0.05)
-    for needs in ((True, False), (False, True)):
-        assert ahead + count(lambda needs=needs: backward(data, kept, needs=needs))[0] == pytest.approx(6, rel=0.05)
+    check_two_passes(linear_logprob, data, count)
 
 
 def test_a_bounded_backward_does_six_times_its_blocks_and_no_more(data, count, monkeypatch):
@@ -75,8 +56,8 @@ def test_a_bounded_backward_does_six_times_its_blocks_and_no_more(data, count, m
     monkeypatch.setattr(bounded, "read_plan", spy)
     monkeypatch.setattr(bounded, "FALL_BACK", 1.0)
     report = torch.zeros(3)
-    ahead, kept = count(lambda: forward(data, True))
-    back, _ = count(lambda: backward(data, kept, 0.01, report))
+    ahead, kept = count(lambda: forward(linear_logprob, data, True))
+    back, _ = count(lambda: backward(linear_logprob, data, kept, 0.01, report))
     [(pays, edges)] = blocks
     assert pays
     share = edges[-1] * BLOCK * bounded.COLUMNS / (N * V)  # rows rounded up to blocks
