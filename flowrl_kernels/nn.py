@@ -44,7 +44,8 @@ class LinearFlowRLLoss(FlowRLLoss):
     With it, where gradients are wanted and epsilon is 0, `chunked` and `triton` make the logits of whole sequences
     once (6NHV instead of 8NHV) and hold them in a buffer of 2^26 numbers (2^30 on a GPU); logp has the same bits. A
     batch with a sequence longer than the buffer allows, or one whose sequences depend on each other (group-centred,
-    token-level without normalizer) and does not fit as a whole, takes two passes.
+    token-level without normalizer) and does not fit as a whole, takes two passes. A packed batch's `cu_seqlens` is read
+    on the host once, to cut it into chunks; the padded layout waits for nothing.
     """
 
     def __init__(self, *, temperature: float = 1.0, epsilon: float = 0.0, single_pass: bool = True, **settings: Any):
