@@ -26,10 +26,7 @@ inline int check_pointers(Pointers... pointers) {
   return ((pointers == nullptr) || ...) ? FLOWRL_NULL_POINTER : FLOWRL_OK;
 }
 
-inline int64_t tile_costs_bytes(int64_t rows) {
-  const int code = check_product(rows, 1);
-  return code != FLOWRL_OK ? -code : rows * static_cast<int64_t>(sizeof(Row));
-}
+inline int64_t tile_costs_bytes(int64_t rows) { return -static_cast<int64_t>(check_product(rows, 1)); }
 
 inline int64_t drop_lightest_bytes(int64_t pairs) {
   const int code = check_product(pairs, 1);
@@ -45,15 +42,12 @@ inline int64_t segment_sums_bytes(int64_t sequences) { return -static_cast<int64
 
 inline int check_tile_costs(
     const void* tile_lse, int64_t stride, const void* lse, const void* target, const void* target_logp,
-    const void* gradient, const void* order, int64_t rows, int64_t runs, int64_t run_columns, int64_t block_rows,
-    int64_t tile_runs, const void* cost, const void* square, const void* workspace, size_t bytes) {
-  if (rows < 0 || runs < 1 || run_columns < 1 || block_rows < 1 || tile_runs < 1 || stride < rows) {
-    return FLOWRL_BAD_SIZE;
-  }
+    const void* gradient, int64_t rows, int64_t runs, int64_t run_columns, int64_t tile_runs, const void* cost,
+    const void* square, const void* workspace, size_t bytes) {
+  if (rows < 0 || runs < 1 || run_columns < 1 || tile_runs < 1 || stride < rows) return FLOWRL_BAD_SIZE;
   if (rows == 0) return FLOWRL_OK;
-  if (int code = check_product(rows, 1)) return code;
-  if (int code = check_product(ceil_div(rows, block_rows), ceil_div(runs, tile_runs))) return code;
-  if (int code = check_pointers(tile_lse, lse, target, target_logp, gradient, order, cost, square)) return code;
+  if (int code = check_product(rows, ceil_div(runs, tile_runs))) return code;
+  if (int code = check_pointers(tile_lse, lse, target, target_logp, gradient, cost, square)) return code;
   return check_workspace(tile_costs_bytes(rows), workspace, bytes);
 }
 

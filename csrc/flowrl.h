@@ -18,7 +18,7 @@
 #define FLOWRL_NAME(name) flowrl_##name
 #endif
 
-#define FLOWRL_ABI_VERSION 1
+#define FLOWRL_ABI_VERSION 2
 
 #ifdef __cplusplus
 #define FLOWRL_API extern "C" __attribute__((visibility("default")))
@@ -42,12 +42,12 @@ FLOWRL_API int FLOWRL_NAME(abi_version)(void);
 /* A sentence for a code; never null. */
 FLOWRL_API const char* FLOWRL_NAME(error_string)(int code);
 
-/* Upper bounds of the non-target gradient mass per (row block, vocabulary tile): its sum and its sum of squares.
+/* Upper bounds of the non-target gradient mass per (row, vocabulary tile): its sum and its sum of squares.
  *
  * mass of row r in run j = gradient * min(max(exp(tile_lse - lse) (1 + slack) - [target in run] p (1 - slack), 0),
  *                                         1 - p + slack),  p = exp(target_logp)
  */
-FLOWRL_API int64_t FLOWRL_NAME(tile_costs_workspace_size)(int64_t rows); /* bytes, or -code */
+FLOWRL_API int64_t FLOWRL_NAME(tile_costs_workspace_size)(int64_t rows); /* bytes (0), or -code */
 FLOWRL_API int FLOWRL_NAME(tile_costs)(
     const void* tile_lse,     /* [runs, rows] fp16, `tile_lse_stride` elements from run to run */
     int64_t tile_lse_stride,
@@ -55,14 +55,12 @@ FLOWRL_API int FLOWRL_NAME(tile_costs)(
     const int64_t* target,    /* [rows] >= 0; the vocabulary size or more where there is none */
     const float* target_logp, /* [rows] <= 0, -inf where there is none */
     const float* gradient,    /* [rows] >= 0 */
-    const int64_t* order,     /* [rows] a permutation: the order in which rows are cut into blocks */
     int64_t rows,
     int64_t runs,
     int64_t run_columns,      /* vocabulary columns of one run */
-    int64_t block_rows,       /* rows of one row block */
     int64_t tile_runs,        /* runs of one vocabulary tile */
     double slack,
-    double* cost,             /* out [ceil(rows / block_rows), ceil(runs / tile_runs)] */
+    double* cost,             /* out [rows, ceil(runs / tile_runs)] */
     double* square,           /* out, same shape */
     void* workspace,
     size_t workspace_bytes,

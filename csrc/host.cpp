@@ -9,33 +9,20 @@ FLOWRL_API const char* flowrl_host_error_string(int code) { return describe(code
 
 FLOWRL_API int flowrl_host_tile_costs(
     const void* tile_lse, int64_t tile_lse_stride, const float* lse, const int64_t* target, const float* target_logp,
-    const float* gradient, const int64_t* order, int64_t rows, int64_t runs, int64_t run_columns, int64_t block_rows,
-    int64_t tile_runs, double slack, double* cost, double* square, void* workspace, size_t workspace_bytes, void*) {
+    const float* gradient, int64_t rows, int64_t runs, int64_t run_columns, int64_t tile_runs, double slack,
+    double* cost, double* square, void* workspace, size_t workspace_bytes, void*) {
   const int code = check_tile_costs(
-      tile_lse, tile_lse_stride, lse, target, target_logp, gradient, order, rows, runs, run_columns, block_rows,
-      tile_runs, cost, square, workspace, workspace_bytes);
+      tile_lse, tile_lse_stride, lse, target, target_logp, gradient, rows, runs, run_columns, tile_runs, cost, square,
+      workspace, workspace_bytes);
   if (code != FLOWRL_OK || rows == 0) return code;
-  Row* made = static_cast<Row*>(workspace);
-  for (int64_t r = 0; r < rows; ++r) {
-    made[r] = make_row(lse, target, target_logp, gradient, order[r], runs, run_columns, slack);
-  }
-  const int64_t blocks = ceil_div(rows, block_rows), tiles = ceil_div(runs, tile_runs);
-  for (int64_t block = 0; block < blocks; ++block) {
+  const int64_t tiles = ceil_div(runs, tile_runs);
+  for (int64_t i = 0; i < rows; ++i) {
+    const Row row = make_row(lse, target, target_logp, gradient, i, runs, run_columns, slack);
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      Sums lanes[LANES];
-      for (int lane = 0; lane < LANES; ++lane) {
-        lanes[lane] = tile_sums(
-            made, rows, runs, block_rows, tile_runs, static_cast<const uint16_t*>(tile_lse), tile_lse_stride, block,
-            tile, lane, slack);
-      }
-      for (int half = LANES / 2; half > 0; half /= 2) {
-        for (int lane = 0; lane < half; ++lane) {
-          lanes[lane].cost += lanes[lane + half].cost;
-          lanes[lane].square += lanes[lane + half].square;
-        }
-      }
-      cost[block * tiles + tile] = lanes[0].cost;
-      square[block * tiles + tile] = lanes[0].square;
+      const Sums sums = tile_sums(
+          row, static_cast<const uint16_t*>(tile_lse), tile_lse_stride, i, tile, runs, tile_runs, slack);
+      cost[i * tiles + tile] = sums.cost;
+      square[i * tiles + tile] = sums.square;
     }
   }
   return FLOWRL_OK;

@@ -17,10 +17,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from flowrl_kernels import cuda
 from flowrl_kernels.chunked import routing
+from flowrl_kernels.chunked.bounded import COLUMNS
 from flowrl_kernels.cuda import routing as compiled
 from flowrl_kernels.types import TILE
 
-ROWS, VOCAB = 32768, 152064  # 7B, N = 32k; blocks of 128 rows and tiles of 128 columns
+ROWS, VOCAB = 32768, 152064  # 7B, N = 32k
 REPEATS = 30
 
 
@@ -54,7 +55,7 @@ def statistics_like(rows: int, vocab: int) -> tuple[torch.Tensor, ...]:
     tile_lse.scatter_(0, (target // TILE)[None], -0.05)
     target_logp = torch.full((rows,), -0.1, device="cuda")
     gradient = torch.rand(rows, generator=make, device="cuda").pow_(8)
-    return tile_lse.half(), torch.zeros(rows, device="cuda"), target, target_logp, gradient, gradient.argsort()
+    return tile_lse.half(), torch.zeros(rows, device="cuda"), target, target_logp, gradient
 
 
 def measure() -> dict[str, object]:
@@ -70,11 +71,11 @@ def measure() -> dict[str, object]:
     inputs = statistics_like(ROWS, VOCAB)
     compare(
         "tile_costs",
-        lambda: compiled.tile_costs(*inputs, TILE, 1, routing.SLACK),
-        lambda: routing.tile_costs(*inputs, TILE, 1),
+        lambda: compiled.tile_costs(*inputs, COLUMNS // TILE, routing.SLACK),
+        lambda: routing.tile_costs(*inputs, COLUMNS // TILE),
         exact=False,
     )
-    cost, square = routing.tile_costs(*inputs, TILE, 1)
+    cost, square = routing.tile_costs(*inputs, COLUMNS // TILE)
     budget = torch.stack([0.01 * cost.sum(), 1e-4 * square.sum()])
     compare(
         "drop_lightest",

@@ -12,7 +12,6 @@ constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / WARP;
 constexpr unsigned ALL = 0xffffffffu;
 
-static_assert(LANES == WARP, "a pair is summed by one warp");
 static_assert(SEGMENT_LANES == THREADS, "a sequence is summed by one block of threads");
 static_assert(BINS % THREADS == 0, "every thread of a cut takes the same number of bins");
 
@@ -41,31 +40,18 @@ int fill(void* memory, int value, int64_t bytes, cudaStream_t stream) {
 
 // ---- tile costs
 
-__global__ void __launch_bounds__(THREADS) make_rows(
-    const float* lse, const int64_t* target, const float* target_logp, const float* gradient, const int64_t* order,
-    int64_t rows, int64_t runs, int64_t run_columns, double slack, Row* made) {
-  for (int64_t r = first_item(); r < rows; r += item_step()) {
-    made[r] = make_row(lse, target, target_logp, gradient, order[r], runs, run_columns, slack);
-  }
-}
-
-// One warp per pair; neighbouring warps share the tile and so the statistics they read.
+// One thread per pair; neighbouring threads take neighbouring rows of a tile, whose statistics lie together.
 __global__ void __launch_bounds__(THREADS) sum_tiles(
-    const Row* made, const uint16_t* tile_lse, int64_t stride, int64_t rows, int64_t runs, int64_t block_rows,
-    int64_t tile_runs, int64_t blocks, int64_t tiles, double slack, double* cost, double* square) {
-  const int64_t pair = warp_item();
-  if (pair >= blocks * tiles) return;
-  const int64_t block = pair % blocks, tile = pair / blocks;
-  const int lane = threadIdx.x % WARP;
-  Sums sums = tile_sums(made, rows, runs, block_rows, tile_runs, tile_lse, stride, block, tile, lane, slack);
-  for (int half = WARP / 2; half > 0; half /= 2) {
-    sums.cost += __shfl_down_sync(ALL, sums.cost, half);
-    sums.square += __shfl_down_sync(ALL, sums.square, half);
-  }
-  if (lane == 0) {
-    cost[block * tiles + tile] = sums.cost;
-    square[block * tiles + tile] = sums.square;
-  }
+    const uint16_t* tile_lse, int64_t stride, const float* lse, const int64_t* target, const float* target_logp,
+    const float* gradient, int64_t rows, int64_t runs, int64_t run_columns, int64_t tile_runs, int64_t tiles,
+    double slack, double* cost, double* square) {
+  const int64_t pair = first_item();
+  if (pair >= rows * tiles) return;
+  const int64_t i = pair % rows, tile = pair / rows;
+  const Row row = make_row(lse, target, target_logp, gradient, i, runs, run_columns, slack);
+  const Sums sums = tile_sums(row, tile_lse, stride, i, tile, runs, tile_runs, slack);
+  cost[i * tiles + tile] = sums.cost;
+  square[i * tiles + tile] = sums.square;
 }
 
 // ---- threshold
@@ -250,22 +236,16 @@ FLOWRL_API const char* flowrl_error_string(int code) {
 
 FLOWRL_API int flowrl_tile_costs(
     const void* tile_lse, int64_t tile_lse_stride, const float* lse, const int64_t* target, const float* target_logp,
-    const float* gradient, const int64_t* order, int64_t rows, int64_t runs, int64_t run_columns, int64_t block_rows,
-    int64_t tile_runs, double slack, double* cost, double* square, void* workspace, size_t workspace_bytes,
-    void* stream) {
+    const float* gradient, int64_t rows, int64_t runs, int64_t run_columns, int64_t tile_runs, double slack,
+    double* cost, double* square, void* workspace, size_t workspace_bytes, void* stream) {
   const int code = check_tile_costs(
-      tile_lse, tile_lse_stride, lse, target, target_logp, gradient, order, rows, runs, run_columns, block_rows,
-      tile_runs, cost, square, workspace, workspace_bytes);
+      tile_lse, tile_lse_stride, lse, target, target_logp, gradient, rows, runs, run_columns, tile_runs, cost, square,
+      workspace, workspace_bytes);
   if (code != FLOWRL_OK || rows == 0) return code;
-  const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  Row* made = static_cast<Row*>(workspace);
-  make_rows<<<grid_of(rows, THREADS), THREADS, 0, on>>>(
-      lse, target, target_logp, gradient, order, rows, runs, run_columns, slack, made);
-  if (int failed = launched()) return failed;
-  const int64_t blocks = ceil_div(rows, block_rows), tiles = ceil_div(runs, tile_runs);
-  sum_tiles<<<grid_of(blocks * tiles, WARPS), THREADS, 0, on>>>(
-      made, static_cast<const uint16_t*>(tile_lse), tile_lse_stride, rows, runs, block_rows, tile_runs, blocks, tiles,
-      slack, cost, square);
+  const int64_t tiles = ceil_div(runs, tile_runs);
+  sum_tiles<<<grid_of(rows * tiles, THREADS), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<const uint16_t*>(tile_lse), tile_lse_stride, lse, target, target_logp, gradient, rows, runs,
+      run_columns, tile_runs, tiles, slack, cost, square);
   return launched();
 }
 

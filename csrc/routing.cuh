@@ -25,15 +25,12 @@ constexpr int64_t MAX_COUNT = (int64_t{1} << 31) - 1;
 
 // ---- tile costs -----------------------------------------------------------------------------------------------
 
-constexpr int LANES = 32;  // a (row block, tile) pair is summed by 32 lanes, then folded in halves
-
-struct alignas(16) Row {
+struct Row {
   float gradient;
   float lse;
   float own;   // softmax mass of the target, rounded down
   float rest;  // softmax mass of everything else, rounded up
   int64_t run;  // run that holds the target
-  int64_t source;  // where the row stands in the statistics
 };
 
 FLOWRL_INLINE float half_to_float(uint16_t half) {
@@ -47,16 +44,15 @@ FLOWRL_INLINE float half_to_float(uint16_t half) {
 }
 
 FLOWRL_INLINE Row make_row(
-    const float* lse, const int64_t* target, const float* target_logp, const float* gradient, int64_t source,
+    const float* lse, const int64_t* target, const float* target_logp, const float* gradient, int64_t i,
     int64_t runs, int64_t run_columns, double slack) {
-  const int64_t run = target[source] / run_columns;
+  const int64_t run = target[i] / run_columns;
   Row row;
-  row.gradient = gradient[source];
-  row.lse = lse[source];
-  row.own = expf(target_logp[source]) * static_cast<float>(1.0 - slack);
-  row.rest = -expm1f(target_logp[source]) + static_cast<float>(slack);
+  row.gradient = gradient[i];
+  row.lse = lse[i];
+  row.own = expf(target_logp[i]) * static_cast<float>(1.0 - slack);
+  row.rest = -expm1f(target_logp[i]) + static_cast<float>(slack);
   row.run = run < runs ? run : runs - 1;
-  row.source = source;
   return row;
 }
 
@@ -75,21 +71,17 @@ struct Sums {
   double square;
 };
 
-// What one lane adds up: every 32nd row of the block, all runs of the tile.
+// Row i in the runs of one tile, in their order.
 FLOWRL_INLINE Sums tile_sums(
-    const Row* rows, int64_t num_rows, int64_t num_runs, int64_t block_rows, int64_t tile_runs,
-    const uint16_t* tile_lse, int64_t stride, int64_t block, int64_t tile, int lane, double slack) {
-  const int64_t last_row = num_rows - block * block_rows < block_rows ? num_rows : (block + 1) * block_rows;
+    const Row& row, const uint16_t* tile_lse, int64_t stride, int64_t i, int64_t tile, int64_t num_runs,
+    int64_t tile_runs, double slack) {
   const int64_t last_run = num_runs - tile * tile_runs < tile_runs ? num_runs : (tile + 1) * tile_runs;
   Sums sums = {0.0, 0.0};
-  for (int64_t r = block * block_rows + lane; r < last_row; r += LANES) {
-    const Row row = rows[r];
-    for (int64_t run = tile * tile_runs; run < last_run; ++run) {
-      const float stat = half_to_float(tile_lse[run * stride + row.source]);
-      const double mass = run_mass(row, stat, run, slack) * row.gradient;
-      sums.cost += mass;
-      sums.square += mass * mass;  // exact before the sum: 24 bits times 24 bits
-    }
+  for (int64_t run = tile * tile_runs; run < last_run; ++run) {
+    const float stat = half_to_float(tile_lse[run * stride + i]);
+    const double mass = run_mass(row, stat, run, slack) * row.gradient;
+    sums.cost += mass;
+    sums.square += mass * mass;  // exact before the sum: 24 bits times 24 bits
   }
   return sums;
 }

@@ -66,7 +66,7 @@ def emulated(tmp_path_factory):
     """The kernels and their launches themselves, every CUDA thread a fiber on the CPU."""
     launch = r"(\w+(?:<\w+>)?)<<<(.+?), (\w+), 0, (.+?)>>>\("
     source, launches = re.subn(launch, r"emulated::launch(\2, \3, \4, \1, ", (CSRC / "routing.cu").read_text())
-    assert launches == source.count("emulated::launch") == 11
+    assert launches == source.count("emulated::launch") == 10
     shim = Path(__file__).parent / "emulated"
     return cuda.load(cpu_library(tmp_path_factory, "libflowrl_emulated.so", source, "-I.", f"-I{shim}"))
 
@@ -150,11 +150,10 @@ def check_tile_costs(room, device):
     gradient[3], target[5], target_logp[5] = 0.0, 5000, -torch.inf  # no gradient; no target here
     tile_lse[7] = -torch.inf  # a run of banned tokens
     tile_lse[9, 11], tile_lse[9, 12] = torch.nan, 6e-8  # a broken row; a subnormal
-    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
-    inputs = [t.to(device) for t in (tile_lse, lse, target, target_logp, gradient, order)]
-    for block_rows, tile_runs in [(64, 8), (128, 1), (7, 3), (150, 20)]:
-        got = room.tile_costs(*inputs, block_rows, tile_runs, routing.SLACK)
-        expected = routing.tile_costs(*inputs, block_rows, tile_runs)
+    inputs = [t.to(device) for t in (tile_lse, lse, target, target_logp, gradient)]
+    for tile_runs in (8, 1, 3, 20):
+        got = room.tile_costs(*inputs, tile_runs, routing.SLACK)
+        expected = routing.tile_costs(*inputs, tile_runs)
         for mine, wanted in zip(got, expected, strict=True):
             assert wanted.isnan().any()
             assert (wanted > 0).any()
@@ -203,7 +202,7 @@ def test_it_compiles_for_every_architecture_without_warnings_or_spills(library_p
     log = library_path.with_suffix(".log").read_text()
     kernels = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'", log)
     names = {name for name, _ in kernels}
-    assert len(names) == 10, names
+    assert len(names) == 9, names
     assert build.ARCHS == ("80", "90a", "100a", "120")
     assert sorted(kernels) == sorted((name, f"sm_{arch}") for name in names for arch in build.ARCHS)
     assert log.count("0 bytes spill stores, 0 bytes spill loads") == len(kernels)
@@ -226,7 +225,7 @@ def either(request):
 
 
 def test_workspace_sizes_answer_without_a_device(either):
-    assert either["tile_costs_workspace_size"](1000) == 32 * 1000
+    assert either["tile_costs_workspace_size"](1000) == 0
     assert 64 * 1024 <= either["drop_lightest_workspace_size"](600_000) <= 80 * 1024
     assert either["block_lists_workspace_size"](512, 1188) == 4 * 512 * 1188
     assert either["segment_sums_workspace_size"](256) == 0
@@ -253,9 +252,9 @@ def test_bad_arguments_come_back_as_codes_with_a_sentence(either):
         "a null list": (lists(at, 2, 2, at, None, at, at, at, at, size, 0), 2),
         "3-byte indices": (sums(at, 8, at, 3, 2, at, None, 0, 0), 6),
         "negative tokens": (sums(at, -8, at, 8, 2, at, None, 0, 0), 1),
-        "no runs": (costs(at, 4, at, at, at, at, at, 4, 0, 128, 64, 8, 2e-5, at, at, at, size, 0), 1),
-        "a short stride": (costs(at, 3, at, at, at, at, at, 4, 9, 128, 64, 8, 2e-5, at, at, at, size, 0), 1),
-        "no output": (costs(at, 4, at, at, at, at, at, 4, 9, 128, 64, 8, 2e-5, at, None, at, size, 0), 2),
+        "no runs": (costs(at, 4, at, at, at, at, 4, 0, 128, 8, 2e-5, at, at, None, 0, 0), 1),
+        "a short stride": (costs(at, 3, at, at, at, at, 4, 9, 128, 8, 2e-5, at, at, None, 0, 0), 1),
+        "no output": (costs(at, 4, at, at, at, at, 4, 9, 128, 8, 2e-5, at, None, None, 0, 0), 2),
     }
     assert {what: got for what, (got, wanted) in codes.items() if got != wanted} == {}
     sentences = {either["error_string"](code) for code in range(7)}
@@ -305,7 +304,7 @@ def test_the_library_says_why_it_cannot_be_used(library_path, monkeypatch, tmp_p
         broken.write_bytes(b"nothing")
         assert status_of(broken)[1].startswith("built, but does not load")
         monkeypatch.setattr(cuda, "ABI_VERSION", 99)
-        assert "ABI version 1, this package needs 99" in status_of(library_path)[1]
+        assert "ABI version 2, this package needs 99" in status_of(library_path)[1]
         monkeypatch.undo()
         available, reason = status_of(library_path)
         assert available == (torch.cuda.is_available() and torch.version.cuda is not None)

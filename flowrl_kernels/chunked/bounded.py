@@ -46,8 +46,7 @@ def make_plan(
     norm of dlogits, and L2_SHARE * epsilon of its L2 norm (one heavy entry costs more than a thin tail)."""
     rest = -torch.expm1(target_logp)  # [R] non-target mass
     rest_low = (rest - SLACK).clamp_min_(0.0)
-    order = torch.arange(len(rest), device=rest.device)
-    cost, square = tile_costs(tile_lse, lse, target, target_logp, gradient, order, 1, columns // TILE)  # [R, tiles]
+    cost, square = tile_costs(tile_lse, lse, target, target_logp, gradient, columns // TILE)  # [R, tiles]
     norm = (2.0 * gradient * rest_low).sum(dtype=torch.float64)
     square_norm = (gradient * rest_low).double().square().sum()  # of the target entries alone: a lower bound
     active, spent = drop_lightest(cost, square, torch.stack([epsilon * norm, (L2_SHARE * epsilon) ** 2 * square_norm]))
@@ -158,7 +157,7 @@ def _compute(
             mine = by_target[cuts[tile] : cuts[tile + 1]]  # rows whose target is in this tile
             if dbias is not None:
                 dbias[start:stop] -= _per_column(bias_spread[runs, None], stop - start)[:, 0]
-                dbias.index_add_(0, target[mine], target_gradient[mine, 0])
+                tiles.add_rows(dbias, target[mine], target_gradient[mine, 0])
             if need_weight:
                 part = w.new_zeros(w.shape, dtype=lse.dtype) if part is None else part
                 part -= _per_column(spread[runs], stop - start)

@@ -1,5 +1,5 @@
-"""Routing of the bounded backward, on any device: which (row block, vocabulary tile) pairs to drop, the rest as lists;
-and sums over ragged sequences. The definition in torch of what csrc/routing.cuh computes, list for list.
+"""Routing of the bounded backward, on any device: which (row, vocabulary tile) pairs to drop, the rest as lists; and
+sums over ragged sequences. The definition in torch of what csrc/routing.cuh computes, list for list.
 
 Nothing here waits for the device. csrc/ has the same functions in CUDA (`flowrl_kernels.cuda.routing`).
 """
@@ -52,23 +52,19 @@ def tile_costs(
     target: Tensor,  # [R]; V or more where the row has none
     target_logp: Tensor,  # [R], -inf where the row has no target
     gradient: Tensor,  # [R] |grad| * logit_scale / temperature
-    order: Tensor,  # [R] the order in which rows are cut into blocks
-    block_rows: int,
     tile_runs: int,
 ) -> tuple[Tensor, Tensor]:
-    """Upper bounds of the non-target gradient mass per pair, and of its sum of squares. [blocks, tiles] fp64 each"""
+    """Upper bounds of the non-target gradient mass per pair, and of its sum of squares. [R, tiles] fp64 each"""
     num_tiles = -(-len(tile_lse) // tile_runs)
     padding = (0, num_tiles * tile_runs - len(tile_lse))
-    costs = gradient.new_zeros((-(-len(order) // block_rows), num_tiles), dtype=torch.float64)
-    squares = torch.zeros_like(costs)
-    step = max(1, ROWS_AT_ONCE // block_rows)  # blocks
-    for i, rows in enumerate(order.split(step * block_rows)):
-        mass = run_mass(lse[rows], tile_lse[:, rows], target[rows], target_logp[rows]) * gradient[rows, None]
-        mass = torch.nn.functional.pad(mass, (*padding, 0, -len(rows) % block_rows))
-        mass = mass.view(-1, block_rows, num_tiles, tile_runs).double()
-        own = slice(i * step, i * step + len(mass))
-        costs[own] = mass.sum((1, 3))
-        squares[own] = mass.square_().sum((1, 3))
+    costs = gradient.new_empty((len(lse), num_tiles), dtype=torch.float64)
+    squares = torch.empty_like(costs)
+    for low in range(0, len(lse), ROWS_AT_ONCE):
+        own = slice(low, low + ROWS_AT_ONCE)
+        mass = run_mass(lse[own], tile_lse[:, own], target[own], target_logp[own]) * gradient[own, None]
+        mass = torch.nn.functional.pad(mass, padding).view(-1, num_tiles, tile_runs).double()
+        costs[own] = mass.sum(2)
+        squares[own] = mass.square_().sum(2)
     return costs, squares
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 1  # FLOWRL_ABI_VERSION in csrc/flowrl.h
+ABI_VERSION = 2  # FLOWRL_ABI_VERSION in csrc/flowrl.h
 PATH = Path(__file__).parent / "libflowrl_cuda.so"
 
 _POINTER, _LONG, _SIZE, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t, ctypes.c_double
@@ -20,7 +20,7 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "tile_costs_workspace_size": (_LONG, [_LONG]),
     "tile_costs": (
         ctypes.c_int,
-        [_POINTER, _LONG, *[_POINTER] * 5, *[_LONG] * 5, _DOUBLE, _POINTER, _POINTER, *_SCRATCH],
+        [_POINTER, _LONG, *[_POINTER] * 4, *[_LONG] * 4, _DOUBLE, _POINTER, _POINTER, *_SCRATCH],
     ),
     "drop_lightest_workspace_size": (_LONG, [_LONG]),
     "drop_lightest": (ctypes.c_int, [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, *_SCRATCH]),

@@ -58,16 +58,14 @@ def tile_costs(
     target: Tensor,  # [R] int64
     target_logp: Tensor,  # [R] fp32
     gradient: Tensor,  # [R] fp32
-    order: Tensor,  # [R] int64
-    block_rows: int,
     tile_runs: int,
     slack: float,
 ) -> tuple[Tensor, Tensor]:
-    """Cost and squared cost per (row block, tile), fp64; equal to the torch ones up to the rounding of exp in fp32."""
-    if tile_lse.dim() != 2 or block_rows < 1 or tile_runs < 1:
+    """Cost and squared cost per (row, tile), fp64; equal to the torch ones up to the rounding of exp in fp32."""
+    if tile_lse.dim() != 2 or tile_runs < 1:
         raise ValueError(
-            "tile_lse, block_rows, tile_runs: wanted two dimensions and sizes of at least 1, got "
-            f"{tuple(tile_lse.shape)}, {block_rows}, {tile_runs}"
+            "tile_lse, tile_runs: wanted two dimensions and a size of at least 1, got "
+            f"{tuple(tile_lse.shape)}, {tile_runs}"
         )
     num_runs, num_rows = tile_lse.shape
     _check("tile_lse", tile_lse, [torch.float16], tile_lse.shape, tile_lse)
@@ -75,14 +73,12 @@ def tile_costs(
     _check("target", target, [torch.int64], [num_rows], tile_lse)
     _check("target_logp", target_logp, [torch.float32], [num_rows], tile_lse)
     _check("gradient", gradient, [torch.float32], [num_rows], tile_lse)
-    _check("order", order, [torch.int64], [num_rows], tile_lse)
-    shape = -(-num_rows // block_rows), -(-num_runs // tile_runs)
-    cost = torch.empty(shape, dtype=torch.float64, device=lse.device)
+    cost = torch.empty((num_rows, -(-num_runs // tile_runs)), dtype=torch.float64, device=lse.device)
     square = torch.empty_like(cost)
     _call(
         "tile_costs", lse, [num_rows],
-        tile_lse, num_rows, lse, target, target_logp, gradient, order,
-        num_rows, num_runs, TILE, block_rows, tile_runs, slack, cost, square,
+        tile_lse, num_rows, lse, target, target_logp, gradient,
+        num_rows, num_runs, TILE, tile_runs, slack, cost, square,
     )  # fmt: skip
     return cost, square
 

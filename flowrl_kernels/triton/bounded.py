@@ -102,9 +102,8 @@ def read_plan(plan: Plan, first_block: Tensor, live: Tensor, block_rows: int) ->
     return bool(values[0]), values[1:]
 
 
-def tile_costs(tile_lse, lse, target, target_logp, gradient, order, block_rows, tile_runs) -> tuple[Tensor, Tensor]:
-    """`chunked.routing.tile_costs` for blocks of one row in their own order, where tile_runs divides RUNS."""
-    assert block_rows == 1
+def tile_costs(tile_lse, lse, target, target_logp, gradient, tile_runs) -> tuple[Tensor, Tensor]:
+    """`chunked.routing.tile_costs` where tile_runs divides RUNS."""
     num_runs, n = tile_lse.shape
     num_tiles = triton.cdiv(num_runs, tile_runs)
     cost = torch.empty((n, num_tiles), dtype=torch.float64, device=lse.device)

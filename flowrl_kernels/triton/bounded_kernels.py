@@ -93,7 +93,7 @@ def costs_kernel(
     TILE_RUNS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """`chunked.routing.tile_costs` for blocks of one row."""
+    """`chunked.routing.tile_costs`."""
     num_chunks = tl.cdiv(num_tiles, TILES)
     i_row = tl.program_id(0) // num_chunks * BLOCK_M + tl.arange(0, BLOCK_M)
     tile0 = tl.program_id(0) % num_chunks * TILES
@@ -274,7 +274,8 @@ def sums_kernel(
     total = tl.zeros((WIDTH,), tl.float32)
     for block in range(first, last, BLOCK):
         i_block = block + tl.arange(0, BLOCK)
-        total += tl.sum(tl.load(part + i_block[:, None] * WIDTH + i_width[None, :], mask=(i_block < last)[:, None]), 0)
+        p_part = part + i_block[:, None] * WIDTH + i_width[None, :]
+        total += tl.sum(tl.load(p_part, mask=(i_block < last)[:, None], other=0.0), 0)
     tl.store(out + i_tile.to(tl.int64) * WIDTH + i_width, total)
 
 

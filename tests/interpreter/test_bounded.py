@@ -115,7 +115,7 @@ def test_costs_are_those_of_the_definition(tile_runs):
     logp = (-torch.rand(75, generator=make)).where(target < 2600, -torch.inf)
     gradient = torch.rand(75, generator=make)
     gradient[::5] = 0.0
-    arguments = (tile_lse, lse, target, logp, gradient, torch.arange(75), 1, tile_runs)
+    arguments = (tile_lse, lse, target, logp, gradient, tile_runs)
     for got, expected in zip(bounded.tile_costs(*arguments), routing.tile_costs(*arguments)):
         assert torch.allclose(got, expected, rtol=1e-5, atol=1e-12)
 
