@@ -1,5 +1,7 @@
 """Each kernel as it is shipped compiles for each architecture without a GPU; `make matrix` compiles all the rest."""
 
+import re
+
 import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed: what the kernels compile to is unproved")
@@ -20,6 +22,20 @@ def test_shipped_kernels_compile_without_spills_and_with_matrix_instructions(arc
     wrong = {f"{e.kernel} {e.dtype}": found for e in entries if (found := matrix.faults(e, 0 if pinned else 64))}
     assert not wrong
     assert any(e.dtype == "fp32" and e.kernel == matrix.FORWARD for e in entries)
+
+
+def test_the_single_pass_moves_whole_vectors_and_reads_a_step_before_it_writes_over_it(monkeypatch):
+    texts = []
+    monkeypatch.setattr(matrix, "describe", lambda kernel, *_: texts.append(kernel.asm["ptx"]))
+    with matrix.compiling("sm_90", "single pass", "bf16", "linear_residual.dlogits_in_place_kernel"):
+        matrix.linear_residual(matrix.torch.bfloat16, v=151937)  # odd: the buffer's width counts
+    (text,) = texts
+    read = text.rindex("ld.global.v4.b32")
+    barrier = re.search(r"\bbar(rier)?\.sync", text[read:])
+    written = text.index("st.global.v4.b32", read)
+    assert barrier is not None
+    assert read + barrier.start() < written
+    assert not re.search(r"(ld|st)\.global[.\w]*\.b16", text)
 
 
 def test_the_committed_table_covers_three_versions_and_keeps_the_shipped_kernels_clean():

@@ -295,3 +295,18 @@ def test_the_error_check_refuses_what_is_two_percent_off():
     with pytest.raises(AssertionError):
         assert_grad_close(torch.zeros_like(right), right, rel=1e-2)
     assert relative_error(right, right) == (0.0, 0.0)
+
+
+def test_float32_products_stay_exact_where_the_process_allows_others_by_torchs_newer_switches():
+    rooms = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    hidden, weight, target = torch.randn(40, 64), torch.randn(300, 64), torch.randint(300, (40,))
+    expected = linear_logprob(hidden, weight, target, impl="chunked").logp
+    before = [room.fp32_precision for room in rooms]
+    try:
+        rooms[0].fp32_precision, rooms[1].fp32_precision = "tf32", "bf16"
+        got = linear_logprob(hidden, weight, target, impl="chunked").logp
+        assert [room.fp32_precision for room in rooms] == ["tf32", "bf16"]
+    finally:
+        for room, precision in zip(rooms, before):
+            room.fp32_precision = precision
+    assert torch.equal(got, expected)

@@ -32,12 +32,15 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 @contextmanager
 def exact_products() -> Iterator[None]:
     """float32 products at float32 precision, whatever the process allows elsewhere (no TF32, no bf16 shortcuts)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    rooms = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [room.fp32_precision for room in rooms]  # torch's older switch for all of them raises where these were set
     try:
+        for room in rooms:
+            room.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for room, precision in zip(rooms, before):
+            room.fp32_precision = precision
 
 
 def operand(tensor: Tensor) -> Tensor:

@@ -30,9 +30,10 @@ from flowrl_kernels.types import TILE
 BLOCK, WARPS = 4096, 8  # columns a step: four 16-byte loads a thread in flight
 
 
-@triton.jit(do_not_specialize=["V", "temperature_stride"])
+# `width` is specialised: only a multiple of 16 makes loads and stores vectors
+@triton.jit(do_not_specialize=["temperature_stride"])
 def dlogits_in_place_kernel(
-    logits,  # [N, V] fp32 compact rows
+    logits,  # [N, width] fp32 compact rows, -inf from V on
     dz,  # the same memory as rows of the inputs' dtype
     order,  # [N]
     count,  # [1]
@@ -41,7 +42,7 @@ def dlogits_in_place_kernel(
     lse,  # [N]
     grad_logp,  # [N]
     factor,  # [1] power of two, or None
-    V,
+    width,
     stride_logits,
     stride_dz,
     temperature_stride,
@@ -49,16 +50,16 @@ def dlogits_in_place_kernel(
     softcap,
     BLOCK: tl.constexpr,
 ):
-    """g (1{v=y} - p_v) dz/d(h W^T + b) of one row, over its logits; 0 in rows that take no part."""
+    """g (1{v=y} - p_v) dz/d(h W^T + b) of one row, over its logits; 0 in rows that take no part, anything from V on."""
     i_row = tl.program_id(0).to(tl.int64)
     live = i_row < tl.load(count)
     source = tl.load(order + i_row)
     b_grad = tl.load(grad_logp + source, mask=live, other=0.0)
     p_dz = dz + i_row * stride_dz
     if b_grad == 0.0:
-        for v in range(0, V, BLOCK):
+        for v in range(0, width, BLOCK):
             i_col = v + tl.arange(0, BLOCK)
-            tl.store(p_dz + i_col, tl.zeros((BLOCK,), dz.dtype.element_ty), mask=i_col < V)
+            tl.store(p_dz + i_col, tl.zeros((BLOCK,), dz.dtype.element_ty), mask=i_col < width)
     else:
         b_target = tl.load(target + source)
         b_temperature = tl.load(temperature + source * temperature_stride)
@@ -67,9 +68,9 @@ def dlogits_in_place_kernel(
         if factor is not None:
             b_scale *= tl.load(factor)
         p_logits = logits + i_row * stride_logits
-        for v in range(0, V, BLOCK):
+        for v in range(0, width, BLOCK):
             i_col = v + tl.arange(0, BLOCK)
-            z = tl.load(p_logits + i_col, mask=i_col < V, other=0.0)
+            z = tl.load(p_logits + i_col, mask=i_col < width, other=0.0)
             # a step's dz lies over this step's logits or earlier ones: every thread has to have read its own
             tl.debug_barrier()
             d = b_grad * (tl.where(i_col == b_target, 1.0, 0.0) - tl.exp2((z - b_lse) * LOG2E))
@@ -77,7 +78,7 @@ def dlogits_in_place_kernel(
                 bend = z * tl.div_rn(b_temperature, softcap + tl.zeros_like(b_temperature))
                 d *= 1.0 - bend * bend
             d *= b_scale
-            tl.store(p_dz + i_col, d.to(dz.dtype.element_ty), mask=i_col < V)
+            tl.store(p_dz + i_col, d.to(dz.dtype.element_ty), mask=i_col < width)
 
 
 def linear_residual_fwd(
@@ -145,7 +146,7 @@ def linear_residual_fwd(
             dz = logits.view(dtype)
             dlogits_in_place_kernel[(high - low,)](
                 logits, dz, order, count, ids, degrees, lse, grad, factor,
-                v, logits.stride(0), dz.stride(0), int(degrees.shape[0] > 1), logit_scale, softcap,
+                logits.shape[1], logits.stride(0), dz.stride(0), int(degrees.shape[0] > 1), logit_scale, softcap,
                 BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
             dz = dz[:, :v]
