@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="the plain cases, few repeats, no sweeps")
     parser.add_argument("--repeats", type=int, default=None, help="timed runs each; 20 on a GPU, 5 on a CPU")
     parser.add_argument("--seconds", type=float, default=60.0, help="budget of one case's timing")
+    parser.add_argument("--broken", action="append", default=[], help="an implementation that a run lost the GPU to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory measurement")
@@ -57,14 +58,16 @@ def _device(wanted: str) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run what was asked for; returns an exit status: 1 if one of ours failed its check or a case broke."""
+    """Run what was asked for; returns an exit status: 1 if one of ours failed or a case broke, 3 if an
+    implementation broke the GPU's context (the last word printed names it): the rest wants a new process."""
     import torch
 
     from benchmarks import machine
     from benchmarks.cases import choose
     from benchmarks.peers import load
     from benchmarks.report import table
-    from benchmarks.run import Settings, run_case
+    from benchmarks.run import DeviceLost, Settings, run_case
+    from flowrl_kernels import backends
 
     device = _device(arguments.device)
     if arguments.list:
@@ -82,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     repeats = arguments.repeats or (20 if device == "cuda" else 3 if arguments.quick else 5)
     settings = Settings(
         device, repeats, arguments.seed, arguments.threads, not arguments.no_memory,
-        5.0 if arguments.quick else arguments.seconds,
+        5.0 if arguments.quick else arguments.seconds, tuple(arguments.broken),
     )  # fmt: skip
     now = datetime.datetime.now(datetime.UTC)
     document = {
@@ -91,6 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         "machine": machine.describe(device),
         "versions": machine.versions(),
         **machine.commit(),
+        "cuda_library": backends()["cuda"].available,
         "seed": arguments.seed,
         "load_at_start": machine.load(),
         "ceilings": machine.ceilings(device, arguments.quick),
@@ -103,6 +107,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{case.name}: {case.op} N={case.n} H={case.h} V={case.v} {case.dtype} {case.level}", flush=True)
         try:
             record = run_case(case, chosen, settings)
+        except DeviceLost as lost:
+            print(f"{lost}\nlost the GPU to {lost.peer}")
+            return 3
         except Exception as error:
             record = {**case.record(), "error": f"{type(error).__name__}: {error}", "implementations": {}}
         document["cases"].append(record)
@@ -119,11 +126,9 @@ def run(arguments: argparse.Namespace) -> int:
         for made in draw(document, arguments.out, name):
             print(f"plot: {made.name}")
     print(f"json: {path}")
-    failed = [
-        (c["name"], i) for c in document["cases"] for i, e in c["implementations"].items() if e["status"] == "failed"
-    ]
-    broken = [c["name"] for c in document["cases"] if "error" in c]
-    return 1 if broken or any(name.startswith("ours") for _, name in failed) else 0
+    entries = [(name, entry) for case in document["cases"] for name, entry in case["implementations"].items()]
+    wrong = any(name.startswith("ours") and entry["status"] in ("failed", "error") for name, entry in entries)
+    return 1 if wrong or any("error" in case for case in document["cases"]) else 0
 
 
 def _list_absent(document: dict) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import flowrl_kernels
 from benchmarks.peers import version_of
 
 PACKAGES = (
@@ -75,13 +76,16 @@ def describe(device: str) -> dict:
 def versions() -> dict[str, str]:
     found = {name: version_of(name) for name in PACKAGES}
     found["torch"] = torch.__version__
+    found["flowrl-kernels"] = flowrl_kernels.__version__  # a copy on the path has no metadata
     return {name: version for name, version in found.items() if version}
 
 
 def commit() -> dict:
-    """The commit, and whether the library's or the benchmark's files differ from it."""
+    """The commit, and whether the library's or the benchmark's files differ from it; COMMIT= names it for a copy
+    without git."""
     changed = _git("status", "--porcelain", "--", "flowrl_kernels", "benchmarks")
-    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changed) if changed is not None else None}
+    found = _git("rev-parse", "HEAD") or os.environ.get("COMMIT")
+    return {"commit": found, "dirty": bool(changed) if changed is not None else None}
 
 
 def load() -> list[float] | None:

@@ -1,7 +1,8 @@
 """Clocks and memory.
 
 Time: implementations take turns (A B C, C B A, ...), so a slow minute of the machine hits them all. On a GPU the
-time comes from events, after a write larger than the L2 cache. On a CPU the processor time goes beside the wall
+time comes from events, after a write larger than the L2 cache and a pause in which the host can enqueue: it is the
+device's work, plus whatever makes the device wait for the host. On a CPU the processor time goes beside the wall
 clock: on a busy machine the ratio of processor times is the steadier one.
 
 Memory: on a GPU the allocator's own peak. On a CPU the resident set, sampled every millisecond, in a fresh process
@@ -22,6 +23,7 @@ import torch
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 FLUSH_BYTES = 256 << 20  # larger than any L2 cache of today
+AHEAD = 10_000_000  # clock cycles of the pause, about 5 ms: else launches hide a residual's few microseconds
 
 
 class Clock:
@@ -37,6 +39,7 @@ class Clock:
             self.flush.zero_()
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
+            torch.cuda._sleep(AHEAD)
             start.record()
             made = run()
             stop.record()

@@ -39,24 +39,27 @@ def _ratio(entry: dict | None, base: dict | None, key: str) -> str:
     return f"{entry[key] / base[key]:.2f}"
 
 
-def _rate(entry: dict | None, case: dict, document: dict) -> str:
-    """Achieved rate and its share of the machine's own ceiling: FLOP/s of the exact work, or bytes/s."""
-    if not entry:
+def _rate(entry: dict, what: str, case: dict, document: dict) -> str:
+    """Achieved rate and its share of the machine's own ceiling: FLOP/s of the exact work, or bytes/s.
+
+    what: "forward" or "step".
+    """
+    if what not in entry:
         return "-"
-    seconds, ceilings = entry["median_s"], document["ceilings"]
-    if case["flops"]["step"]:
-        rate = case["flops"]["step"] / seconds
+    seconds, ceilings = entry[what]["median_s"], document["ceilings"]
+    if case["flops"][what]:
+        rate = case["flops"][what] / seconds
         ceiling = next((v for k, v in ceilings.items() if k.endswith("_flops") and case["dtype"] in k), None)
         text = f"{rate / 1e12:.3g} TFLOP/s"
     else:
-        rate, ceiling = case["bytes"]["step"] / seconds, ceilings["copy_bytes_per_s"]
+        rate, ceiling = case["bytes"][what] / seconds, ceilings["copy_bytes_per_s"]
         text = f"{rate / 1e9:.3g} GB/s"
     return text if not ceiling else f"{text} ({rate / ceiling:.0%})"
 
 
 HEADER = (
-    "implementation", "forward", "fwd+bwd", "x eager", "x eager, cpu time", "rate (of ceiling)", "extra memory",
-    "logp max", "logp mean", "dX", "dW",
+    "implementation", "forward", "fwd+bwd", "x eager", "x eager, cpu time", "forward rate", "rate (of ceiling)",
+    "extra memory", "logp max", "logp mean", "dX", "dW",
 )  # fmt: skip
 
 
@@ -71,10 +74,10 @@ def rows(case: dict, document: dict) -> list[tuple[str, ...]]:
         errors = entry.get("errors", {})
         shown = tuple(_number(errors.get(key)) for key in ("logp_max_abs", "logp_mean_abs", "dx_rel_l2", "dw_rel_l2"))
         if entry["status"] == "failed":
-            made.append((name, "FAILED", "; ".join(entry["failures"]), "-", "-", "-", "-", *shown))
+            made.append((name, "FAILED", "; ".join(entry["failures"]), *["-"] * 5, *shown))
             continue
         if entry["status"] == "error":
-            made.append((name, "error", entry["reason"][:60], *["-"] * 8))
+            made.append((name, "error", entry["reason"][:60], *["-"] * 9))
             continue
         step = entry.get("step")
         memory = entry.get("memory", {})
@@ -89,7 +92,8 @@ def rows(case: dict, document: dict) -> list[tuple[str, ...]]:
                 _time(step),
                 _ratio(step, base.get("step"), "median_s"),
                 _ratio(step, base.get("step"), "cpu_median_s"),
-                _rate(step, case, document),
+                _rate(entry, "forward", case, document),
+                _rate(entry, "step", case, document),
                 "error" if "error" in memory else size(memory.get("extra")),
                 *shown,
             )
@@ -137,12 +141,13 @@ def section(document: dict, source: str) -> str:
         if key.endswith("_flops")
     )
     lines = [
-        f"## {name}",
+        f"## {name}: {source.removesuffix('.json')}",
         "",
         f"`{source}`, {document['started'][:10]}, commit `{(document['commit'] or 'unknown')[:12]}`"
         + (" with uncommitted changes" if document["dirty"] else "")
         + f". {versions}. Ceilings measured in the same run: {rates}, "
-        f"copy {document['ceilings']['copy_bytes_per_s'] / 1e9:.3g} GB/s.",
+        f"copy {document['ceilings']['copy_bytes_per_s'] / 1e9:.3g} GB/s."
+        + (" Lists of the bounded backward by the CUDA library." if document.get("cuda_library") else ""),
     ]
     for case in document["cases"]:
         if "error" in case:

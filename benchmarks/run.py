@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @dataclass(frozen=True)
 class Settings:
     """device: "cpu" or "cuda". repeats: timed runs per implementation. seconds: rough budget per case, after which
-    no further repeats start (never fewer than three)."""
+    no further repeats start (never fewer than three). broken: implementations that lost the device before."""
 
     device: str
     repeats: int
@@ -31,6 +31,15 @@ class Settings:
     threads: int | None = None
     memory: bool = True
     seconds: float = 60.0
+    broken: tuple[str, ...] = ()
+
+
+class DeviceLost(RuntimeError):
+    """An implementation left the GPU's context broken: whatever this process did next would fail too."""
+
+    def __init__(self, peer: str, reason: str):
+        super().__init__(f"{peer} broke the device's context: {reason}")
+        self.peer = peer
 
 
 def returned_bytes(outcome: Outcome) -> int:
@@ -83,12 +92,14 @@ def run_case(case: Case, peers: list[Peer], settings: Settings, say=print) -> di
         entry = {"status": status, "reason": reason, "note": peer.note, "version": peer.version()}
         entry["per_token"], entry["recompute"] = peer.per_token, peer.recompute
         results[peer.name] = entry
-        if status != "ok":
+        if status == "ok" and peer.name in settings.broken:
+            entry["status"], entry["reason"] = "error", "broke the device's context"
+        if entry["status"] != "ok":
             continue
         try:
             entry.update(check(peer, case, made, answer))
         except Exception as error:
-            entry["status"], entry["reason"] = "error", _short(error)
+            _failed(peer.name, entry, error, device)
         _release(device)
         if entry["status"] == "ok":
             runnable.append(peer)
@@ -97,27 +108,41 @@ def run_case(case: Case, peers: list[Peer], settings: Settings, say=print) -> di
     del answer
     clock = measure.Clock(device)
     for what, backward in (("step", True), ("forward", False)):
-        mine = [p for p in runnable if backward or not p.grads_in_forward]
+        mine = [p for p in runnable if results[p.name]["status"] == "ok" and (backward or not p.grads_in_forward)]
         runs = {p.name: (lambda p=p, b=backward: p.run(case, made, b)) for p in mine}
-        if not runs:
-            continue
-        repeats = _repeats(runs, clock, settings)
+        repeats = _repeats(runs, clock, settings, results)
         for name, times in measure.take_turns(runs, clock, repeats).items():
             results[name][what] = times
     for peer in runnable if settings.memory else ():
-        results[peer.name]["memory"] = _memory(peer, case, made, settings)
+        if results[peer.name]["status"] == "ok":
+            _release(device)
+            results[peer.name]["memory"] = _memory(peer, case, made, settings)
     record["load"] = {"before": load_before, "after": machine.load()}
     _release(device)
     return record
 
 
-def _repeats(runs: dict, clock: measure.Clock, settings: Settings) -> int:
-    """One warm-up turn of each, which also says how many turns fit the budget."""
+def _repeats(runs: dict, clock: measure.Clock, settings: Settings, results: dict) -> int:
+    """One warm-up turn of each, which also says how many turns fit the budget; one that fails is taken out."""
     begin = time.perf_counter()
-    for run in runs.values():
-        clock(run)
+    for name, run in list(runs.items()):
+        try:
+            clock(run)
+        except Exception as error:
+            del runs[name]
+            _failed(name, results[name], error, settings.device)
     turn = time.perf_counter() - begin
     return max(3, min(settings.repeats, int(settings.seconds / max(turn, 1e-9))))
+
+
+def _failed(name: str, entry: dict, error: Exception, device: str) -> None:
+    """Record the error; raises DeviceLost if the GPU answers no more."""
+    entry["status"], entry["reason"] = "error", _short(error)
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            raise DeviceLost(name, entry["reason"]) from error
 
 
 def _short(error: BaseException) -> str:

@@ -159,6 +159,47 @@ def test_an_implementation_that_is_wrong_gets_no_speed():
     json.dumps(record)
 
 
+def test_an_implementation_that_breaks_while_it_is_timed_is_an_error_and_the_others_are_timed():
+    calls = []
+
+    def tires(case, made):
+        calls.append(1)
+        if len(calls) > 2:  # its check is over
+            raise RuntimeError("out of memory, say")
+        return eager_forward(case, made)
+
+    results = run.run_case(TINY, [_peer("tires", tires), _peer("eager", eager_forward)], SETTINGS)["implementations"]
+    assert results["tires"]["status"] == "error"
+    assert {"step", "forward"} <= set(results["eager"])
+
+
+def test_a_broken_gpu_context_ends_the_run_and_names_who_broke_it(monkeypatch, tmp_path, capsys):
+    def dead():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    peers = {"ours-bad": _peer("ours-bad", _broken), "eager": _peer("eager", eager_forward)}
+    monkeypatch.setattr(torch.cuda, "synchronize", dead)
+    entry = {}
+    with pytest.raises(run.DeviceLost, match="ours-bad broke the device's context: RuntimeError: out of memory, say"):
+        run._failed("ours-bad", entry, RuntimeError("out of memory, say"), "cuda")
+    assert entry["status"] == "error"
+
+    def lose(case, chosen, settings):
+        raise run.DeviceLost("ours-bad", "illegal memory access")
+
+    monkeypatch.setattr("benchmarks.peers.load", lambda: peers)
+    monkeypatch.setitem(CASES, "tiny", TINY)
+    arguments = ["--case", "tiny", "--quick", "--device", "cpu", "--no-memory", "--no-plots", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "run_case", lose)
+        assert cli.main(arguments) == 3
+    assert capsys.readouterr().out.split()[-1] == "ours-bad"
+    assert cli.main([*arguments, "--tag", "rest", "--broken", "ours-bad"]) == 1  # one of ours is missing
+    results = json.loads((tmp_path / "rest.json").read_text())["cases"][0]["implementations"]
+    assert results["ours-bad"]["reason"] == "broke the device's context"
+    assert results["eager"]["status"] == "ok"
+
+
 @pytest.mark.parametrize("op", ["linear_logprob", "logprob"])
 def test_ours_passes_its_check_in_every_implementation_that_runs(op):
     case = TINY if op == "linear_logprob" else Case("tiny-logits", "logprob", "cpu", 40, 0, 300, sequences=4)
@@ -283,7 +324,7 @@ def test_gpu_check_asks_for_cases_and_implementations_that_exist():
         assert all(case.device == "cuda" for case in choose([name], "cuda", quick=False)), name
     peers = load()
     assert {"ours-triton-bounded", "ours-triton-loss-single-pass"} <= set(peers)
-    for name in re.findall(r"--impl (\S+)", script):
+    for name in re.findall(r"--impl ([\w.-]+)", script):
         assert name in peers
     # what the bars are about is asked for, by case, of the implementations that can do it
     bars = {
