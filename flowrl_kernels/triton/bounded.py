@@ -149,7 +149,8 @@ def bounded_backward(
     target_kernel[(triton.cdiv(n, 64),)](
         hidden, weight, bias, target, temperature, lse, target_logp,
         n, v, h, hidden.stride(0), weight.stride(0), int(temperature.shape[0] > 1), logit_scale,
-        BLOCK=64, BLOCK_K=min(tile.block_k, 64), num_warps=4, enable_fp_fusion=False,
+        BLOCK=64, BLOCK_K=min(tile.block_k, 64), num_warps=4, num_stages=tiles.pair_tile(tile).num_stages,
+        enable_fp_fusion=False,
     )  # fmt: skip
     chosen = route(device)
     plan = make_plan(
@@ -247,7 +248,10 @@ def _compute(
         owed = _owed(batch, active, tile_lse, still, dropped=True)
         matmul_into(acc, owed, _run_means(weight, owed.shape[1]), add=True)
         dhidden = torch.empty(n, h, dtype=x.dtype, device=device)
-        finish_kernel[(n,)](acc, weight, target, target_gradient, inverse, dhidden, v, h, weight.stride(0), BLOCK=1024)
+        finish_kernel[(n,)](
+            acc, weight, target, target_gradient, inverse, dhidden, v, h, weight.stride(0),
+            BLOCK=1024, enable_fp_fusion=False,
+        )  # fmt: skip
     if bias_sums is not None and bias_spread is not None:
         width = torch.full((num_runs,), float(TILE), **new)
         width[-1:] = v - TILE * (num_runs - 1)
@@ -310,7 +314,9 @@ def _slab(
         )  # fmt: skip
         del part
     if bias_sums is not None:
-        sums_kernel[(last - first,)](part_bias, blocks, bias_sums[first:last], WIDTH=COLUMNS, BLOCK=4)
+        sums_kernel[(last - first,)](
+            part_bias, blocks, bias_sums[first:last], WIDTH=COLUMNS, BLOCK=4, enable_fp_fusion=False
+        )
     if dweight is not None:
         by_target = torch.argsort(target, stable=True)
         edges = torch.arange(0, v + TILE, TILE, device=device).clamp_max_(v)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flowrl_kernels.triton.primitives import LOG2E, activate, row_factor
+from flowrl_kernels.triton.primitives import LOG2E, activate, matmul_tile, row_factor
 
 
 @triton.jit(do_not_specialize=["N", "V", "temperature_stride"])
@@ -163,40 +163,6 @@ def owed_kernel(
         tl.store(p_out, owed.to(out.dtype.element_ty), mask=(i_run < stride_out)[:, None] & inside[None, :])
 
 
-@triton.jit
-def _gathered_tile(
-    x, w, i_row, col0, V, H, stride_x, stride_w,
-    DESCRIPTOR: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """x[i_row, :] @ w[col0:, :].T in fp32, [BLOCK_M, BLOCK_N]; columns out of range hold anything finite."""
-    i_k = tl.arange(0, BLOCK_K)
-    p_x = x + i_row[:, None].to(tl.int64) * stride_x + i_k[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if DESCRIPTOR:
-        for k in range(0, H, BLOCK_K):
-            if EVEN_K:
-                b_x = tl.load(p_x)
-            else:
-                b_x = tl.load(p_x, mask=i_k[None, :] < H - k, other=0.0)
-            b_w = w.load([col0, k])
-            acc = tl.dot(b_x, b_w.T, acc, input_precision="ieee")
-            p_x += BLOCK_K
-    else:
-        i_col = tl.minimum(col0 + tl.arange(0, BLOCK_N), V - 1).to(tl.int64)
-        p_w = w + i_col[None, :] * stride_w + i_k[:, None]
-        for k in range(0, H, BLOCK_K):
-            if EVEN_K:
-                b_x = tl.load(p_x)
-                b_w = tl.load(p_w)
-            else:
-                b_x = tl.load(p_x, mask=i_k[None, :] < H - k, other=0.0)
-                b_w = tl.load(p_w, mask=i_k[:, None] < H - k, other=0.0)
-            acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
-            p_x += BLOCK_K
-            p_w += BLOCK_K
-    return acc
-
-
 @triton.jit(do_not_specialize=["V"])
 def pairs_kernel(
     x,  # [N, H]
@@ -236,7 +202,9 @@ def pairs_kernel(
         i_slot = tl.load(block_slot + i_block) + tl.arange(0, BLOCK_M)
         held = i_slot < tl.load(offsets + i_tile + 1)
         i_row = tl.load(slot_row + i_slot, mask=held, other=0)
-        acc = _gathered_tile(x, w, i_row, col0, V, H, stride_x, stride_w, DESCRIPTOR, EVEN_K, BLOCK_M, TILE, BLOCK_K)
+        acc = matmul_tile(
+            x, w, i_row, col0, 0, V, H, stride_x, stride_w, True, DESCRIPTOR, EVEN_K, BLOCK_M, TILE, BLOCK_K
+        )  # fmt: skip
         b_target = tl.load(target + i_row, mask=held, other=0).to(tl.int32)
         b_lse = tl.load(lse + i_row, mask=held, other=float("inf"))
         b_factor = tl.load(factor + i_row, mask=held, other=1.0)
@@ -453,7 +421,7 @@ def columns_kernel(
                 acc = tl.dot(b_dz, b_x, acc, input_precision="ieee")
         i_run = col0 // TILE
         last = tl.load(cuts + i_run + 1).to(tl.int32)
-        for place in tl.range(tl.load(cuts + i_run).to(tl.int32), last, BLOCK_K, num_stages=2):  # saves registers
+        for place in tl.range(tl.load(cuts + i_run).to(tl.int32), last, BLOCK_K, num_stages=1):  # few; saves registers
             held = place + i_k < last
             i_row = tl.load(by_target + place + i_k, mask=held, other=0)
             b_target = tl.load(target + i_row, mask=held, other=-1)

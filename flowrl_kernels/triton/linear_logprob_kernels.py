@@ -143,7 +143,7 @@ def forward_kernel(
             col0 = i_tile * BLOCK_N
             acc = matmul_tile(
                 x, w, i_block * BLOCK_M, col0, N, V, H, stride_x, stride_w,
-                DESCRIPTOR, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+                False, DESCRIPTOR, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             if BLOCK_N == 2 * TILE:
                 left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, TILE)), (0, 2, 1)))
@@ -290,7 +290,7 @@ def dlogits_kernel(
         col0 = col_begin + i_tile * BLOCK_N
         acc = matmul_tile(
             x, w, i_block * BLOCK_M, col0, N, V, tl.where(i_block * BLOCK_M < num_live, H, 0), stride_x, stride_w,
-            DESCRIPTOR, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            False, DESCRIPTOR, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         source = tl.load(order + i_row, mask=live, other=0)
         b_target = tl.load(target + source, mask=live, other=-1).to(tl.int32)

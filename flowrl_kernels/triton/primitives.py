@@ -38,42 +38,48 @@ def round_up_fp16(x):
 def matmul_tile(
     x,  # [N, H], descriptor or pointer
     w,  # [V, H], descriptor or pointer
-    row0,
+    rows,  # the first row of x; with LIST each of them, [BLOCK_M]
     col0,
     N,
     V,
     H,
     stride_x,
     stride_w,
+    LIST: tl.constexpr,  # x is a pointer then
     DESCRIPTOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """x[row0:, :] @ w[col0:, :].T in fp32, [BLOCK_M, BLOCK_N]; rows and columns out of range hold anything finite."""
+    """x[rows, :] @ w[col0:, :].T in fp32, [BLOCK_M, BLOCK_N]; rows and columns out of range hold anything finite."""
+    ROWS: tl.constexpr = DESCRIPTOR and not LIST  # of x by descriptor too
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if DESCRIPTOR:
-        for k in range(0, H, BLOCK_K):
-            b_x = x.load([row0, k])
-            b_w = w.load([col0, k])
-            acc = tl.dot(b_x, b_w.T, acc, input_precision="ieee")
-    else:
-        # clamped instead of masked: the caller discards what lies outside
-        i_row = tl.minimum(row0 + tl.arange(0, BLOCK_M), N - 1).to(tl.int64)
-        i_col = tl.minimum(col0 + tl.arange(0, BLOCK_N), V - 1).to(tl.int64)
-        i_k = tl.arange(0, BLOCK_K)
+    # clamped instead of masked: the caller discards what lies outside
+    i_row = (rows if LIST else tl.minimum(rows + tl.arange(0, BLOCK_M), N - 1)).to(tl.int64)
+    i_col = tl.minimum(col0 + tl.arange(0, BLOCK_N), V - 1).to(tl.int64)
+    i_k = tl.arange(0, BLOCK_K)
+    if not ROWS:
         p_x = x + i_row[:, None] * stride_x + i_k[None, :]
+    if not DESCRIPTOR:
         p_w = w + i_col[None, :] * stride_w + i_k[:, None]
-        for k in range(0, H, BLOCK_K):
-            if EVEN_K:
-                b_x = tl.load(p_x)
-                b_w = tl.load(p_w)
-            else:
-                b_x = tl.load(p_x, mask=i_k[None, :] < H - k, other=0.0)
-                b_w = tl.load(p_w, mask=i_k[:, None] < H - k, other=0.0)
-            acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
+    for k in range(0, H, BLOCK_K):
+        if ROWS:
+            b_x = x.load([rows, k])
+        elif EVEN_K:
+            b_x = tl.load(p_x)
+        else:
+            b_x = tl.load(p_x, mask=i_k[None, :] < H - k, other=0.0)
+        if DESCRIPTOR:
+            b_w = w.load([col0, k]).T
+        elif EVEN_K:
+            b_w = tl.load(p_w)
+        else:
+            b_w = tl.load(p_w, mask=i_k[:, None] < H - k, other=0.0)
+        acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
+        if not ROWS:
             p_x += BLOCK_K
+        if not DESCRIPTOR:
             p_w += BLOCK_K
     return acc
 
@@ -149,8 +155,9 @@ def gather_rows(source: Tensor, order: Tensor, count: Tensor) -> Tensor:
     """source [N, H] in compact order, contiguous and zero from `count` on."""
     out = torch.empty(source.shape, dtype=source.dtype, device=source.device)
     move_rows_kernel[(source.shape[0],)](
-        source, out, order, count, None, source.shape[1], source.stride(0), out.stride(0), GATHER=True, BLOCK=1024
-    )
+        source, out, order, count, None, source.shape[1], source.stride(0), out.stride(0),
+        GATHER=True, BLOCK=1024, enable_fp_fusion=False,
+    )  # fmt: skip
     return out
 
 
@@ -161,6 +168,7 @@ def scatter_rows(
     if out is None:
         out = torch.empty(source.shape, dtype=dtype, device=source.device)
     move_rows_kernel[(source.shape[0],)](
-        source, out, order, count, factor, source.shape[1], source.stride(0), out.stride(0), GATHER=False, BLOCK=1024
-    )
+        source, out, order, count, factor, source.shape[1], source.stride(0), out.stride(0),
+        GATHER=False, BLOCK=1024, enable_fp_fusion=False,
+    )  # fmt: skip
     return out
