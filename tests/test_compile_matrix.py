@@ -38,6 +38,28 @@ def test_the_single_pass_moves_whole_vectors_and_reads_a_step_before_it_writes_o
     assert not re.search(r"(ld|st)\.global[.\w]*\.b16", text)
 
 
+def sums(ttgir):
+    """The reductions over a tile's columns, each with its operator and the layout, which fixes the order it adds in."""
+    layouts = dict(re.findall(r"^(#\w+) = (.+)$", ttgir, re.MULTILINE))
+    found = [
+        re.search(r"(arith\.\w+).*?: \(tensor<(\w+), (#\w+)>\) ->", part, re.DOTALL)
+        for part in ttgir.split('"tt.reduce"')[1:]
+    ]
+    return {(one[1], one[2], layouts[one[3]]) for one in found if one is not None and one[2].endswith("xf32")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_no_flag_changes_the_layout_in_which_a_row_adds_up(arch, monkeypatch):
+    texts = []
+    monkeypatch.setattr(matrix, "describe", lambda kernel, *_: texts.append(kernel.asm["ttgir"]))
+    for case in ("plain", "entropy+stats", "single pass"):
+        matrix.compile_case(case, "bf16", arch, matrix.FORWARD)
+    plain, *others = map(sums, texts)
+    assert {operator for operator, _, _ in plain} == {"arith.addf", "arith.maxnumf"}
+    assert others == [plain, plain]
+
+
 def test_the_committed_table_covers_three_versions_and_keeps_the_shipped_kernels_clean():
     table = matrix.load()
     assert set(table) >= {"3.6.0", "3.7.1", "3.9.0"}
