@@ -1,5 +1,9 @@
-"""Runs each file of tests/interpreter in a process of its own: the interpreter is chosen when triton is imported."""
+"""Runs each file of tests/interpreter in a process of its own: the interpreter is chosen when triton is imported.
 
+Then what it cannot see: it loads zeros where a load is masked and says nothing else, and fuses nothing.
+"""
+
+import ast
 import os
 import subprocess
 import sys
@@ -28,6 +32,25 @@ def test_the_kernels_are_right_under_the_interpreter(file):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout, done.stdout
+
+
+def calls():
+    for file in sorted((ROOT / "flowrl_kernels" / "triton").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call):
+                yield f"{file.name}:{node.lineno}", ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
+
+
+def test_every_masked_load_says_what_it_gives_where_it_is_off():
+    loads = [(place, names) for place, function, names in calls() if function == "tl.load"]
+    assert len(loads) > 100
+    assert [place for place, names in loads if "mask" in names and "other" not in names] == []
+
+
+def test_every_launch_leaves_multiply_adds_as_they_are_written():
+    launches = [(place, names) for place, function, names in calls() if "_kernel[" in function]
+    assert len(launches) > 15
+    assert [place for place, names in launches if not names & {"enable_fp_fusion", None}] == []  # None: ** of settings
 
 
 def test_the_kernel_folder_does_not_shadow_triton():
