@@ -86,18 +86,18 @@ if [[ $mode == bench ]]; then
     [[ $code == 0 && ${#broken[@]} == 0 ]] || status=1
   }
   ours=(--impl eager --impl ours-triton)
-  # the bars: exact forward and backward, single pass, bounded; then bandwidth, precision
-  run exact --case qwen2.5-7b-8k --case llama-3.1-8b-8k --repeats 15 --seconds 10 "${ours[@]}"
-  run loss --case llama-3.1-8b-8k-loss --repeats 15 --seconds 10 \
-    --impl eager-loss --impl ours-triton-loss --impl ours-triton-loss-single-pass
+  command -v nvcc >/dev/null && rm -f flowrl_kernels/cuda/libflowrl_cuda.so  # lists by torch first, then by the library
+  # the bars: exact forward and backward, single pass, bandwidth; bounded; precision
+  run exact --case qwen2.5-7b-8k --case llama-3.1-8b-8k --case llama-3.1-8b-8k-loss --case logprob-8k \
+    --case residual-256x8192 --repeats 15 --seconds 10 "${ours[@]}" --impl eager-loss --impl ours-triton-loss \
+    --impl ours-triton-loss-single-pass --impl eager-residual --impl ours-triton-residual
   run bounded --case 'qwen2.5-7b-32k-bounded-0.01' --case 'qwen2.5-7b-32k-bounded-zipf1.2' --repeats 7 --seconds 10 \
     "${ours[@]}" --impl ours-triton-bounded
-  run rows --case logprob-8k --case residual-256x8192 --repeats 20 --seconds 10 "${ours[@]}" \
-    --impl eager-residual --impl ours-triton-residual
   run precision --case 'precision-*' --repeats 3 --seconds 3 --no-memory "${ours[@]}" --impl eager-fp32-head
   build_csrc
   run bounded-csrc --case 'qwen2.5-7b-32k-bounded-0.01' --case 'qwen2.5-7b-32k-bounded-zipf1.2' --repeats 7 \
     --seconds 10 --no-memory --impl ours-triton-bounded
+  (($(left) > 60)) && within 60 "$python" csrc/measure.py --out "$out/csrc.json"
   # beside every peer
   run peers --case qwen2.5-7b-8k --case llama-3.1-8b-8k --repeats 7 --seconds 15
   run options --case qwen2.5-7b-8k-entropy --case qwen2.5-7b-8k-frozen --case qwen2.5-1.5b-8k --case qwen2.5-32b-8k \
