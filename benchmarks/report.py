@@ -13,7 +13,7 @@ def _time(entry: dict | None) -> str:
     if not entry:
         return "-"
     median = entry["median_s"]
-    unit, factor = ("s", 1.0) if median >= 1 else ("ms", 1e3)
+    unit, factor = ("s", 1.0) if median >= 1 else ("ms", 1e3) if median >= 1e-4 else ("µs", 1e6)
     spread = (entry["max_s"] - entry["min_s"]) / 2 * factor
     digits = 2 if median * factor < 100 else 0
     return f"{median * factor:.{digits}f} ±{spread:.{digits}f} {unit}"
