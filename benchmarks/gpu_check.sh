@@ -86,7 +86,6 @@ if [[ $mode == bench ]]; then
     [[ $code == 0 && ${#broken[@]} == 0 ]] || status=1
   }
   ours=(--impl eager --impl ours-triton)
-  command -v nvcc >/dev/null && rm -f flowrl_kernels/cuda/libflowrl_cuda.so  # lists by torch first, then by the library
   # the bars: exact forward and backward, single pass, bandwidth; bounded; precision
   run exact --case qwen2.5-7b-8k --case llama-3.1-8b-8k --case llama-3.1-8b-8k-loss --case logprob-8k \
     --case residual-256x8192 --repeats 15 --seconds 10 "${ours[@]}" --impl eager-loss --impl ours-triton-loss \
@@ -94,12 +93,17 @@ if [[ $mode == bench ]]; then
   run bounded --case 'qwen2.5-7b-32k-bounded-0.01' --case 'qwen2.5-7b-32k-bounded-zipf1.2' --repeats 7 --seconds 10 \
     "${ours[@]}" --impl ours-triton-bounded
   run precision --case 'precision-*' --repeats 3 --seconds 3 --no-memory "${ours[@]}" --impl eager-fp32-head
-  build_csrc
-  run bounded-csrc --case 'qwen2.5-7b-32k-bounded-0.01' --case 'qwen2.5-7b-32k-bounded-zipf1.2' --repeats 7 \
-    --seconds 10 --no-memory --impl ours-triton-bounded
+  if [[ ! -e flowrl_kernels/cuda/libflowrl_cuda.so ]]; then  # else `bounded` had its lists already
+    build_csrc
+    run bounded-csrc --case 'qwen2.5-7b-32k-bounded-0.01' --case 'qwen2.5-7b-32k-bounded-zipf1.2' --repeats 7 \
+      --seconds 10 --no-memory --impl ours-triton-bounded
+  fi
   (($(left) > 60)) && within 60 "$python" csrc/measure.py --out "$out/csrc.json"
-  # beside every peer
-  run peers --case qwen2.5-7b-8k --case llama-3.1-8b-8k --repeats 7 --seconds 15
+  # beside every peer; our torch path is none, and so slow here that it would leave the others three repeats
+  run peers --case qwen2.5-7b-8k --case llama-3.1-8b-8k --repeats 7 --seconds 20 "${ours[@]}" \
+    --impl eager-fp32-head --impl torch.compile --impl F.linear_cross_entropy --impl F.linear_cross_entropy-chunked \
+    --impl F.linear_cross_entropy-mean --impl liger-flce --impl liger-scaled-ce --impl liger-chunked-grpo --impl cce \
+    --impl cce-exact --impl trl-chunked --impl verl-triton --impl verl-torch --impl quack --impl quack-scaled-exp
   run options --case qwen2.5-7b-8k-entropy --case qwen2.5-7b-8k-frozen --case qwen2.5-1.5b-8k --case qwen2.5-32b-8k \
     --repeats 5 --seconds 5 "${ours[@]}"
   run scaling --case 'qwen2.5-7b-*-scaling' --repeats 5 --seconds 8 "${ours[@]}" \

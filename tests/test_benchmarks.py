@@ -324,8 +324,9 @@ def test_gpu_check_asks_for_cases_and_implementations_that_exist():
         assert all(case.device == "cuda" for case in choose([name], "cuda", quick=False)), name
     peers = load()
     assert {"ours-triton-bounded", "ours-triton-loss-single-pass"} <= set(peers)
-    for name in re.findall(r"--impl ([\w.-]+)", script):
-        assert name in peers
+    asked = re.findall(r"--impl ([\w.-]+)", script)
+    assert set(asked) <= set(peers)
+    assert {name for name, peer in peers.items() if not name.startswith("ours")} <= set(asked)
     # what the bars are about is asked for, by case, of the implementations that can do it
     bars = {
         "llama-3.1-8b-8k-loss": "ours-triton-loss-single-pass",
@@ -356,6 +357,23 @@ def test_gpu_check_ends_at_its_limit_and_leaves_json_whatever_hangs(mode, tmp_pa
         assert set(said.values()) >= {"not run"}
     else:
         assert 124 in said.values()
+
+
+def test_gpu_check_leaves_what_broke_the_gpu_out_of_a_second_try(tmp_path):
+    python = tmp_path / "python"  # loses the GPU to cce wherever it may run
+    python.write_text(
+        '#!/bin/sh\n[ "$1 $2" = "-m benchmarks" ] || exit 0\n'
+        'case "$*" in *"--broken cce"*) exit 0;; *"--impl cce"*) echo "lost the GPU to cce"; exit 3;; esac\n'
+    )
+    python.chmod(0o755)
+    made = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu_check.sh"), "bench", str(tmp_path)],
+        capture_output=True, text=True, env={**os.environ, "PYTHON": str(python)}, timeout=60,
+    )  # fmt: skip
+    assert made.returncode == 1
+    assert made.stdout.count("lost the GPU to cce") == 2  # peers, scaling
+    said = json.loads((tmp_path / "bench.json").read_text())
+    assert {said[tag] for tag in ("exact", "bounded", "precision", "peers", "scaling")} == {"exit 0"}
 
 
 def test_gpu_check_refuses_a_mode_it_does_not_know(tmp_path):
