@@ -56,7 +56,7 @@ def test_logp_is_as_exact_as_fp32_logits_from_the_same_tensor_cores(peak):
     assert ours.max() <= 1.5 * fp32.max() + 1e-5
     largest = (hidden.double() @ weight.double().t()).abs().amax(1)
     rows = (largest > 16) & (largest < 40)
-    if rows.any():
+    if rows.sum() > 50:
         eager = error(hidden @ weight.t())[rows]
         assert 100 * ours[rows].max() < eager.max()
         assert 100 * ours[rows].mean() < eager.mean()
