@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed: what the kernels compile to is unproved")
 matrix = pytest.importorskip("tests.compile_matrix")
@@ -28,7 +29,7 @@ def test_the_single_pass_moves_whole_vectors_and_reads_a_step_before_it_writes_o
     texts = []
     monkeypatch.setattr(matrix, "describe", lambda kernel, *_: texts.append(kernel.asm["ptx"]))
     with matrix.compiling("sm_90", "single pass", "bf16", "linear_residual.dlogits_in_place_kernel"):
-        matrix.linear_residual(matrix.torch.bfloat16, v=151937)  # odd: the buffer's width counts
+        matrix.linear_residual(torch.bfloat16, v=151937)  # odd: the buffer's width counts
     (text,) = texts
     read = text.rindex("ld.global.v4.b32")
     barrier = re.search(r"\bbar(rier)?\.sync", text[read:])
@@ -58,6 +59,31 @@ def test_no_flag_changes_the_layout_in_which_a_row_adds_up(arch, monkeypatch):
     plain, *others = map(sums, texts)
     assert {operator for operator, _, _ in plain} == {"arith.addf", "arith.maxnumf"}
     assert others == [plain, plain]
+
+
+def test_an_odd_number_of_rows_leaves_every_pointer_aligned_so_that_nothing_compiles_again(monkeypatch):
+    from flowrl_kernels.triton import linear_logprob, logprob
+
+    seen = []
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *arguments, **settings: seen.extend(a for a in arguments if isinstance(a, torch.Tensor))
+
+    for room, name in (
+        (linear_logprob, "forward_kernel"),
+        (linear_logprob, "merge_kernel"),
+        (logprob, "forward_kernel"),
+    ):
+        monkeypatch.setattr(room, name, Spy())
+    monkeypatch.setattr(linear_logprob, "gather_rows", lambda source, *_: source)
+    target, temperature = torch.zeros(5, dtype=torch.int64), torch.ones(1)
+    linear_logprob.linear_logprob_fwd(
+        torch.zeros(5, 16), torch.zeros(300, 16), target, None, temperature, 1.0, None, True, True
+    )
+    logprob.logprob_fwd(torch.zeros(5, 300), target, temperature, None, True)
+    assert len(seen) > 20
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in seen)
 
 
 def test_the_committed_table_covers_three_versions_and_keeps_the_shipped_kernels_clean():

@@ -64,6 +64,8 @@ class Batch(NamedTuple):
     lse: Tensor  # [N]; inf in rows that take no part
     factor: Tensor  # [N] logit_scale / temperature
     scale: Tensor  # [N] gradient by the products, times the float16 factor
+    by_target: Tensor  # [N] rows by rising target
+    cuts: Tensor  # [runs + 1] first place in by_target of each run of TILE columns
 
 
 class Lists(NamedTuple):
@@ -166,6 +168,8 @@ def bounded_backward(
     inverse = None
     if fp16_factor is not None:
         scale, inverse = scale * fp16_factor, 1.0 / fp16_factor
+    by_target = torch.argsort(target, stable=True)
+    edges_of_runs = torch.arange(0, v + TILE, TILE, device=device).clamp_max_(v)
     batch = Batch(
         torch.where(live[:, None], hidden, 0.0),
         target,
@@ -174,6 +178,8 @@ def bounded_backward(
         torch.where(live, lse, torch.inf),
         factor.contiguous(),
         scale,
+        by_target,
+        torch.searchsorted(target[by_target], edges_of_runs),
     )
     shift = first_block[:-1] * tile.block_m - made.block_offsets[:-1]
     lists = Lists(*made, first_block, shift, edges)
@@ -220,7 +226,7 @@ def _compute(
     batch: Batch, active: Tensor, lists: Lists, weight: Tensor, bias: Tensor | None, tile_lse: Tensor,
     tile: tiles.Tile, inverse: Tensor | None, dweight: Tensor | None, add: bool, need_hidden: bool, need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    x, target, target_logp, target_gradient, _, _, scale = batch
+    x, target, target_logp, target_gradient, _, _, scale, _, _ = batch
     (n, h), v, device = x.shape, weight.shape[0], x.device
     num_tiles, num_runs = active.shape[1], len(tile_lse)
     new = {"dtype": torch.float32, "device": device}
@@ -318,13 +324,11 @@ def _slab(
             part_bias, blocks, bias_sums[first:last], WIDTH=COLUMNS, BLOCK=4, enable_fp_fusion=False
         )
     if dweight is not None:
-        by_target = torch.argsort(target, stable=True)
-        edges = torch.arange(0, v + TILE, TILE, device=device).clamp_max_(v)
-        cuts = torch.searchsorted(target[by_target], edges)
         lines = torch.argsort(blocks.diff(), descending=True, stable=True) + first
         height, step = min(block_m, TILE), min(block_k, block_m)
         columns_kernel[(len(lines) * (COLUMNS // height) * heights,)](
-            operand(dz, step, height), x, lines, lists.offsets, lists.shift, lists.slot_row, by_target, cuts, target,
-            batch.target_gradient, spread, inverse, dweight, base, v, h, x.stride(0), dweight.stride(0), heights,
+            operand(dz, step, height), x, lines, lists.offsets, lists.shift, lists.slot_row, batch.by_target,
+            batch.cuts, target, batch.target_gradient, spread, inverse, dweight,
+            base, v, h, x.stride(0), dweight.stride(0), heights,
             ADD=add, BLOCK_C=height, BLOCK_K=step, TILE=TILE, num_stages=list_tile.num_stages, **wide,
         )  # fmt: skip

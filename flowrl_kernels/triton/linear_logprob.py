@@ -113,7 +113,9 @@ def forward_rows(
     v, device = weight.shape[0], rows.device
     tile = _tile(rows, weight)
     num_splits, tiles_per_split = tiles.splits(v, tile)
-    parts = torch.empty(2 if entropy is None else 3, num_splits, n, dtype=torch.float32, device=device)
+    # each part begins at a multiple of 16 bytes: Triton compiles once more for a pointer that does not
+    size = -(-num_splits * n // 4) * 4
+    parts = torch.empty(2 if entropy is None else 3, size, dtype=torch.float32, device=device)
     store = 0
     if logits is not None:
         tile, store = tiles.logits_store(tiles.arch_of(device), tile)

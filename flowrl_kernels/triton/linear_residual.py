@@ -123,8 +123,9 @@ def linear_residual_fwd(
     with exact_matmul(hidden):
         for first, last, low, high in chunks:
             own = slice(low, high)
-            ids, logits = target[own], buffer[: high - low]
-            degrees = temperature if temperature.shape[0] == 1 else temperature[own]
+            # copies begin at a multiple of 16 bytes: Triton compiles once more for a pointer that does not
+            ids, logits = target[own].clone(), buffer[: high - low]
+            degrees = temperature if temperature.shape[0] == 1 else temperature[own].clone()
             order, count = compact(ids >= 0)
             rows = gather_rows(hidden[own], order, count)
             picked, lse = torch.zeros_like(logp[own]), torch.empty_like(logp[own])

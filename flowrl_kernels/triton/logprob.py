@@ -146,8 +146,10 @@ def logprob_fwd(
     fp32. Returns target_logit [N], lse [N], entropy [N] or [0], all fp32.
     """
     n, v = logits.shape
-    target_logit, lse = torch.empty(2, n, dtype=torch.float32, device=logits.device)
-    entropies = torch.empty(n if entropy else 0, dtype=torch.float32, device=logits.device)
+    # three allocations: Triton compiles once more for a pointer that is no multiple of 16 bytes
+    target_logit, lse, entropies = (
+        torch.empty(size, dtype=torch.float32, device=logits.device) for size in (n, n, n if entropy else 0)
+    )
     if n > 0:
         with torch.cuda.device_of(logits):
             forward_kernel[(n,)](
