@@ -454,10 +454,11 @@ def finish_kernel(
     i = tl.program_id(0).to(tl.int64)
     b_target = tl.load(target + i)
     b_gradient = tl.load(target_gradient + i)
+    width = tl.where(b_target < V, H, 0)
     for h in range(0, H, BLOCK):
         i_h = h + tl.arange(0, BLOCK)
         value = tl.load(acc + i * H + i_h, mask=i_h < H, other=0.0)
-        b_w = tl.load(w + b_target * stride_w + i_h, mask=(i_h < H) & (b_target < V), other=0.0)
+        b_w = tl.load(w + b_target * stride_w + i_h, mask=i_h < width, other=0.0)
         value += b_gradient * b_w.to(tl.float32)
         if inverse is not None:
             value *= tl.load(inverse)

@@ -134,12 +134,12 @@ def move_rows_kernel(
     """One row per program: out[i] = source[order[i]] (GATHER) or out[order[i]] = source[i]; 0 from `count` on."""
     i = tl.program_id(0).to(tl.int64)
     other = tl.load(order + i)
-    live = i < tl.load(count)
+    width = tl.where(i < tl.load(count), H, 0)
     p_source = source + (other if GATHER else i) * stride_source
     p_out = out + (i if GATHER else other) * stride_out
     for h in range(0, H, BLOCK):
         i_h = h + tl.arange(0, BLOCK)
-        value = tl.load(p_source + i_h, mask=(i_h < H) & live, other=0.0)
+        value = tl.load(p_source + i_h, mask=i_h < width, other=0.0)
         if factor is not None:
             value = value * tl.load(factor)
         tl.store(p_out + i_h, value.to(out.dtype.element_ty), mask=i_h < H)
