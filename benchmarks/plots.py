@@ -22,10 +22,13 @@ def _draw(path: Path, series: dict, labels: tuple[str, str], title: str, logs: t
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name, points in series.items():
-        ours = name.startswith("ours")
-        axes.plot(*zip(*points), marker="o", markersize=4, linewidth=2.2 if ours else 1.2, label=name)
+    figure, axes = plt.subplots(figsize=(8.5, 4.5))
+    for i, (name, points) in enumerate(series.items()):
+        style = {"linewidth": 2.4} if name.startswith("ours") else {"linewidth": 1.2, "linestyle": "--"}
+        # twenty colours, the strong ones first
+        axes.plot(
+            *zip(*points), marker="o", markersize=4, color=plt.cm.tab20((2 * i + i // 10) % 20), label=name, **style
+        )
     if logs[0]:
         axes.set_xscale("log", base=2)
     if logs[1]:
@@ -34,7 +37,7 @@ def _draw(path: Path, series: dict, labels: tuple[str, str], title: str, logs: t
     axes.set_ylabel(labels[1])
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -297,6 +297,23 @@ def test_the_command_writes_json_and_the_report_turns_it_into_tables(tmp_path, m
     assert "| ours-chunked |" in text
 
 
+def test_a_sweep_is_one_table_for_each_quantity_with_what_varies_across():
+    step = {"median_s": 0.02, "min_s": 0.01, "max_s": 0.03}
+    ours = {"status": "ok", "step": step, "memory": {"extra": 3e6}, "errors": {}}
+    cases = [
+        dataclasses.replace(TINY, name=f"tiny-{n}", n=n, group="scaling").record()
+        | {"implementations": {"ours": ours, "peer": {"status": "failed"}, "absent": {"status": "unavailable"}}}
+        for n in (256, 512)
+    ]
+    text = "\n".join(report._sweep(cases))
+    assert "### tiny\n" in text
+    assert "| forward + backward | N 256 | N 512 |" in text
+    assert "| ours | 20.00 ±10.00 ms | 20.00 ±10.00 ms |" in text
+    assert "| ours | 3 MB | 3 MB |" in text
+    assert text.count("| peer | FAILED | FAILED |") == 2
+    assert "absent" not in text
+
+
 def test_the_page_holds_what_the_committed_json_says():
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     held = page.split(report.BEGIN)[1].split(report.END)[0].strip()

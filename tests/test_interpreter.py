@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed: the kernels are unproved here")
+triton = pytest.importorskip("triton", reason="triton is not installed: the kernels are unproved here")
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "tests" / "interpreter").glob("test_*.py"))
 
@@ -26,6 +27,8 @@ def run(*arguments, **environment):
 @pytest.mark.timeout(1200)  # a minute or two each, several times that beside other work
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_kernels_are_right_under_the_interpreter(file):
+    if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("triton 3.6's interpreter wants numpy below 2.4: the kernels are unproved here")
     done = run(
         "-m", "pytest", str(file), "-p", "no:xdist", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning",
         TRITON_INTERPRET="1", OMP_NUM_THREADS="1",
