@@ -1,10 +1,8 @@
 """What the numerics contract promises for tensor cores, and for the kernels on a GPU in bf16 (docs/numerics.md)."""
 
-import warnings
-from contextlib import contextmanager
-
 import pytest
 import torch
+from gpu_waits import host_waits
 
 from flowrl_kernels import LinearFlowRLLoss, linear_logprob, logprob
 from flowrl_kernels.dispatch import resolve
@@ -26,20 +24,6 @@ def gradients(hidden, weight, target, grad, **settings):
     x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     out = linear_logprob(x, w, target, impl="triton", **settings)
     return out.logp, *torch.autograd.grad(out.logp, (x, w), grad)
-
-
-@contextmanager
-def no_wait():
-    """Fails if the host waits for the device inside."""
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert not [str(warning.message) for warning in seen if "synchroniz" in str(warning.message)]
 
 
 @pytest.mark.parametrize("peak", [16.0, 24.0, 40.0])
@@ -113,12 +97,14 @@ def test_forward_and_exact_backward_never_make_the_host_wait():
     target[::5] = -100
     grad = torch.randn(300, device="cuda")
     gradients(hidden, weight, target, grad, entropy=True)  # compiles
-    with no_wait():
+    with host_waits() as waits:
         gradients(hidden, weight, target, grad, entropy=True)
+    assert waits == []
     logits = (hidden @ weight.t()).requires_grad_()
     torch.autograd.grad(logprob(logits, target).logp, logits, grad)
-    with no_wait():
+    with host_waits() as waits:
         torch.autograd.grad(logprob(logits, target).logp, logits, grad)
+    assert waits == []
 
 
 def test_no_result_reads_memory_that_was_never_written():

@@ -1,19 +1,18 @@
 """The Triton residual on a GPU: every row of the family against plain torch in float64, at its own block sizes."""
 
-import warnings
-
 import pytest
 import torch
+from gpu_waits import host_waits
+from residual_runs import agree, pack, run
 
 from flowrl_kernels import flowrl_loss
 from flowrl_kernels.chunked import residual as plain
 from flowrl_kernels.dispatch import launchers
 from flowrl_kernels.presets import PRESETS
-from flowrl_kernels.testing import assert_grad_close, cu_seqlens_of, poisoned_memory, ragged_mask
+from flowrl_kernels.testing import poisoned_memory, ragged_mask
 
 pytestmark = pytest.mark.gpu
 B, T = 37, 2500  # several blocks of tokens
-NAMES = ("loss", "residual", "weight", "metrics", "dlogp", "dlog_z")
 
 
 def batch():
@@ -30,35 +29,15 @@ def batch():
     return {name: tensor.cuda() for name, tensor in made.items()}
 
 
-def run(launcher, row, data, cu_seqlens=None):
-    data = {k: v.double() if launcher is plain and v.is_floating_point() else v for k, v in data.items()}
-    anchor = {"ref": data["ref"], "old": data["old"], None: None}[row.anchor]
-    log_z = data["log_z"] if row.log_z == "learned" else None
-    out = launcher.residual_fwd(
-        row, data["logp"], anchor, data["old"], data["sampler"], data["reward"], log_z, data["mask"], cu_seqlens,
-        data["groups"], None,
-    )  # fmt: skip
-    return dict(zip(NAMES, out))
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_row_equals_the_formulas_in_float64_padded_and_packed(preset):
     room, row, data = launchers("residual", "triton"), PRESETS[preset], batch()
     with poisoned_memory():
         got = run(room, row, data)
-    want = run(plain, row, data)
-    for name in ("loss", "residual", "weight", "metrics"):
-        torch.testing.assert_close(got[name].double(), want[name], rtol=1e-5, atol=1e-5, equal_nan=True)
-    for name in ("dlogp", "dlog_z"):
-        if want[name].norm() > 0:
-            assert_grad_close(got[name], want[name], rel=1e-5)
-        else:
-            assert not got[name].any()
+    agree(got, run(plain, row, data), 1e-5)
     assert all(torch.equal(value, got[name]) for name, value in run(room, row, data).items())
-    lengths = torch.where(data["mask"].any(1), T - data["mask"].flip(1).int().argmax(1), 0)
-    inside = torch.arange(T, device="cuda") < lengths[:, None]
-    packed = {k: v[inside] if v.shape == inside.shape else v for k, v in data.items()}
-    flat = run(room, row, packed, cu_seqlens_of(lengths).long())
+    packed, cu_seqlens, inside = pack(data)
+    flat = run(room, row, packed, cu_seqlens)
     assert torch.equal(flat.pop("dlogp"), got["dlogp"][inside])
     assert all(torch.equal(value, got[name]) for name, value in flat.items())
 
@@ -72,12 +51,6 @@ def test_the_loss_and_its_gradient_never_make_the_host_wait():
         return torch.autograd.grad(out.loss, (logp, log_z))
 
     step()  # compiles
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert not [str(warning.message) for warning in seen if "synchroniz" in str(warning.message)]
+    with host_waits() as waits:
+        step()
+    assert waits == []

@@ -1,9 +1,8 @@
 """The single pass in Triton on a GPU: the bits of two passes, their gradients within a rounding, no host sync."""
 
-import warnings
-
 import pytest
 import torch
+from gpu_waits import host_waits
 
 from flowrl_kernels import LinearFlowRLLoss, linear_logprob
 from flowrl_kernels.ops import linear_residual as operator
@@ -49,15 +48,9 @@ def test_one_pass_gives_the_bits_and_the_gradients_of_two(dtype, tokens, monkeyp
 def test_a_padded_batch_makes_the_host_wait_nowhere():
     data = batch(torch.bfloat16)
     run(True, data)  # compiles
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            run(True, data)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert not [str(warning.message) for warning in seen if "synchroniz" in str(warning.message)]
+    with host_waits() as waits:
+        run(True, data)
+    assert waits == []
 
 
 @pytest.mark.sanitize

@@ -64,8 +64,14 @@ class Batch(NamedTuple):
     lse: Tensor  # [N]; inf in rows that take no part
     factor: Tensor  # [N] logit_scale / temperature
     scale: Tensor  # [N] gradient by the products, times the float16 factor
+
+
+class Columns(NamedTuple):
+    """What dweight takes besides the active pairs."""
+
     by_target: Tensor  # [N] rows by rising target
     cuts: Tensor  # [runs + 1] first place in by_target of each run of TILE columns
+    spread: Tensor  # [runs rounded up to 8, H] fp32: what the dropped pairs of each run owe
 
 
 class Lists(NamedTuple):
@@ -168,8 +174,6 @@ def bounded_backward(
     inverse = None
     if fp16_factor is not None:
         scale, inverse = scale * fp16_factor, 1.0 / fp16_factor
-    by_target = torch.argsort(target, stable=True)
-    edges_of_runs = torch.arange(0, v + TILE, TILE, device=device).clamp_max_(v)
     batch = Batch(
         torch.where(live[:, None], hidden, 0.0),
         target,
@@ -178,8 +182,6 @@ def bounded_backward(
         torch.where(live, lse, torch.inf),
         factor.contiguous(),
         scale,
-        by_target,
-        torch.searchsorted(target[by_target], edges_of_runs),
     )
     shift = first_block[:-1] * tile.block_m - made.block_offsets[:-1]
     lists = Lists(*made, first_block, shift, edges)
@@ -226,14 +228,14 @@ def _compute(
     batch: Batch, active: Tensor, lists: Lists, weight: Tensor, bias: Tensor | None, tile_lse: Tensor,
     tile: tiles.Tile, inverse: Tensor | None, dweight: Tensor | None, add: bool, need_hidden: bool, need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    x, target, target_logp, target_gradient, _, _, scale, _, _ = batch
+    x, target, target_logp, target_gradient, _, _, scale = batch
     (n, h), v, device = x.shape, weight.shape[0], x.device
     num_tiles, num_runs = active.shape[1], len(tile_lse)
     new = {"dtype": torch.float32, "device": device}
     acc = torch.empty(n, h, **new) if need_hidden else None
     computed = torch.empty(n, **new)  # non-target mass that was computed, per row
     bias_sums = torch.empty(num_tiles, COLUMNS, **new) if need_bias else None
-    spread = bias_spread = None
+    columns = bias_spread = None
     if dweight is not None or need_bias:  # by the statistics: what was computed is known only after the last slab
         owed = _owed(batch, active, tile_lse, target_gradient, dropped=False)
         if need_bias:
@@ -241,11 +243,14 @@ def _compute(
         if dweight is not None:
             spread = torch.empty(owed.shape[1], h, **new)
             matmul_into(spread, owed.t(), x, add=False)
+            by_target = torch.argsort(target, stable=True)
+            edges = torch.arange(0, v + TILE, TILE, device=device).clamp_max_(v)
+            columns = Columns(by_target, torch.searchsorted(target[by_target], edges), spread)
         del owed
     place_bytes = COLUMNS * x.element_size() + (4 * h if need_hidden else 0)
     for first, last in _slabs(lists.edges, max(1, SLAB_BYTES // (tile.block_m * place_bytes))):
         _slab(
-            batch, active, lists, first, last, weight, bias, tile, inverse, spread, acc, computed, bias_sums, dweight,
+            batch, active, lists, first, last, weight, bias, tile, inverse, columns, acc, computed, bias_sums, dweight,
             add,
         )  # fmt: skip
     dhidden = dbias = None
@@ -271,7 +276,7 @@ def _compute(
 
 def _slab(
     batch: Batch, active: Tensor, lists: Lists, first: int, last: int, weight: Tensor, bias: Tensor | None,
-    tile: tiles.Tile, inverse: Tensor | None, spread: Tensor | None, acc: Tensor | None, computed: Tensor,
+    tile: tiles.Tile, inverse: Tensor | None, columns: Columns | None, acc: Tensor | None, computed: Tensor,
     bias_sums: Tensor | None, dweight: Tensor | None, add: bool,
 ) -> None:  # fmt: skip
     """The tiles from `first` to `last`."""
@@ -323,12 +328,12 @@ def _slab(
         sums_kernel[(last - first,)](
             part_bias, blocks, bias_sums[first:last], WIDTH=COLUMNS, BLOCK=4, enable_fp_fusion=False
         )
-    if dweight is not None:
+    if dweight is not None and columns is not None:
         lines = torch.argsort(blocks.diff(), descending=True, stable=True) + first
         height, step = min(block_m, TILE), min(block_k, block_m)
         columns_kernel[(len(lines) * (COLUMNS // height) * heights,)](
-            operand(dz, step, height), x, lines, lists.offsets, lists.shift, lists.slot_row, batch.by_target,
-            batch.cuts, target, batch.target_gradient, spread, inverse, dweight,
+            operand(dz, step, height), x, lines, lists.offsets, lists.shift, lists.slot_row,
+            columns.by_target, columns.cuts, target, batch.target_gradient, columns.spread, inverse, dweight,
             base, v, h, x.stride(0), dweight.stride(0), heights,
             ADD=add, BLOCK_C=height, BLOCK_K=step, TILE=TILE, num_stages=list_tile.num_stages, **wide,
         )  # fmt: skip

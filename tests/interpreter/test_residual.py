@@ -4,16 +4,16 @@ import dataclasses
 
 import pytest
 import torch
+from residual_runs import NAMES, agree, pack, run
 
 from flowrl_kernels import flowrl_loss
 from flowrl_kernels.chunked import residual as plain
 from flowrl_kernels.presets import PRESETS, Row
 from flowrl_kernels.reference.residual import METRICS
-from flowrl_kernels.testing import assert_grad_close, cu_seqlens_of, poisoned_memory, ragged_mask
+from flowrl_kernels.testing import assert_grad_close, poisoned_memory, ragged_mask
 from flowrl_kernels.triton import residual as op
 
 B, T = 5, 7
-NAMES = ("loss", "residual", "weight", "metrics", "dlogp", "dlog_z")
 
 
 def batch(b=B, t=T, seed=0):
@@ -30,39 +30,6 @@ def batch(b=B, t=T, seed=0):
         "logp": logp, "ref": ref, "old": old, "sampler": sampler, "reward": reward, "log_z": log_z, "mask": mask,
         "groups": torch.tensor([5, 2, 5, 5, 9] * b)[:b],
     }  # fmt: skip
-
-
-def pack(data):
-    """The batch as [N] with cu_seqlens; the padding behind each sequence goes, its holes stay."""
-    mask = data["mask"]
-    lengths = torch.where(mask.any(1), mask.shape[1] - mask.flip(1).int().argmax(1), 0)
-    inside = torch.arange(mask.shape[1]) < lengths[:, None]
-    return (
-        {k: v[inside] if v.shape == mask.shape else v for k, v in data.items()},
-        cu_seqlens_of(lengths).long(),
-        inside,
-    )
-
-
-def run(launcher, row, data, cu_seqlens=None, normalizer=None):
-    data = {k: v.double() if launcher is plain and v.is_floating_point() else v for k, v in data.items()}
-    anchor = {"ref": data["ref"], "old": data["old"], None: None}[row.anchor]
-    log_z = data["log_z"] if row.log_z == "learned" else None
-    out = launcher.residual_fwd(
-        row, data["logp"], anchor, data["old"], data["sampler"], data["reward"], log_z, data["mask"], cu_seqlens,
-        data["groups"], None if normalizer is None else torch.tensor(normalizer, dtype=torch.float64),
-    )  # fmt: skip
-    return dict(zip(NAMES, out))
-
-
-def agree(got, want):
-    for name in ("loss", "residual", "weight", "metrics"):
-        torch.testing.assert_close(got[name].double(), want[name], rtol=2e-6, atol=2e-6, equal_nan=True)
-    for name in ("dlogp", "dlog_z"):
-        if want[name].norm() > 0:
-            assert_grad_close(got[name], want[name], rel=2e-6)
-        else:
-            assert not got[name].any()
 
 
 @pytest.fixture
