@@ -59,12 +59,12 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# Every peer that PY can import takes part; docs/benchmarks.md says how to make an environment with more of them.
+# Every peer that PY can import takes part; docs/benchmarks/running.md says how to make an environment with more of them.
 bench: setup
 	$(PY) -m benchmarks $(BENCH)
 	$(PY) -m benchmarks end-to-end
 
-# docs/benchmarks.md from the committed JSON
+# pages and pictures of the benchmarks, from committed JSON only
 bench-report: setup
 	$(PY) -m benchmarks report
 
