@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,28 @@ def test_lines_of_the_docs_stay_under_120_columns_but_for_tables_and_code():
         text = re.sub(r"^```.*?^```", lambda code: "\n" * code[0].count("\n"), page.read_text(), flags=re.M | re.DOTALL)
         for i, line in enumerate(text.splitlines(), 1):
             assert len(line) <= 120 or line.lstrip().startswith("|"), f"{page.relative_to(ROOT)}:{i}"
+
+
+def test_one_version_is_named_everywhere():
+    version = flowrl_kernels.__version__
+    assert f'\nversion = "{version}"\n' in (ROOT / "pyproject.toml").read_text()
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+
+
+def test_make_alone_lists_every_target_with_what_it_does():
+    listed = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert set(phony) == set(re.findall(r"^  make ([a-z-]+) +\S", listed, re.MULTILINE))
+
+
+def test_ci_and_hooks_run_commands_that_exist():
+    assert "run: .ci/run\n" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    for path in re.findall(r"\btests/\w+\.py\b", hooks):
+        assert (ROOT / path).exists(), path
+    script = (ROOT / ".ci" / "run").read_text()
+    targets = set(re.findall(r"^make ([a-z-]+)", script, re.MULTILINE))
+    assert {"test", "test-integrations", "docs"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
