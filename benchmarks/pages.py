@@ -124,7 +124,7 @@ def _answer(results: Path, verb: str, noun: str, key) -> list[str]:
             if found:
                 low, high = f"{min(found):.2g}", f"{max(found):.2g}"
                 span = low if low == high else f"{low} to {high}"
-                line = f"- {_where(document)}, V={cases[0]['v']}, {len(found)} cases: "
+                line = f"- {_where(document)}, V={cases[0]['v']}, {len(found)} synthetic batches: "
                 line += f"`{mine}` {verb} **{span}** of {noun}."
                 lines.append(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False))
     return ["\n".join(lines)] if lines else []

@@ -156,7 +156,7 @@ def _plan(document: dict) -> dict[str, tuple[list[tuple], str]]:
     plan: dict[str, tuple[list[tuple], str]] = {}
     for group in sorted({case["group"] for case in cases if case["group"].startswith("scaling")}):
         own, suffix = [case for case in cases if case["group"] == group], group.removeprefix("scaling")
-        caption = _caption(document, own[0], "log-probs of every token, forward and backward")
+        caption = _caption(document, own[0], "log-probs of every token, forward and backward, synthetic batch")
         time = (_series(own, "n", _seconds), "time", "How long does it take?", "tokens N", True, True)
         extra = _series(own, "n", _extra)
         memory = (extra, "memory", "How much memory beside inputs and gradients?", "tokens N", True, True)

@@ -364,6 +364,24 @@ def test_every_picture_of_the_pages_is_drawn_from_the_committed_json():
     assert shown == drawn
 
 
+def test_a_sweep_draws_time_memory_and_both_together_with_the_same_bytes_each_time(tmp_path):
+    def entry(n):
+        return {"status": "ok", "step": {"median_s": n / 1e3}, "memory": {"extra": n * 1e6}}
+
+    cases = [
+        dataclasses.replace(TINY, n=n, group="scaling").record()
+        | {"implementations": {"ours-chunked": entry(n), "eager": entry(2 * n), "trl-chunked": {"status": "failed"}}}
+        for n in (256, 512)
+    ]
+    machine = {"cpu": "a cpu", "threads": 2, "device": "cpu", "gpu": None}
+    document = {"machine": machine, "started": "2026-01-01T00:00:00", "cases": cases}
+    made = plots.draw(document, tmp_path, "run")
+    assert [path.name for path in made] == ["run-time.png", "run-memory.png", "run-cost.png"]
+    before = [path.read_bytes() for path in made]
+    assert [path.read_bytes() for path in plots.draw(document, tmp_path, "run")] == before
+    assert plots.draw({**document, "cases": cases[:1]}, tmp_path, "one") == []
+
+
 def test_labels_keep_their_order_and_their_distance():
     assert plots._apart([0.0, 100.0], 10.0) == [0.0, 100.0]
     assert plots._apart([50.0, 50.0], 10.0) == [45.0, 55.0]
