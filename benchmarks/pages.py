@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-import textwrap
 from pathlib import Path
 
 from benchmarks import report
+from benchmarks.plots import committed, pictures
 from benchmarks.report import BEGIN, END
 
 # what gives one log-prob a token, so that it could stand in our place; the others are in the tables
@@ -20,12 +19,8 @@ PER_TOKEN = (
 NOTHING = "No results are committed yet."
 
 
-def prose(text: str) -> str:
-    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
-
-
 def _documents(results: Path) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    return dict(committed(results))
 
 
 def _cases(document: dict, *groups: str) -> list[dict]:
@@ -80,7 +75,10 @@ def _ranked(results: Path, quantity: str, show, value) -> list[str]:
             )
             body.append((f"`{case['name']}`: {_what(case)}; {_shape(case)}", cells))
         if body:
-            parts += [prose(_origin(stem, document) + "."), report.markdown(("case", f"{quantity}, least first"), body)]
+            parts += [
+                report.filled(_origin(stem, document) + "."),
+                report.markdown(("case", f"{quantity}, least first"), body),
+            ]
     return parts
 
 
@@ -102,8 +100,6 @@ def _swept(results: Path, *groups: str) -> list[str]:
 
 
 def _picture(results: Path, kind: str, words: str) -> list[str]:
-    from benchmarks.plots import pictures
-
     return [f"![{words}](../images/{name})" for name in pictures(results) if name.endswith(f"-{kind}.png")]
 
 
@@ -126,7 +122,7 @@ def _answer(results: Path, verb: str, noun: str, key) -> list[str]:
                 span = low if low == high else f"{low} to {high}"
                 line = f"- {_where(document)}, V={cases[0]['v']}, {len(found)} synthetic batches: "
                 line += f"`{mine}` {verb} **{span}** of {noun}."
-                lines.append(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False))
+                lines.append(report.filled(line, "  "))
     return ["\n".join(lines)] if lines else []
 
 

@@ -187,13 +187,14 @@ def draw(document: dict, folder: Path, name: str) -> list[Path]:
     return [path for path in made if path is not None]
 
 
-def _committed(results: Path) -> list[tuple[str, dict]]:
+def committed(results: Path) -> list[tuple[str, dict]]:
+    """The documents of the folder's JSON files by their stems, in name order."""
     return [(path.stem, json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
 
 
 def pictures(results: Path) -> list[str]:
     """The names of the pictures that the committed JSON makes, without drawing them."""
-    plans = [(stem, _plan(document)) for stem, document in _committed(results)]
+    plans = [(stem, _plan(document)) for stem, document in committed(results)]
     return [
         f"{stem}-{kind}.png"
         for stem, plan in plans
@@ -205,7 +206,7 @@ def pictures(results: Path) -> list[str]:
 def draw_committed(results: Path, folder: Path) -> list[Path]:
     """Every picture of the documentation; cost.png is the README's, of a GPU where one was measured."""
     made = []
-    documents = _committed(results)
+    documents = committed(results)
     for stem, document in documents:
         plan = _plan(document)
         made += [_draw(folder / f"{stem}-{kind}.png", *what) for kind, what in plan.items() if kind != "cost"]

@@ -115,7 +115,7 @@ def table(case: dict, document: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _filled(text: str, indent: str = "") -> str:
+def filled(text: str, indent: str = "") -> str:
     return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False, subsequent_indent=indent)
 
 
@@ -146,7 +146,7 @@ def section(document: dict, source: str) -> str:
     lines = [
         f"## {name}: {source.removesuffix('.json')}",
         "",
-        _filled(
+        filled(
             f"`{source}`, {document['started'][:10]}, commit `{(document['commit'] or 'unknown')[:12]}`"
             + (" with uncommitted changes" if document["dirty"] else "")
             + f". {versions}. Ceilings measured in the same run: {rates}, "
@@ -157,7 +157,7 @@ def section(document: dict, source: str) -> str:
     sweeps: dict[str, list[dict]] = {}
     for case in document["cases"]:
         if "error" in case:
-            lines += ["", f"### {case['name']}", "", _filled(f"Did not run: {case['error']}")]
+            lines += ["", f"### {case['name']}", "", filled(f"Did not run: {case['error']}")]
             continue
         if case["group"].split("-")[0] in SWEEPS:
             sweeps.setdefault(case["group"], []).append(case)
@@ -174,7 +174,7 @@ def section(document: dict, source: str) -> str:
             facts.append("with entropy and its gradient")
         if "batch" in case:
             facts.append(f"level {case['level']}, mean entropy {case['batch']['entropy_mean']:.2f} nats")
-        lines += ["", f"### {case['name']}", "", _filled("; ".join(facts) + "." + _busy(case, document)), ""]
+        lines += ["", f"### {case['name']}", "", filled("; ".join(facts) + "." + _busy(case, document)), ""]
         lines.append(markdown(HEADER, rows(case, document)))
         lines += _refusals(case)
     for cases in sweeps.values():
@@ -182,7 +182,7 @@ def section(document: dict, source: str) -> str:
     absent = _absent(document)
     if absent:
         lines += ["", "Not run on this machine:", ""]
-        lines += [_filled(f"- {name}: {reason}", "  ") for name, reason in absent.items()]
+        lines += [filled(f"- {name}: {reason}", "  ") for name, reason in absent.items()]
     return "\n".join(lines)
 
 
@@ -233,7 +233,7 @@ def _refusals(case: dict) -> list[str]:
         for name, entry in case["implementations"].items()
         if entry["status"] == "refused" and not entry["reason"].startswith("does not do")
     ]
-    return ["", _filled("Left out: " + "; ".join(said) + ".")] if said else []
+    return ["", filled("Left out: " + "; ".join(said) + ".")] if said else []
 
 
 def _absent(document: dict) -> dict[str, str]:
@@ -270,7 +270,7 @@ def end_to_end_section(document: dict, source: str) -> str:
     lines = [
         f"## A whole optimiser step, {hardware}",
         "",
-        _filled(
+        filled(
             f"`{source}`, {document['started'][:10]}. {what}, random weights ({shape['num_hidden_layers']} layers, "
             f"H={shape['hidden_size']}, V={shape['vocab_size']}), {b} sequences of {t} tokens; "
             f"{document['status']}. Load average {(document['load']['before'] or ['unknown'])[0]} on "

@@ -380,6 +380,9 @@ def test_a_sweep_draws_time_memory_and_both_together_with_the_same_bytes_each_ti
     before = [path.read_bytes() for path in made]
     assert [path.read_bytes() for path in plots.draw(document, tmp_path, "run")] == before
     assert plots.draw({**document, "cases": cases[:1]}, tmp_path, "one") == []
+    (tmp_path / "one.json").write_text(json.dumps(document))
+    drawn = plots.draw_committed(tmp_path, tmp_path / "images")
+    assert [path.name for path in drawn] == ["one-time.png", "one-memory.png", "cost.png"]
 
 
 def test_labels_keep_their_order_and_their_distance():
