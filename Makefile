@@ -94,7 +94,7 @@ ENDS_PYTHON ?= $(foreach v,3.11 3.12 3.13,$(if $(shell python$(v) -c 'print(1)' 
 ENDS_TESTS ?= tests
 ends:  ## the suite under the oldest and the newest torch, with each Python that runs here (hours)
 	@failed=; for p in $(ENDS_PYTHON); do for t in $(ENDS); do \
-	  .ci/end $$p $$t $(ENDS_TESTS) && echo "passed: $$p, torch $$t" || failed="$$failed [$$p, torch $$t]"; \
+	  TORCH_INDEX='$(TORCH_INDEX)' .ci/end $$p $$t $(ENDS_TESTS) && echo "passed: $$p, torch $$t" || failed="$$failed [$$p, torch $$t]"; \
 	done; done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 # Every peer that PY can import takes part; docs/benchmarks/running.md says how to make an environment with more of them.
