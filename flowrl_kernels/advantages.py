@@ -129,6 +129,8 @@ def gae(
         value: the layout of `mask`: V of the state before each token.
         mask: [B, T], or [N] with `cu_seqlens`. Holes are stepped over.
         gamma, lam: discount and trace decay per token.
+        token_reward: the layout of `mask`: what each token is paid besides, or None.
+
     Returns:
         (advantage, returns), the layout of `mask`.
     """

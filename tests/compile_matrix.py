@@ -13,6 +13,7 @@ import json
 import re
 import subprocess
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -318,28 +319,64 @@ def save(table: dict[str, list[Entry]]) -> None:
     TABLE.write_text(markdown(table))
 
 
+PINNED = "3.7.1"
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
+
+
+def _summary(entries: list[Entry]) -> list[str]:
+    """One line an architecture: how many kernels, and how near the machine's limits they come."""
+    columns = [
+        "",
+        "kernels",
+        "with matrix instructions",
+        "most shared memory, of the limit",
+        "most registers",
+        "spilling",
+    ]
+    rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for arch, limit in SHARED_LIMIT.items():
+        own = [e for e in entries if e.arch == arch]
+        shared = max(e.shared for e in own)
+        spilled = sum(bool(e.spills) for e in own)
+        cells = [arch, len(own), sum(bool(e.mma) for e in own), f"{shared / 1024:.0f} of {limit / 1024:.0f} KB"]
+        rows.append("| " + " | ".join(map(str, [*cells, max(e.registers for e in own), spilled or "none"])) + " |")
+    return rows
+
+
 def markdown(table: dict[str, list[Entry]]) -> str:
     versions = sorted(table)
     text = [
         "# Compile matrix",
         "",
-        "Written by `make matrix` (`python -m tests.compile_matrix --write`); every row is in "
-        "`tests/compile_matrix.json`. Compiled without a GPU, so this says what the machine code is, not how fast it "
-        "runs. Shape: N = 8192, H = 3584 (3583 where odd), V = 152064 (151937 where odd); residual 256 x 8192. "
-        "`make test` compiles bfloat16 " + ", ".join(f"`{case}`" for case, dtype, _ in QUICK if dtype == "bf16") + ".",
+        _filled(
+            "What the Triton kernels compile to, without a GPU: this says what the machine code is, not how fast it "
+            "runs. Written by `make matrix` (`python -m tests.compile_matrix --write`); every row is in "
+            "`tests/compile_matrix.json`. Shape: N = 8192, H = 3584 (3583 where odd), V = 152064 (151937 where odd); "
+            "residual 256 x 8192. `make test` compiles bfloat16 "
+            + ", ".join(f"`{case}`" for case, dtype, _ in QUICK if dtype == "bf16")
+            + "."
+        ),
         "",
-        "A cell reads: registers a thread, shared memory, spills where there are any (NVIDIA: bytes of a thread's "
-        "stack frame, which is where they go, if the code loads from there; AMD: vector registers). `float16` compiles "
-        "like `bfloat16` and is in the JSON only. float32 multiplies without tensor cores; on gfx942 with its float32 "
-        "matrix instructions.",
+        f"Under triton {PINNED}, which `constraints.txt` pins:",
         "",
-        "| limit | " + " | ".join(SHARED_LIMIT) + " |",
-        "|---|" + "---|" * len(SHARED_LIMIT),
-        "| shared memory a block, KB | " + " | ".join(f"{v / 1024:.0f}" for v in SHARED_LIMIT.values()) + " |",
+        *_summary(table[PINNED]),
+        "",
+        "## Every kernel",
+        "",
+        _filled(
+            "A cell reads: registers a thread, shared memory, spills where there are any (NVIDIA: bytes of a "
+            "thread's stack frame, which is where they go, if the code loads from there; AMD: vector registers). "
+            "`float16` compiles like `bfloat16` and is in the JSON only. float32 multiplies without tensor cores; on "
+            "gfx942 with its float32 matrix instructions."
+        ),
     ]
     for arch in TARGETS:
         columns = ["kernel", "case", "dtype", "matrix instructions", *(f"triton {v}" for v in versions)]
-        text += ["", f"## {arch}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        text += ["", f"### {arch}", "", '<details markdown="1">', f"<summary>kernels on {arch}</summary>", ""]
+        text += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         cells: dict[tuple, dict[str, str]] = {}
         for version in versions:
             for e in table[version]:
@@ -349,6 +386,7 @@ def markdown(table: dict[str, list[Entry]]) -> str:
                     cells.setdefault(key, {})[version] = f"{e.registers}, {e.shared / 1024:.0f} KB{spilled}"
         for key, row in sorted(cells.items()):
             text.append("| " + " | ".join(key) + " | " + " | ".join(row.get(v, "") for v in versions) + " |")
+        text += ["", "</details>"]
     return "\n".join(text) + "\n"
 
 

@@ -16,10 +16,10 @@ def test_the_code_in_the_readme_runs(capsys):
 
 
 def test_every_link_of_the_docs_leads_somewhere():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not link.startswith("http"):
-                assert (page.parent / link).exists(), f"{page.name}: {link}"
+                assert (page.parent / link).exists(), f"{page.relative_to(ROOT)}: {link}"
 
 
 def test_the_readme_stays_under_150_lines():
