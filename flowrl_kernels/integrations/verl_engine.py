@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.functional import linear_logprob
-from flowrl_kernels.integrations.head import call_head, head_scales, refuse_adapter
+from flowrl_kernels.hf.head import call_head, check_head, head_scales, refuse_adapter
 from flowrl_kernels.nn import LogPartition, prompt_mean
 from flowrl_kernels.types import LogProb
 
@@ -177,7 +177,8 @@ class FlowRLEngine(FSDPEngineWithLMHead):
 def _score_in_forward(module: Any) -> None:
     """Give a causal LM a forward that returns `Scored` where it is handed `shift_labels`."""
     theirs = module.forward
-    scales = head_scales(module.config.get_text_config())
+    scales = head_scales(module.config)
+    check_head(module, scales, "model.path")
 
     @functools.wraps(theirs.__func__)  # verl reads the signature
     def forward(self, *args, shift_labels=None, temperature=1.0, with_entropy=False, prompts=None, **kwargs):
@@ -189,7 +190,7 @@ def _score_in_forward(module: Any) -> None:
         def score(states: Tensor) -> LogProb:
             logp, entropy = linear_logprob(
                 states, head.weight.to(states.dtype), shift_labels, bias=getattr(head, "bias", None),
-                temperature=temperature, entropy=with_entropy, **scales,
+                temperature=temperature, entropy=with_entropy, **scales._asdict(),
             )  # fmt: skip
             return LogProb(logp.clone(), None if entropy is None else entropy.clone())  # FSDP warns about views
 

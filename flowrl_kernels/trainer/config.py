@@ -96,7 +96,8 @@ class ModelConfig:
     vocab_multiple: int = 1
     """Rows of a built model's embedding and head, rounded up to a multiple of this; the last ones are no token."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention of transformers; "auto" is flash-attention 2 where installed and on CUDA, else SDPA."""
+    """Attention of transformers; "auto" is flash-attention 2 where installed and on CUDA, else SDPA (eager for models
+    without it)."""
     liger: bool = False
     """Replace norms, rotary embedding and feed-forward by Liger kernels (needs liger-kernel)."""
     trust_remote_code: bool = False

@@ -106,8 +106,7 @@ def score_head(
             batch.target,
             bias=getattr(actor.head, "bias", None),
             temperature=temperature or config.rollout.temperature,
-            logit_scale=actor.logit_scale,
-            softcap=actor.softcap,
+            **actor.scales._asdict(),
             entropy=entropy,
             epsilon=epsilon,
             report=report,
@@ -181,8 +180,7 @@ def flow_loss(config: Config) -> Callable[..., Head]:
                 groups=sequence["group"],
                 normalizer=(float(sequences), float(tokens)),
                 bias=getattr(actor.head, "bias", None),
-                logit_scale=actor.logit_scale,
-                softcap=actor.softcap,
+                **actor.scales._asdict(),
                 report=report,
             )
             return reported(out, report)

@@ -216,9 +216,12 @@ def clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def attention_of(model: ModelConfig, parallel: ParallelConfig, device: torch.device) -> str:
-    """The attention implementation to ask transformers for; flash-attention takes 16-bit inputs on CUDA only."""
+def attention_of(model: ModelConfig, parallel: ParallelConfig, device: torch.device) -> str | None:
+    """The attention implementation to ask transformers for; None: its own choice, SDPA for models that have it.
+
+    Flash-attention takes 16-bit inputs on CUDA only.
+    """
     if model.attention != "auto":
         return model.attention
     flash = device.type == "cuda" and parallel.dtype != "float32"
-    return "flash_attention_2" if flash and importlib.util.find_spec("flash_attn") else "sdpa"
+    return "flash_attention_2" if flash and importlib.util.find_spec("flash_attn") else None

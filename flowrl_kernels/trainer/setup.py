@@ -197,7 +197,7 @@ def export(run: Run, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------ model and text
 
 
-def open_model(source: str, config: Config, world: World, attention: str) -> torch.nn.Module:
+def open_model(source: str, config: Config, world: World, attention: str | None) -> torch.nn.Module:
     """The model, with weights where this rank needs them (rank 0, or every rank that does not shard)."""
     return policy.load_model(source, config.model, attention, empty=world.mesh is not None and not world.main)
 

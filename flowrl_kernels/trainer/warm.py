@@ -37,7 +37,7 @@ def start(
     task: Task,
     tokenizer: Any,
     encode: Callable[[Problem], list[int]],
-    attention: str,
+    attention: str | None,
     log: Log,
 ) -> str:
     """Name or folder of the model RL starts from; trains and caches it where that is asked for."""

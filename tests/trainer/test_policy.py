@@ -62,11 +62,11 @@ def test_a_neighbour_in_the_row_changes_nothing():
 
 
 def test_a_head_that_is_not_a_plain_product_is_refused():
-    policy = Policy(tiny.model().eval())
-    policies.check_head(policy)
-    policy.logit_scale = 1.5
+    model = tiny.model().eval()
+    theirs = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 1.5 * theirs(hidden)
     with pytest.raises(ValueError, match=r"model\.name: Qwen2ForCausalLM turns hidden states into logits"):
-        policies.check_head(policy)
+        policies.make_policy(tiny.config(), tiny.ALONE, model)
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
