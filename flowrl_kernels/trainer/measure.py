@@ -132,23 +132,31 @@ def samples(run: Run, rollouts: Rollouts, step: int) -> None:
 def evaluation(run: Run, step: int, split: str, *, last: bool = False) -> dict[str, float]:
     """Samples and scores a split; without sampling noise too where the task lists its right answers.
 
-    last: also the distance to the optimum, which needs the probability of every well-formed response.
+    last: also the distance to the optimum, which needs the probability of every well-formed response; for a row whose
+    optimum is known. The baselines are measured against the paper's.
     """
     config = run.config
     out = evaluate(run.task, split, sampler(run), run.scorer, config.eval)
     if config.eval.exact:
-        listed = run.task.responses(run.task.problems(split)[0]) is not None
-        # the baselines are measured against the same optimum, and have no reference of their own
-        reference = (run.reference or frozen_start(run)) if last and listed else None
-        out |= exact(
+        chosen = losses.row(config)
+        wanted = last and losses.has_optimum(config) and run.task.responses(run.task.problems(split)[0]) is not None
+        # the baselines have no reference of their own
+        reference = (run.reference or frozen_start(run)) if wanted else None
+        scale = 1.0 if chosen.scale is None else chosen.scale
+        learned = log_z_of(run) if reference is not None and run.policy.log_z is not None else None
+        figures = exact(
             run.task,
             split,
             summed_logp(run, run.policy),
             None if reference is None else summed_logp(run, reference),
-            log_z_of(run) if reference is not None and run.policy.log_z is not None else None,
-            beta=losses.row(config).beta,
+            # a (log pi - log ref) = beta r - log Z, divided by a where that is a number: exact() knows a = 1 and 1/|y|
+            None if learned is None else lambda problems: learned(problems) / scale,
+            beta=chosen.beta / scale,
             cfg=config.eval,
+            length_normalize=chosen.scale is None,
+            tokens=lambda text: len(run.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1,
         )
+        out |= figures | {name: figures[name] * scale for name in ("log_z_exact", "log_z_error") if name in figures}
     run.log.evaluation(step, split, out)
     return out
 
