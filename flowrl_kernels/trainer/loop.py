@@ -186,6 +186,7 @@ def pack_updates(run: Run, rollouts: Rollouts, shaped: advantage.Shaped) -> list
             row_tokens=p.row_tokens,
             device=world.device,
             together=config.rollout.samples if losses.whole_groups(config) else 1,
+            alone=run.policy.packing == "alone",
         )
         for batch in batches:
             fill(batch, rollouts, shaped, batch.which.cpu() + first)

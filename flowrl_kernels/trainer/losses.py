@@ -61,7 +61,7 @@ def has_optimum(config: Config) -> bool:
     """Whether the row's minimum is ref * exp((beta r - log Z) / a), the policy at which every residual is 0.
 
     It is where the residual subtracts the reference and has a log Z that can normalise, one residual per response, and
-    no second loss beside it. Without log Z the target need not sum to 1; beside the old policy there is no fixed target.
+    no second loss beside it. Without log Z the target need not sum to 1; beside the old policy no target is fixed.
     """
     chosen = row(config)
     return (

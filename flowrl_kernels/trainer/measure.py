@@ -227,8 +227,9 @@ def summed_logp(run: Run, policy: Policy) -> Any:
         out = torch.zeros(len(texts), dtype=torch.float64)
         every = list(range(len(texts)))
         for batch in pack(
-            every, prompts, answers, max_tokens=p.max_tokens, row_tokens=p.row_tokens, device=run.world.device
-        ):
+            every, prompts, answers, max_tokens=p.max_tokens, row_tokens=p.row_tokens, device=run.world.device,
+            alone=policy.packing == "alone",
+        ):  # fmt: skip
             scored = policy(losses.score_head(run.config, batch), batch.ids, batch.positions)
             total = scored.logp.new_zeros(batch.sequences, dtype=torch.float64)
             total.index_add_(0, batch.segment(), scored.logp.double())
@@ -251,7 +252,7 @@ def log_z_of(run: Run) -> Any:
         run.policy.log_z.eval()
         for batch in pack(
             list(range(len(prompts))), prompts, dummy, max_tokens=p.max_tokens, row_tokens=p.row_tokens,
-            device=run.world.device,
+            device=run.world.device, alone=run.policy.packing == "alone",
         ):  # fmt: skip
             value = run.policy(
                 lambda actor, hidden, b=batch: losses.log_z(actor, hidden, b), batch.ids, batch.positions

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flowrl_kernels.hf.head import check_head, head_logits, head_scales
+from flowrl_kernels.hf.packing import Packing, block_mask, find_packing
 from flowrl_kernels.trainer import parallel
 from flowrl_kernels.trainer.config import Config, ModelConfig
 from flowrl_kernels.trainer.parallel import World
@@ -51,6 +52,7 @@ class Policy(nn.Module):
         self.log_z = log_z
         self.value = value
         self.scales = head_scales(model.config)
+        self.packing: Packing = "positions"  # how rows hold several sequences; `settle_packing` looks
 
     @property
     def head(self) -> Any:
@@ -61,9 +63,11 @@ class Policy(nn.Module):
         head: Callable[[Policy, Tensor], Any],
         ids: Tensor,  # [R, L] int64
         positions: Tensor,  # [R, L] int64, restarting at 0 with each packed sequence
-        mask: Tensor | None = None,  # [R, L + cached] for decoding; None: positions tell sequences apart
+        mask: Tensor | None = None,  # [R, L + cached] for decoding
         cache: Any = None,
     ) -> Any:
+        if self.packing == "mask" and mask is None and cache is None:
+            mask = block_mask(positions, boolean=self.model.config._attn_implementation != "eager")
         out = self.model.base_model(
             input_ids=ids,
             position_ids=positions,
@@ -174,8 +178,16 @@ def make_policy(
     log_z: bool = False,
     value: bool = False,
     reference: bool = False,
+    packing: Packing | None = None,
 ) -> Policy:
-    """Wraps, prepares and shards a model (real on rank 0, on the meta device elsewhere where sharded)."""
+    """Wraps, prepares and shards a model (real on rank 0, on the meta device elsewhere where sharded).
+
+    Args:
+        packing: how it packs, where that is known from the same model; None finds out.
+
+    Raises:
+        ValueError: its head, or what it does with padded rows, is not what training relies on.
+    """
     hidden = model.config.get_text_config().hidden_size
     zeta = critic = None
     with torch.random.fork_rng():
@@ -202,9 +214,29 @@ def make_policy(
     extras = [extra for extra in (policy.log_z, policy.value) if extra is not None]
     parallel.shard(policy, model, extras, config.parallel, world, offload=offload)
     if world.mesh is None:
-        return policy.to(world.device)
-    parallel.spread(policy, state, world, offload=offload)
+        policy.to(world.device)
+    else:
+        parallel.spread(policy, state, world, offload=offload)
+    policy.packing = packing or settle_packing(policy, config, world)
     return policy
+
+
+def settle_packing(policy: Policy, config: Config, world: World) -> Packing:
+    """How this model packs, tried on the policy as it will run; the same on every rank, and every rank calls it."""
+
+    def forward(ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        return policy(lambda actor, hidden: hidden.float(), ids, positions, mask)
+
+    with parallel.whole(policy):  # sharded again after it: the optimiser is made of the shards
+        found = find_packing(
+            forward,
+            policy.model.config,
+            dtype=parallel.DTYPES[config.parallel.dtype],
+            device=world.device,
+            name=type(policy.model).__name__,
+            field="model.name",
+        )
+    return max(parallel.gather(found, world), key=("positions", "mask", "alone").index)
 
 
 def copy_state(policy: Policy) -> dict[str, Tensor]:

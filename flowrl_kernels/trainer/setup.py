@@ -88,7 +88,11 @@ def prepare(config: Config, world: World) -> Run:
     )
     reference = None
     if needs.reference:
-        reference = policy.make_policy(config, world, open_model(source, config, world, attention), reference=True)
+        frozen = open_model(source, config, world, attention)
+        reference = policy.make_policy(config, world, frozen, reference=True, packing=actor.packing)
+    if actor.packing != "positions":
+        kind, how = type(actor.model).__name__, "an explicit block mask" if actor.packing == "mask" else "one a row"
+        log.note(f"{kind} does not keep packed sequences apart by their positions: {how}")
     check_context(config, actor, task)
     groups = [{**group, "base_lr": group["lr"]} for group in actor.groups(config)]
     o = config.optim
@@ -123,7 +127,7 @@ def frozen_start(run: Run) -> Policy:
     source = str(folder) if parallel.first(folder.exists, run.world) else run.config.model.name
     attention = parallel.attention_of(run.config.model, run.config.parallel, run.world.device)
     model = open_model(source, run.config, run.world, attention)
-    return policy.make_policy(run.config, run.world, model, reference=True)
+    return policy.make_policy(run.config, run.world, model, reference=True, packing=run.policy.packing)
 
 
 # ------------------------------------------------------------------------------------------------ the run folder
