@@ -90,7 +90,10 @@ def check_head(model: Any, scales: HeadScales, field: str = "model") -> None:
     try:
         with plain_attention(model):
             want = model(input_ids=ids, use_cache=False).logits[0].float()
-            compare(model.base_model(input_ids=ids, use_cache=False).last_hidden_state, want)
+            states = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+            if states is None:
+                raise ValueError(f"{field}: wanted a backbone that returns last_hidden_state; {name} has none")
+            compare(states, want)
             factor = max(1.0, 60.0 / max(float(want.abs().max()), 1e-6))
             seen.clear()
             want = model(input_ids=ids, use_cache=False).logits[0].float()

@@ -117,7 +117,10 @@ def find_packing(
         ValueError: even a padded row of its own changes a sequence, or the numbers are not finite.
     """
     text = config.get_text_config()
-    probe = Probe(forward, text.vocab_size, getattr(text, "max_position_embeddings", None), device)
+    try:
+        probe = Probe(forward, text.vocab_size, getattr(text, "max_position_embeddings", None), device)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{field}: {name} does not run on token and position ids alone: {error}") from error
     tolerance, found = probe.tolerance(dtype), {}
     ways: list[Packing] = ["positions", "mask"] if takes_masks(config) else ["positions"]
     if not probe.context > 2 * tolerance:  # a new model's layers may all start at 0: no leak could be seen

@@ -156,6 +156,11 @@ def score_rewards(run: Run, rollouts: Rollouts, step: int) -> list[float | None]
     if missing := rewards.count(None):
         why = run.scorer.last_error or "the reward gave None"
         run.log.note(f"{missing} of {len(rewards)} responses could not be scored: {why}", step)
+    if step == 1:  # a verifier that works scores something of the first batch
+        found = parallel.gather((len(rewards) - missing, run.scorer.last_error), run.world)
+        if not sum(count for count, _ in found):
+            why = next((error for _, error in found if error), "the reward gave None")
+            raise ValueError(f"task.reward: none of the first step's responses could be scored: {why}")
     return rewards
 
 

@@ -50,13 +50,13 @@ def start(run: RunConfig, parallel: ParallelConfig) -> World:
     """Joins the process group, where there is one to join, and picks the device.
 
     Raises:
-        RuntimeError: a device was asked for that is not there.
+        ValueError: a device was asked for that is not there.
     """
     if run.threads:
         torch.set_num_threads(run.threads)
     cuda = torch.cuda.is_available()
     if run.device == "cuda" and not cuda:
-        raise RuntimeError("run.device = 'cuda', and PyTorch sees no CUDA device")
+        raise ValueError("run.device = 'cuda', and PyTorch sees no CUDA device")
     kind = run.device if run.device != "auto" else ("cuda" if cuda else "cpu")
     device = torch.device(kind)
     if kind == "cuda":

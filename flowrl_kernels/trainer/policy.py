@@ -155,13 +155,13 @@ def apply_liger(model: Any) -> None:
     """Liger kernels for norms, rotary embedding and feed-forward; the head and loss stay this library's.
 
     Raises:
-        RuntimeError: liger-kernel is not installed.
+        ValueError: liger-kernel is not installed.
     """
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
     except ImportError as error:
         message = "model.liger = true needs liger-kernel: pip install 'flowrl-kernels[liger]'"
-        raise RuntimeError(message) from error
+        raise ValueError(message) from error
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 

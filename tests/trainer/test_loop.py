@@ -129,7 +129,7 @@ def test_samples_to_read_have_their_rewards(finished):
         (["--task.name", "file", "--task.train", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--rollout.max_prompt_tokens", "2"], "no training problem (of 20) with a prompt of at most 2 tokens"),
         (["--run.resume", "True"], "holds no run"),
-        (["--parallel.max_tokens", "5"], "parallel.max_tokens"),
+        (["--parallel.max_tokens", "5"], "parallel.max_tokens: wanted at least 8"),
         (["--rollout.top_p", "0.9"], "rollout.top_p"),
     ],
 )
@@ -194,7 +194,8 @@ def train_with(monkeypatch, tmp_path, give, *args):
 @pytest.mark.parametrize("name", ["flowrl", "grpo", "dapo", "ppo", "reinforce_pp", "reinforce_rej", "raft"])
 @pytest.mark.parametrize("give", [lambda i: 1.0, lambda i: 0.0, lambda i: None], ids=["ones", "zeros", "unscorable"])
 def test_rewards_that_are_all_equal_or_missing_leave_the_numbers_finite(monkeypatch, tmp_path, name, give):
-    train_with(monkeypatch, tmp_path, give, "--algorithm.name", name)
+    first = iter([True])  # the very first response is scored: a reward that never scores any is refused
+    train_with(monkeypatch, tmp_path, lambda i: 0.0 if next(first, False) else give(i), "--algorithm.name", name)
     rows = lines(tmp_path, "train")
     assert len(rows) == 2
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)

@@ -78,7 +78,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
 
 
 def test_liger_without_liger_says_what_to_install():
-    with pytest.raises(RuntimeError, match="liger-kernel"):
+    with pytest.raises(ValueError, match="liger-kernel"):
         policies.apply_liger(tiny.model())
 
 
