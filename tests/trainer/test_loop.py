@@ -250,6 +250,22 @@ def test_an_update_that_is_not_finite_is_skipped_counted_and_named(monkeypatch, 
     assert all(math.isfinite(row["loss"]) for row in rows[1:])  # the weights were left alone
 
 
+def test_an_update_without_anything_to_learn_from_takes_its_turn_in_the_schedule(monkeypatch, tmp_path):
+    calls = iter(range(99))  # rewards of steps 1 and 2 are all equal (dapo leaves such groups out), then they differ
+    args = "algorithm.name dapo  run.steps 5  optim.schedule linear  optim.warmup 0  optim.lr 1e-3"
+    seen = {}
+
+    def give(i):
+        if i == 0:
+            seen["step"] = next(calls)
+        return 1.0 if seen["step"] < 2 else float(i % 2)
+
+    train_with(monkeypatch, tmp_path, give, *tiny.flags(args))
+    rows = lines(tmp_path, "train")
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
+    assert [row["grad_norm"] > 0 for row in rows] == [False, False, True, True, True]
+
+
 def test_too_many_bad_updates_in_a_row_stop_the_run(monkeypatch, tmp_path):
     monkeypatch.setattr(loop.parallel, "clip", lambda parameters, most: torch.tensor(float("inf")))
     with pytest.raises(loop.NotFinite, match=r"2 in a row \(run.max_bad_updates\)"):
