@@ -79,7 +79,8 @@ def test_the_way_that_is_found_gives_every_sequence_what_it_gives_alone(kind, at
 def test_every_model_type_is_packed_rightly_or_refused_by_name(kind):
     try:
         model = tiny_models.tiny(kind)
-    except Exception as error:
+        model(input_ids=torch.arange(3, 8)[None], use_cache=False)
+    except Exception as error:  # these few sizes do not suit every type
         pytest.skip(f"no tiny {kind}: {type(error).__name__}")
     try:
         found = find_packing(forward_of(model), model.config, name=kind, field="model.name")
