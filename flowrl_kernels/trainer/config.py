@@ -5,6 +5,8 @@ Every field carries a sentence and its unit; `--section.field value` on the comm
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -96,7 +98,8 @@ class ModelConfig:
     vocab_multiple: int = 1
     """Rows of a built model's embedding and head, rounded up to a multiple of this; the last ones are no token."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention of transformers; "auto" is flash-attention 2 where installed and on CUDA, else SDPA."""
+    """Attention of transformers; "auto" is flash-attention 2 where installed and on CUDA, else SDPA (eager for models
+    without it)."""
     liger: bool = False
     """Replace norms, rotary embedding and feed-forward by Liger kernels (needs liger-kernel)."""
     trust_remote_code: bool = False
@@ -126,7 +129,7 @@ class RolloutConfig:
     max_new_tokens: int = 64
     """Longest response with its end token, tokens."""
     max_prompt_tokens: int = 0
-    """Longest prompt, tokens; longer ones are refused (0: what the context leaves)."""
+    """Longest prompt, tokens; longer training prompts are left out (0: what the context leaves)."""
     temperature: float = 1.0
     """Sampling temperature; every log-probability in the loss is taken at it."""
     top_p: float = 1.0
@@ -232,7 +235,7 @@ class ParallelConfig:
     row_tokens: int = 0
     """Most tokens in one packed row; 0: one row per micro-batch with flash-attention, else short rows, because
     SDPA's block mask grows with the square of the row."""
-    impl: Literal["auto", "reference", "chunked", "triton", "cuda"] = "auto"
+    impl: Literal["auto", "reference", "chunked", "triton"] = "auto"
     """Implementation of the library's fused head and losses."""
     epsilon: float = 0.0
     """Bound on the relative L1 error of dlogits in the head's backward pass, which may then leave out light parts of
@@ -260,7 +263,7 @@ class EvalConfig:
     samples: int = 16
     """Responses per problem, the largest k of pass@k."""
     temperature: float = 1.0
-    """Sampling temperature of the evaluation."""
+    """Sampling temperature of the evaluation; 0 is greedy."""
     exact: bool = True
     """Where every response can be listed: exact accuracy, KL to the optimum and error of log Z at the end."""
 
@@ -323,7 +326,33 @@ LEAST = {
     "checkpoint.keep": 1,
     "eval.every": 0,
     "eval.samples": 1,
+    "eval.problems": 0,
+    "eval.temperature": 0.0,
+    "run.threads": 0,
+    "task.reward_workers": 1,
+    "model.hidden": 1,
+    "model.layers": 1,
+    "model.heads": 1,
+    "model.ffn": 1,
+    "model.context": 2,
+    "model.init": 0.0,
+    "warm.lr": 0.0,
+    "rollout.max_prompt_tokens": 0,
+    "algorithm.kl": 0.0,
+    "algorithm.dual_clip": 0.0,
+    "algorithm.tis_cap": 0.0,
+    "algorithm.value_clip": 0.0,
+    "algorithm.unlikeliness": 0.0,
+    "algorithm.overlong_buffer": 0,
+    "algorithm.overlong_penalty": 0.0,
+    "log_z.lr": 0.0,
+    "critic.lr": 0.0,
+    "optim.lr": 0.0,
+    "optim.weight_decay": 0.0,
+    "log.samples": 0,
+    "log.samples_every": 1,
 }
+OPEN = ("optim.max_grad_norm",)  # may be infinite
 
 
 def check(config: Config, world: int = 1) -> None:
@@ -342,6 +371,12 @@ def check(config: Config, world: int = 1) -> None:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         want(value >= least, key, f"at least {least}", value)
+    for table in dataclasses.fields(config):
+        for name, value in vars(getattr(config, table.name)).items():
+            key = f"{table.name}.{name}"
+            if isinstance(value, float) and key not in OPEN:
+                want(math.isfinite(value), key, "a finite number", value)
+            want(value == value, key, "a number", value)  # not NaN
     whole = "the whole distribution is sampled in training, so the importance weights are right:"
     want(rollout.temperature > 0, "rollout.temperature", "more than 0", rollout.temperature)
     want(rollout.top_p == 1, "rollout.top_p", f"1 ({whole} no truncation)", rollout.top_p)
@@ -366,6 +401,12 @@ def check(config: Config, world: int = 1) -> None:
         "parallel.replicate",
         f"a divisor of {world} ranks",
         parallel.replicate,
+    )
+    for name in ("gamma", "gae_lambda"):
+        want(0 <= getattr(algorithm, name) <= 1, f"algorithm.{name}", "a number in [0, 1]", getattr(algorithm, name))
+    want(0 <= config.warm.decay <= 1, "warm.decay", "a number in [0, 1]", config.warm.decay)
+    want(
+        config.model.hidden % config.model.heads == 0, "model.hidden", "a multiple of model.heads", config.model.hidden
     )
     row = f"at most parallel.max_tokens = {parallel.max_tokens}"
     want(parallel.row_tokens <= parallel.max_tokens, "parallel.row_tokens", row, parallel.row_tokens)

@@ -156,6 +156,11 @@ def score_rewards(run: Run, rollouts: Rollouts, step: int) -> list[float | None]
     if missing := rewards.count(None):
         why = run.scorer.last_error or "the reward gave None"
         run.log.note(f"{missing} of {len(rewards)} responses could not be scored: {why}", step)
+    if step == 1:  # a verifier that works scores something of the first batch
+        found = parallel.gather((len(rewards) - missing, run.scorer.last_error), run.world)
+        if not sum(count for count, _ in found):
+            why = next((error for _, error in found if error), "the reward gave None")
+            raise ValueError(f"task.reward: none of the first step's responses could be scored: {why}")
     return rewards
 
 
@@ -186,6 +191,7 @@ def pack_updates(run: Run, rollouts: Rollouts, shaped: advantage.Shaped) -> list
             row_tokens=p.row_tokens,
             device=world.device,
             together=config.rollout.samples if losses.whole_groups(config) else 1,
+            alone=run.policy.packing == "alone",
         )
         for batch in batches:
             fill(batch, rollouts, shaped, batch.which.cpu() + first)
@@ -234,11 +240,16 @@ class Result:
 
 
 def apply(run: Run, progress: Progress, update: Update) -> Result:
-    """Gradient of one update over its micro-batches, clipped and applied; skipped where it is not finite."""
+    """Gradient of one update over its micro-batches, clipped and applied; skipped where it is not finite.
+
+    The learning rate follows the updates that were planned: one that is skipped, or has nothing to learn from, counts.
+    """
     config, world = run.config, run.world
+    factor = learning_rate(config, progress.updates, run.total_updates)
+    progress.updates += 1
     if update.sequences == 0:
         run.log.note("no response of this update has anything to learn from", progress.step + 1)
-        return Result([], 0.0, 0.0, 0.0, False)
+        return Result([], 0.0, 0.0, config.optim.lr * factor, False)
     run.optimizer.zero_grad(set_to_none=True)
     outputs = []
     value = torch.zeros((), device=world.device)
@@ -252,11 +263,9 @@ def apply(run: Run, progress: Progress, update: Update) -> Result:
             outputs.append((out, batch))
     norm = parallel.clip(run.parameters, config.optim.max_grad_norm)
     loss, grad_norm = parallel.total(torch.stack([value, norm.to(value.device) / world.size]), world).tolist()
-    factor = learning_rate(config, progress.updates, run.total_updates)
     for group in run.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
-    progress.updates += 1
     if bad:
         progress.skipped += 1
         progress.bad_in_a_row += 1

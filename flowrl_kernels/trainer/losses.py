@@ -57,6 +57,21 @@ def log_z_kind(config: Config) -> str | None:
     return None if wanted == "none" else wanted
 
 
+def has_optimum(config: Config) -> bool:
+    """Whether the row's minimum is ref * exp((beta r - log Z) / a), the policy at which every residual is 0.
+
+    It is where the residual subtracts the reference and has a log Z that can normalise, one residual per response, and
+    no second loss beside it. Without log Z the target need not sum to 1; beside the old policy no target is fixed.
+    """
+    chosen = row(config)
+    return (
+        chosen.anchor == "ref"
+        and chosen.level == "sequence"
+        and chosen.surrogate is None
+        and log_z_kind(config) is not None
+    )
+
+
 def whole_groups(config: Config) -> bool:
     """Whether the loss takes the group's mean itself, with its gradient: then a group shares a micro-batch."""
     return config.algorithm.name == "flowrl" and log_z_kind(config) == "through"
@@ -106,8 +121,7 @@ def score_head(
             batch.target,
             bias=getattr(actor.head, "bias", None),
             temperature=temperature or config.rollout.temperature,
-            logit_scale=actor.logit_scale,
-            softcap=actor.softcap,
+            **actor.scales._asdict(),
             entropy=entropy,
             epsilon=epsilon,
             report=report,
@@ -181,8 +195,7 @@ def flow_loss(config: Config) -> Callable[..., Head]:
                 groups=sequence["group"],
                 normalizer=(float(sequences), float(tokens)),
                 bias=getattr(actor.head, "bias", None),
-                logit_scale=actor.logit_scale,
-                softcap=actor.softcap,
+                **actor.scales._asdict(),
                 report=report,
             )
             return reported(out, report)

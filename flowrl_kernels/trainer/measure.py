@@ -132,23 +132,31 @@ def samples(run: Run, rollouts: Rollouts, step: int) -> None:
 def evaluation(run: Run, step: int, split: str, *, last: bool = False) -> dict[str, float]:
     """Samples and scores a split; without sampling noise too where the task lists its right answers.
 
-    last: also the distance to the optimum, which needs the probability of every well-formed response.
+    last: also the distance to the optimum, which needs the probability of every well-formed response; for a row whose
+    optimum is known. The baselines are measured against the paper's.
     """
     config = run.config
     out = evaluate(run.task, split, sampler(run), run.scorer, config.eval)
     if config.eval.exact:
-        listed = run.task.responses(run.task.problems(split)[0]) is not None
-        # the baselines are measured against the same optimum, and have no reference of their own
-        reference = (run.reference or frozen_start(run)) if last and listed else None
-        out |= exact(
+        chosen = losses.row(config)
+        wanted = last and losses.has_optimum(config) and run.task.responses(run.task.problems(split)[0]) is not None
+        # the baselines have no reference of their own
+        reference = (run.reference or frozen_start(run)) if wanted else None
+        scale = 1.0 if chosen.scale is None else chosen.scale
+        learned = log_z_of(run) if reference is not None and run.policy.log_z is not None else None
+        figures = exact(
             run.task,
             split,
             summed_logp(run, run.policy),
             None if reference is None else summed_logp(run, reference),
-            log_z_of(run) if reference is not None and run.policy.log_z is not None else None,
-            beta=losses.row(config).beta,
+            # a (log pi - log ref) = beta r - log Z, divided by a where that is a number: exact() knows a = 1 and 1/|y|
+            None if learned is None else lambda problems: learned(problems) / scale,
+            beta=chosen.beta / scale,
             cfg=config.eval,
+            length_normalize=chosen.scale is None,
+            tokens=lambda text: len(run.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1,
         )
+        out |= figures | {name: figures[name] * scale for name in ("log_z_exact", "log_z_error") if name in figures}
     run.log.evaluation(step, split, out)
     return out
 
@@ -219,8 +227,9 @@ def summed_logp(run: Run, policy: Policy) -> Any:
         out = torch.zeros(len(texts), dtype=torch.float64)
         every = list(range(len(texts)))
         for batch in pack(
-            every, prompts, answers, max_tokens=p.max_tokens, row_tokens=p.row_tokens, device=run.world.device
-        ):
+            every, prompts, answers, max_tokens=p.max_tokens, row_tokens=p.row_tokens, device=run.world.device,
+            alone=policy.packing == "alone",
+        ):  # fmt: skip
             scored = policy(losses.score_head(run.config, batch), batch.ids, batch.positions)
             total = scored.logp.new_zeros(batch.sequences, dtype=torch.float64)
             total.index_add_(0, batch.segment(), scored.logp.double())
@@ -243,7 +252,7 @@ def log_z_of(run: Run) -> Any:
         run.policy.log_z.eval()
         for batch in pack(
             list(range(len(prompts))), prompts, dummy, max_tokens=p.max_tokens, row_tokens=p.row_tokens,
-            device=run.world.device,
+            device=run.world.device, alone=run.policy.packing == "alone",
         ):  # fmt: skip
             value = run.policy(
                 lambda actor, hidden, b=batch: losses.log_z(actor, hidden, b), batch.ids, batch.positions

@@ -50,13 +50,13 @@ def start(run: RunConfig, parallel: ParallelConfig) -> World:
     """Joins the process group, where there is one to join, and picks the device.
 
     Raises:
-        RuntimeError: a device was asked for that is not there.
+        ValueError: a device was asked for that is not there.
     """
     if run.threads:
         torch.set_num_threads(run.threads)
     cuda = torch.cuda.is_available()
     if run.device == "cuda" and not cuda:
-        raise RuntimeError("run.device = 'cuda', and PyTorch sees no CUDA device")
+        raise ValueError("run.device = 'cuda', and PyTorch sees no CUDA device")
     kind = run.device if run.device != "auto" else ("cuda" if cuda else "cpu")
     device = torch.device(kind)
     if kind == "cuda":
@@ -216,9 +216,12 @@ def clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def attention_of(model: ModelConfig, parallel: ParallelConfig, device: torch.device) -> str:
-    """The attention implementation to ask transformers for; flash-attention takes 16-bit inputs on CUDA only."""
+def attention_of(model: ModelConfig, parallel: ParallelConfig, device: torch.device) -> str | None:
+    """The attention implementation to ask transformers for; None: its own choice, SDPA for models that have it.
+
+    Flash-attention takes 16-bit inputs on CUDA only.
+    """
     if model.attention != "auto":
         return model.attention
     flash = device.type == "cuda" and parallel.dtype != "float32"
-    return "flash_attention_2" if flash and importlib.util.find_spec("flash_attn") else "sdpa"
+    return "flash_attention_2" if flash and importlib.util.find_spec("flash_attn") else None

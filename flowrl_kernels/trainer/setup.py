@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from flowrl_kernels.trainer import checkpoint, config_file, losses, parallel, policy, warm
+from flowrl_kernels.trainer import checkpoint, checks, config_file, losses, parallel, policy, warm
 from flowrl_kernels.trainer.config import Config, check
 from flowrl_kernels.trainer.metrics import Log
 from flowrl_kernels.trainer.parallel import World
@@ -62,9 +62,13 @@ def prepare(config: Config, world: World) -> Run:
         ValueError, FileNotFoundError, OSError: naming the field, file or folder that will not do.
     """
     check(config, world.size)
+    checks.check_algorithm(config)
+    checks.check_packages(config)
     folder = Path(config.run.dir)
     parallel.first(lambda: open_folder(folder, config), world)
     task = build_task(config.task)
+    checks.check_splits(config, task)
+    context = checks.context_of(config)
     tokenizer = make_tokenizer(config, task)
     encode = make_encoder(config, task, tokenizer)
     log = Log(
@@ -75,7 +79,10 @@ def prepare(config: Config, world: World) -> Run:
         start=resumed_step(folder),
         config=config_file.flat(config),
     )
-    problems = fitting(config, task, encode, log)
+    problems = fitting(config, task, encode, log, checks.prompt_limit(config, context))
+    checks.check_evaluated(config, task, encode, context)
+    check_answer(config, task)
+    checks.check_budgets(config, max(len(encode(problem)) for problem in problems))
     torch.manual_seed(config.run.seed + world.rank)
     attention = parallel.attention_of(config.model, config.parallel, world.device)
     if attention == "flash_attention_2" and not config.parallel.row_tokens:
@@ -88,8 +95,11 @@ def prepare(config: Config, world: World) -> Run:
     )
     reference = None
     if needs.reference:
-        reference = policy.make_policy(config, world, open_model(source, config, world, attention), reference=True)
-    check_context(config, actor, task)
+        frozen = open_model(source, config, world, attention)
+        reference = policy.make_policy(config, world, frozen, reference=True, packing=actor.packing)
+    if actor.packing != "positions":
+        kind, how = type(actor.model).__name__, "an explicit block mask" if actor.packing == "mask" else "one a row"
+        log.note(f"{kind} does not keep packed sequences apart by their positions: {how}")
     groups = [{**group, "base_lr": group["lr"]} for group in actor.groups(config)]
     o = config.optim
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
@@ -123,7 +133,7 @@ def frozen_start(run: Run) -> Policy:
     source = str(folder) if parallel.first(folder.exists, run.world) else run.config.model.name
     attention = parallel.attention_of(run.config.model, run.config.parallel, run.world.device)
     model = open_model(source, run.config, run.world, attention)
-    return policy.make_policy(run.config, run.world, model, reference=True)
+    return policy.make_policy(run.config, run.world, model, reference=True, packing=run.policy.packing)
 
 
 # ------------------------------------------------------------------------------------------------ the run folder
@@ -197,7 +207,7 @@ def export(run: Run, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------ model and text
 
 
-def open_model(source: str, config: Config, world: World, attention: str) -> torch.nn.Module:
+def open_model(source: str, config: Config, world: World, attention: str | None) -> torch.nn.Module:
     """The model, with weights where this rank needs them (rank 0, or every rank that does not shard)."""
     return policy.load_model(source, config.model, attention, empty=world.mesh is not None and not world.main)
 
@@ -230,7 +240,10 @@ def make_encoder(config: Config, task: Task, tokenizer: Any) -> Callable[[Proble
             raise ValueError(
                 f"task.chat_template: the tokenizer of {config.model.name!r} has no chat template; set it to false"
             )
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # jinja2's, raised by the template itself
+            raise checks.refusal(error, config) from error
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def encode(problem: Problem) -> list[int]:
@@ -271,34 +284,36 @@ def stop_tokens(actor: Policy, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}))
 
 
-def fitting(config: Config, task: Task, encode: Callable[[Problem], list[int]], log: Log) -> list[Problem]:
+def fitting(
+    config: Config, task: Task, encode: Callable[[Problem], list[int]], log: Log, limit: int | None
+) -> list[Problem]:
     """The training problems whose prompts fit; those that do not are left out by name of their count.
 
     Raises:
         ValueError: there are none.
     """
     problems = list(task.problems("train"))
-    limit = config.rollout.max_prompt_tokens
-    kept = [p for p in problems if len(encode(p)) <= limit] if limit else problems
+    kept = [p for p in problems if limit is None or len(encode(p)) <= limit]
     if not kept:
-        raise ValueError(f"task: no training problem (of {len(problems)}) with a prompt of at most {limit} tokens")
+        r = config.rollout
+        why = (
+            ""
+            if r.max_prompt_tokens
+            else f"; with a response of {r.max_new_tokens} they exceed the model's context of "
+        )
+        why += f"{limit + r.max_new_tokens}" if why and limit is not None else ""
+        raise ValueError(f"task: no training problem (of {len(problems)}) with a prompt of at most {limit} tokens{why}")
     if len(kept) < len(problems):
         log.note(f"{len(problems) - len(kept)} of {len(problems)} prompts are longer than {limit} tokens: left out")
     return kept
 
 
-def check_context(config: Config, actor: Policy, task: Task) -> None:
-    """Refuses responses that cannot hold an answer, and sequences longer than the model's context."""
+def check_answer(config: Config, task: Task) -> None:
+    """Refuses responses that cannot hold the task's longest answer."""
     budget = config.rollout.max_new_tokens
     answer = task.max_response_tokens if not config.model.name else None
     if answer is not None and answer > budget:
         raise ValueError(f"rollout.max_new_tokens: {task.name}'s longest answer has {answer} tokens; got {budget}")
-    context = getattr(actor.model.config.get_text_config(), "max_position_embeddings", None)
-    prompt = config.rollout.max_prompt_tokens or (task.max_prompt_tokens or 0 if not config.model.name else 0)
-    if context is not None and prompt + budget > context:
-        raise ValueError(
-            f"rollout.max_new_tokens: prompt ({prompt}) and response ({budget}) exceed the model's context of {context}"
-        )
 
 
 def make_engine(config: Config, actor: Policy, world: World) -> Engine:

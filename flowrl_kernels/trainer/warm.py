@@ -37,7 +37,7 @@ def start(
     task: Task,
     tokenizer: Any,
     encode: Callable[[Problem], list[int]],
-    attention: str,
+    attention: str | None,
     log: Log,
 ) -> str:
     """Name or folder of the model RL starts from; trains and caches it where that is asked for."""
@@ -127,7 +127,8 @@ def train(
         answers = [np.asarray(ids + end) for ids in texts]
         tokens = sum(map(len, answers))
         mine = list(range(world.rank, len(pairs), world.size))
-        batches = pack(mine, prompts, answers, max_tokens=p.max_tokens, row_tokens=p.row_tokens, device=world.device)
+        batches = pack(mine, prompts, answers, max_tokens=p.max_tokens, row_tokens=p.row_tokens, device=world.device,
+                       alone=actor.packing == "alone")  # fmt: skip
         most = int(parallel.total(torch.tensor([len(batches)], device=world.device), world, "max"))
         batches += [stand_in(prompts, answers, world.device) for _ in range(most - len(batches))]
         optimizer.zero_grad(set_to_none=True)
