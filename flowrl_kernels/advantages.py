@@ -153,6 +153,8 @@ def discounted(reward: Tensor, segments: Segments, gamma: float) -> Tensor:
 def last_token(reward: Tensor, segments: Segments) -> Tensor:
     """Each sequence's reward [B] at its last counting token, 0 elsewhere."""
     mask = segments.mask
+    if mask.numel() == 0:
+        return reward.new_zeros(mask.shape)
     position = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
     counted = torch.where(mask, position, -1)
     if segments.cu_seqlens is None:

@@ -52,8 +52,6 @@ def linear_residual(
     flat, w, ids, temperature, softcap, _ = checked_head(
         hidden, weight, target, bias, head["temperature"], head["softcap"]
     )
-    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias), ("log_z", log_z)):
-        losses.no_tangent(name, value)
     segments = settled.segments
     if segments.cu_seqlens is None:
         step = target.shape[1]

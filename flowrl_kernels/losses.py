@@ -539,5 +539,5 @@ def _check_row(row: Row) -> None:
     if not row.tis_cap > 0.0:
         checks.fail("tis_cap", "a number above 0", row.tis_cap)
     for name, value in (("beta", row.beta), ("scale", row.scale)):
-        if value is not None and not math.isfinite(value):
+        if value is not None and not abs(value) < math.inf:  # which a traced number can answer
             checks.fail(name, "a finite number", value)

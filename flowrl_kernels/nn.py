@@ -11,7 +11,7 @@ from flowrl_kernels import checks
 from flowrl_kernels.functional import linear_logprob
 from flowrl_kernels.layout import segments_of
 from flowrl_kernels.linear_loss import linear_residual
-from flowrl_kernels.losses import check_settings, flowrl_loss
+from flowrl_kernels.losses import check_settings, flowrl_loss, no_tangent
 from flowrl_kernels.presets import number
 from flowrl_kernels.types import LossOutput
 
@@ -128,6 +128,9 @@ class LinearFlowRLLoss(FlowRLLoss):
             "logit_scale": logit_scale,
             "softcap": softcap,
         }
+        if self.settings.get("impl", "auto") != "reference":
+            for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias), ("log_z", log_z)):
+                no_tangent(name, value)
         if self.single_pass and self.epsilon == 0.0 and main_grad is None and cp_group is None:
             out = linear_residual(hidden, weight, ids, logp_ref, reward, log_z, tensors, head, self.settings)
             if out is not None:

@@ -117,13 +117,9 @@ def second_order(row: presets.Row, inputs: list, towards: tuple) -> list[Tensor 
     logp, log_z, anchor, old, sampler, reward, mask, cu_seqlens, groups, normalizer = inputs
     with torch.enable_grad():
         leaves = [None if t is None else t.detach().double().requires_grad_() for t in (logp, log_z)]
-        tokens: list[Any] = [leaves[0], anchor, old, sampler]
-        segments = Segments(mask, cu_seqlens)
-        if cu_seqlens is not None:  # torch's segmented sums have one derivative
-            tokens = [None if t is None else padded(t, segments) for t in tokens]
-            segments = Segments(padded(mask, segments), None)
-        x, anchor, old, sampler = tokens
-        terms = reference.residual(row, x, anchor, old, sampler, reward, leaves[1], segments, groups)
+        x, z = leaves
+        assert x is not None
+        terms = reference.residual(row, x, anchor, old, sampler, reward, z, Segments(mask, cu_seqlens), groups)
         loss = reference.total(row, terms, normalizer)
         wanted = [leaf for leaf in leaves if leaf is not None]
         first = torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True)
@@ -133,13 +129,3 @@ def second_order(row: presets.Row, inputs: list, towards: tuple) -> list[Tensor 
             return [None, None]
         second = iter(torch.autograd.grad(dot, wanted, materialize_grads=True))
     return [None if leaf is None else next(second) for leaf in leaves]
-
-
-def padded(value: Tensor, segments: Segments) -> Tensor:
-    """Packed tokens [N] as [B, longest]."""
-    assert segments.cu_seqlens is not None
-    lengths = segments.cu_seqlens.diff()
-    owner = segments.owner()
-    place = torch.arange(len(owner), device=owner.device) - segments.cu_seqlens[owner]
-    shape = (len(lengths), int(lengths.max()) if len(lengths) else 0)
-    return value.new_zeros(shape).index_put((owner, place), value)

@@ -17,6 +17,52 @@ from flowrl_kernels.presets import Row
 BOUND = 60.0  # log-ratios are clamped to +-BOUND before exp, and phi goes on straight beyond it
 
 
+class SegmentSum(torch.autograd.Function):
+    """Sum over each sequence's packed tokens: linear, so it has every derivative, which torch's own has not."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, cu_seqlens: Tensor):
+        ctx.save_for_backward(cu_seqlens)
+        ctx.num_tokens = len(value)
+        return segment_sum(value, cu_seqlens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        return grad[owners(ctx.saved_tensors[0], ctx.num_tokens)], None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None):
+        return segment_sum(tangent, ctx.saved_tensors[0])
+
+
+class GroupSum(torch.autograd.Function):
+    """Sum over each one's group [B]: a symmetric linear map, so it is its own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, own: Grouped):
+        ctx.own = own
+        return segment_sum(value[own.order], own.offsets)[own.which]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        return GroupSum.apply(grad, ctx.own), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None):
+        return GroupSum.apply(tangent, ctx.own)
+
+
+def segment_sum(value: Tensor, offsets: Tensor) -> Tensor:
+    """Sums in order over [N] from each offset to the next. [B]"""
+    return torch.segment_reduce(value, "sum", offsets=offsets, axis=0, initial=0.0, unsafe=True)
+
+
+def owners(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """The sequence of each packed token. [N]"""
+    token = torch.arange(num_tokens, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+
+
 class Segments(NamedTuple):
     """Where the tokens of each sequence are. `mask` has the tokens' layout."""
 
@@ -30,7 +76,8 @@ class Segments(NamedTuple):
         if self.cu_seqlens is None:
             own = value.sum(1)
         else:
-            own = torch.segment_reduce(value, "sum", offsets=self.cu_seqlens, axis=0, initial=0.0, unsafe=True)
+            total = segment_sum if torch.compiler.is_compiling() else SegmentSum.apply
+            own = total(value, self.cu_seqlens)
         return own if self.over_ranks is None else self.over_ranks(own)
 
     def clean(self, value: Any) -> Any:
@@ -46,8 +93,7 @@ class Segments(NamedTuple):
     def owner(self) -> Tensor:
         """The sequence of each packed token. [N]"""
         assert self.cu_seqlens is not None
-        token = torch.arange(self.mask.shape[0], device=self.mask.device)
-        return torch.searchsorted(self.cu_seqlens[1:].contiguous(), token, right=True)
+        return owners(self.cu_seqlens, self.mask.shape[0])
 
 
 class Terms(NamedTuple):
@@ -74,8 +120,7 @@ class Grouped(NamedTuple):
 
     def total(self, value: Tensor) -> Tensor:
         """Sum over each one's group, its members in order, in float64. [B]"""
-        by_group = value.double()[self.order]
-        return torch.segment_reduce(by_group, "sum", offsets=self.offsets, axis=0, initial=0.0, unsafe=True)[self.which]
+        return GroupSum.apply(value.double(), self)
 
     def mean(self, value: Tensor, used: Tensor) -> Tensor:
         """Mean over the members that are `used`; 0 for a group without any. [B]"""
