@@ -80,7 +80,7 @@ def linear_residual(
         loss, d, weights, metrics, *_ = op.linear_residual(
             flat, w, bias, settled.log_z, ids, temperature, float(head["logit_scale"]), softcap, *per_token,
             settled.reward, segments.mask, segments.cu_seqlens, settled.groups,
-            most, [edges[i] for i in bounds], bounds, normalizer, row.codes(), row.numbers(), wants, chosen,
+            most, [edges[i] for i in bounds], bounds, normalizer, row.codes(), row.packed_numbers(), wants, chosen,
         )  # fmt: skip
     return losses.output(loss, d, weights, metrics)
 

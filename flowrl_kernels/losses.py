@@ -278,7 +278,7 @@ def _residual(
 
     loss, d, weight, values, _, _ = op(
         logp.contiguous(), partition, anchor, old, sampler, reward, segments.mask, segments.cu_seqlens, groups, scalar,
-        row.codes(), row.numbers(), chosen,
+        row.codes(), row.packed_numbers(), chosen,
     )  # fmt: skip
     return output(loss, d, weight, values)
 

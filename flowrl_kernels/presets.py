@@ -12,6 +12,7 @@ import math
 import numbers
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flowrl_kernels import checks
@@ -74,11 +75,15 @@ class Row:
         return [wanted.index(getattr(self, name)) for name, wanted in CHOICES.items()] + [int(self.token_weight)]
 
     def numbers(self) -> list[float]:
-        """The fields that are numbers, as an operator carries them; NaN stands for None."""
+        """The fields that are numbers; NaN stands for None."""
         low, high = self.clip
         drop_low, drop_high = (None, None) if self.drop is None else self.drop
         fields = (self.scale, low, high, self.tis_cap, *self.gate_clip, drop_low, drop_high, self.surrogate, self.beta)
         return [math.nan if value is None else value for value in fields]
+
+    def packed_numbers(self) -> Tensor:
+        """`numbers` as a float64 tensor on the CPU: a traced graph takes another beta without being traced again."""
+        return torch.tensor(self.numbers(), dtype=torch.float64, device="cpu")
 
 
 def row_of(codes: list[int], values: list[float]) -> Row:

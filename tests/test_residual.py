@@ -441,7 +441,7 @@ def operands(name, packed):
     log_z = data["log_z"].requires_grad_() if row.log_z == "learned" else None
     return (
         data["logp"].requires_grad_(), log_z, anchor, data["old"], data["sampler"], data["reward"], data["mask"],
-        cu_seqlens, data["groups"], torch.tensor(9.0), row.codes(), row.numbers(), "chunked",
+        cu_seqlens, data["groups"], torch.tensor(9.0), row.codes(), row.packed_numbers(), "chunked",
     )  # fmt: skip
 
 

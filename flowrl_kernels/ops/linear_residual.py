@@ -50,7 +50,7 @@ def linear_residual(
     bounds: list[int],  # the sequences at which they begin, and B
     normalizer: Tensor | None,  # scalar
     codes: list[int],  # of the row: `presets.Row.codes`
-    numbers: list[float],  # of the row, NaN for None
+    numbers: Tensor,  # of the row: `presets.Row.packed_numbers`
     need: list[bool],  # hidden, weight, bias
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -58,8 +58,8 @@ def linear_residual(
     [N] and [V] that the rows of dhidden and dweight still want in float16; [0] for what is not needed."""
     clean, _, _ = clean_target(target, weight.shape[0], -100)
     out = launchers("linear_residual", impl).linear_residual_fwd(
-        presets.row_of(codes, numbers), hidden, weight, clean, bias, temperature, logit_scale, softcap, anchor, old,
-        sampler, reward, log_z, mask, cu_seqlens, groups, most, edges, bounds, normalizer, *need,
+        presets.row_of(codes, numbers.tolist()), hidden, weight, clean, bias, temperature, logit_scale, softcap,
+        anchor, old, sampler, reward, log_z, mask, cu_seqlens, groups, most, edges, bounds, normalizer, *need,
     )  # fmt: skip
     dtype = out.logp.dtype
     loss, d, w, metrics, dlog_z = (value.to(dtype) for value in out[1:6])

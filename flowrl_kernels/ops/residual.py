@@ -34,12 +34,22 @@ def residual(
     groups: Tensor | None,  # [B]
     normalizer: Tensor | None,  # scalar, or [2]: sequences and tokens
     codes: list[int],  # of the row: `presets.Row.codes`
-    numbers: list[float],  # of the row, NaN for None: `presets.Row.numbers`
+    numbers: Tensor,  # of the row: `presets.Row.packed_numbers`
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, residual [B], weight [B], metrics [12], dlogp (layout of logp), dlog_z [B]; fp32, or float64 as logp."""
     out = launchers("residual", impl).residual_fwd(
-        presets.row_of(codes, numbers), logp, anchor, old, sampler, reward, log_z, mask, cu_seqlens, groups, normalizer
+        presets.row_of(codes, numbers.tolist()),
+        logp,
+        anchor,
+        old,
+        sampler,
+        reward,
+        log_z,
+        mask,
+        cu_seqlens,
+        groups,
+        normalizer,
     )
     loss, d, weight, metrics, dlogp, dlog_z = (value.to(wide(logp)) for value in out)
     return loss, d, weight, metrics, dlogp, dlog_z
@@ -76,7 +86,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
         return nothing
     dlogp, dlog_z, *inputs = ctx.saved_tensors
     if torch.is_grad_enabled():
-        dlogp, dlog_z = Gradient.apply(grad, presets.row_of(*ctx.row), dlogp, dlog_z, *inputs)
+        dlogp, dlog_z = Gradient.apply(grad, presets.row_of(ctx.row[0], ctx.row[1].tolist()), dlogp, dlog_z, *inputs)
     else:
         dlogp, dlog_z = scaled(grad, dlogp, inputs[0]), scaled(grad, dlog_z, inputs[1])
     need_logp, need_log_z = ctx.needs_input_grad[:2]

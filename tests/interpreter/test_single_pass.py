@@ -221,7 +221,7 @@ def test_the_operator_satisfies_opcheck():
         hidden.requires_grad_(), weight.requires_grad_(), None, log_z.requires_grad_(), target, torch.ones(1), 1.0,
         None, ref, old, None, reward, torch.ones(len(target), dtype=torch.bool), cu_seqlens_of(LENGTHS).long(), None,
         99, [0, 22, 32], [0, 4, 6], torch.tensor(6.0, dtype=torch.float64), PRESETS["paper"].codes(),
-        PRESETS["paper"].numbers(), [True, True, False], "triton",
+        PRESETS["paper"].packed_numbers(), [True, True, False], "triton",
     )  # fmt: skip
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.flowrl.linear_residual.default, arguments, test_utils=tests)
