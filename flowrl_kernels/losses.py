@@ -62,7 +62,8 @@ def flowrl_loss(
 
     Args:
         logp: [B, T] or [N] log-probs of the sampled tokens under the policy, at the sampling temperature, in nats.
-        logp_ref: the same under the reference model; None, and nothing else, where the row has no reference anchor.
+        logp_ref: the same under the reference model. Only None beside an explicit anchor that is another; beside a
+            preset whose anchor is another it is not read.
         reward: [B], used as given: `group_normalize` is a call of its own.
         log_z: [B] (from `LogPartition`), "group" (mean of the group's beta r + mean(logp_ref - logp), detached),
             "through" (the same with its gradient), or None. Left out, the preset decides.
@@ -300,7 +301,7 @@ def settle(
             checks.fail("logp_old", f"log-probs of the policy that sampled, for {name}={value!r}", None)
     if logp_sampler is not None and row.tis is None:
         checks.fail("tis", "'token', 'mean' or 'sequence' beside logp_sampler, which nothing else reads", None)
-    if not anchor_is_given and row.anchor != "ref" and logp_ref is not None:
+    if explicit.get("anchor", UNSET) in (None, "old") and logp_ref is not None:  # a preset's anchor may leave it unread
         checks.fail("logp_ref", f"None beside anchor={row.anchor!r}, where nothing reads it", "a tensor")
     partition = log_z if isinstance(log_z, Tensor) else None
     if partition is None and log_z is not UNSET:
