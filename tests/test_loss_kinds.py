@@ -157,7 +157,7 @@ def test_one_pass_computes_no_row_that_does_not_count(monkeypatch):
     assert sum(len(h) for h in rows) == 128, "an eighth of the rows, in whole blocks"
 
 
-@pytest.mark.parametrize("scale", [1.0, 65536.0])
+@pytest.mark.parametrize("scale", [1.0, 65536.0, 2.0**24])
 @pytest.mark.parametrize("door", ["one pass", "two passes"])
 def test_float16_keeps_its_digits_for_a_loss_scale_that_comes_later(door, scale):
     """normalizer = scale: the wanted gradient is that of a normaliser of 1, which float16 holds."""
