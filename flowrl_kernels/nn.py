@@ -125,8 +125,8 @@ class LinearFlowRLLoss(FlowRLLoss):
         head: dict[str, Any] = {
             "bias": bias,
             "temperature": temperature,
-            "logit_scale": logit_scale,
-            "softcap": softcap,
+            "logit_scale": number("logit_scale", logit_scale),
+            "softcap": None if softcap is None else number("softcap", softcap),
         }
         if self.settings.get("impl", "auto") != "reference":
             for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias), ("log_z", log_z)):

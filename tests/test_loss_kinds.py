@@ -427,6 +427,17 @@ def test_one_pass_fills_the_report_as_two_do_and_main_grad_wants_a_weight_that_l
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("name", ["logit_scale", "softcap"])
+def test_a_learned_scale_of_the_head_is_refused_because_it_would_not_learn(name, single):
+    data, where = laid_out(make(), "padded")
+    with pytest.raises(ValueError, match=f"{name}: "):
+        LinearFlowRLLoss(single_pass=single)(
+            data["hidden"], data["weight"], data["target"], data["ref"], data["reward"], data["log_z"],
+            **{name: torch.nn.Parameter(torch.tensor(30.0))}, **where,
+        )  # fmt: skip
+
+
 def test_many_betas_compile_few_times():
     data, where = laid_out(make(), "padded")
     frames = []
