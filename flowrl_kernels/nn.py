@@ -11,7 +11,8 @@ from flowrl_kernels import checks
 from flowrl_kernels.functional import linear_logprob
 from flowrl_kernels.layout import segments_of
 from flowrl_kernels.linear_loss import linear_residual
-from flowrl_kernels.losses import flowrl_loss
+from flowrl_kernels.losses import check_settings, flowrl_loss, no_tangent
+from flowrl_kernels.presets import number
 from flowrl_kernels.types import LossOutput
 
 __all__ = ["FlowRLLoss", "LinearFlowRLLoss", "LogPartition"]
@@ -26,6 +27,7 @@ class FlowRLLoss(nn.Module):
 
     def __init__(self, **settings: Any):
         super().__init__()
+        check_settings(type(self).__name__, settings)
         self.settings = settings
 
     def forward(
@@ -42,14 +44,25 @@ class LinearFlowRLLoss(FlowRLLoss):
 
     Args of the constructor: `temperature`, `epsilon` (see `linear_logprob`), those of `FlowRLLoss`, and `single_pass`.
     With it, where gradients are wanted and epsilon is 0, `chunked` and `triton` make the logits of whole sequences
-    once (6NHV instead of 8NHV) and hold them in a buffer of 2^26 numbers (2^30 on a GPU); logp has the same bits. A
-    batch with a sequence longer than the buffer allows, or one whose sequences depend on each other (group-centred,
-    token-level without normalizer) and does not fit as a whole, takes two passes. A packed batch's `cu_seqlens` is read
-    on the host once, to cut it into chunks; the padded layout waits for nothing.
+    once (6NHV instead of 8NHV) and hold them in a buffer of 2^26 numbers (2^30 on a GPU); logp has the same bits. Of a
+    sequence longer than the buffer allows (7067 tokens at V = 151936) the logits are made twice, of it alone. The whole
+    batch takes two passes where its sequences depend on each other (group-centred, token-level without normalizer) and
+    do not fit together, or where such a long sequence is float16; the log (`flowrl_kernels`, INFO) says so once. A
+    packed batch's `cu_seqlens` is read on the host once, to cut it into chunks; the padded layout waits for nothing.
+
+    The gradients are made in the forward and multiplied by the incoming one in the backward, with no copy unless the
+    graph is retained. One pass has first derivatives only, and says so; impl="reference" has all of them.
     """
 
     def __init__(self, *, temperature: float = 1.0, epsilon: float = 0.0, single_pass: bool = True, **settings: Any):
         super().__init__(**settings)
+        if not isinstance(temperature, Tensor) or temperature.dim() == 0:
+            temperature = checks.positive("temperature", number("temperature", temperature))
+        epsilon = number("epsilon", epsilon)
+        if not 0.0 <= epsilon < 1.0:
+            checks.fail("epsilon", "a number in [0, 1)", epsilon)
+        if single_pass not in (True, False):
+            checks.fail("single_pass", "True or False", repr(single_pass))
         self.single_pass = single_pass
         self.temperature = temperature
         self.epsilon = epsilon
@@ -82,10 +95,12 @@ class LinearFlowRLLoss(FlowRLLoss):
         Args:
             hidden: [B, T, H] with `mask` [B, T], or packed [N, H] with `cu_seqlens`: what predicts each token.
             weight: [V, H] the head.
-            target: [B, T] or [N] the sampled token ids. Masked-out positions are not computed.
+            target: [B, T] or [N] the sampled token ids. Masked-out positions are not computed, and may hold anything in
+                any tensor.
             logp_ref, reward, log_z, logp_old, mask, cu_seqlens, groups, normalizer, logp_sampler, cp_group: as in
                 `flowrl_loss`. With cp_group it takes two passes.
-            bias, temperature, logit_scale, softcap, main_grad, report: as in `linear_logprob`.
+            bias, temperature, logit_scale, softcap, main_grad, report: as in `linear_logprob`; main_grad takes two
+                passes.
         """
         checks.floating("hidden", hidden)
         ids = checks.integers("target", target, tuple(hidden.shape[:-1]))
@@ -95,6 +110,14 @@ class LinearFlowRLLoss(FlowRLLoss):
                 checks.fail("mask", f"shape {tuple(ids.shape)} as target has", checks.shape(mask))
             ids = ids.long().masked_fill(~mask.to(torch.bool), -100)
         temperature = self.temperature if temperature is None else temperature
+        if mask is not None and isinstance(temperature, Tensor) and temperature.shape == ids.shape:
+            temperature = temperature.masked_fill(~mask.to(torch.bool), 1.0)
+        if main_grad is not None and isinstance(weight, Tensor) and not weight.requires_grad:
+            checks.fail("main_grad", "None beside a weight that wants no gradient", "a tensor")
+        if report is not None:
+            checks.floating("report", report, dims=1)
+            if report.shape != (3,):
+                checks.fail("report", "shape (3,)", checks.shape(report))
         tensors: dict[str, Any] = {
             "logp_old": logp_old, "mask": mask, "cu_seqlens": cu_seqlens, "groups": groups, "normalizer": normalizer,
             "logp_sampler": logp_sampler,
@@ -102,12 +125,17 @@ class LinearFlowRLLoss(FlowRLLoss):
         head: dict[str, Any] = {
             "bias": bias,
             "temperature": temperature,
-            "logit_scale": logit_scale,
-            "softcap": softcap,
+            "logit_scale": number("logit_scale", logit_scale),
+            "softcap": None if softcap is None else number("softcap", softcap),
         }
+        if self.settings.get("impl", "auto") != "reference":
+            for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias), ("log_z", log_z)):
+                no_tangent(name, value)
         if self.single_pass and self.epsilon == 0.0 and main_grad is None and cp_group is None:
             out = linear_residual(hidden, weight, ids, logp_ref, reward, log_z, tensors, head, self.settings)
             if out is not None:
+                if report is not None:  # as an exact backward says
+                    report.copy_(report.new_tensor([0.0, 1.0, 0.0]))
                 return out
         logp = linear_logprob(
             hidden,
@@ -152,6 +180,8 @@ class LogPartition(nn.Module):
         super().__init__()
         if layers < 1:
             checks.fail("layers", "at least 1", layers)
+        if not 0.0 <= dropout < 1.0:
+            checks.fail("dropout", "a number in [0, 1)", dropout)
         self.detach = detach
         body: list[nn.Module] = []
         for _ in range(layers - 1):

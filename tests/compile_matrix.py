@@ -226,7 +226,8 @@ def linear_residual(dtype, h=3584, v=152064, softcap=None) -> None:
     ref, old, each = torch.empty(n), torch.empty(n), torch.empty(sequences)
     op.linear_residual_fwd(
         named("paper"), hidden, weight, target, None, torch.empty(1), 1.0, softcap, ref, old, None, each, each, mask,
-        torch.empty(sequences + 1, dtype=torch.int64), None, [0, n], [0, sequences], torch.empty(1), True, True, False,
+        torch.empty(sequences + 1, dtype=torch.int64), None, n, [0, n], [0, sequences], torch.empty(1), True, True,
+        False,
     )  # fmt: skip
 
 

@@ -303,12 +303,13 @@ class FlowRLMixin:
         # equal micro-batches: dividing by B times their number gives the gradient of one big batch
         mode = "train" if self_.model.training else "eval"
         steps = self_.current_gradient_accumulation_steps if mode == "train" else 1
+        old = inputs.get("old_per_token_logps")  # left out by TRL where the policy is still the one that sampled
         out = self.flowrl_loss(
             logp,
             inputs["ref_per_token_logps"],
             inputs["advantages"].to(logp.dtype),
             log_z,
-            logp_old=inputs.get("old_per_token_logps"),
+            logp_old=logp.detach() if old is None else old,
             logp_sampler=_sampler_logps(inputs),
             mask=mask,
             normalizer=float(len(mask) * steps),

@@ -168,7 +168,8 @@ def flow_loss(config: Config) -> Callable[..., Head]:
     settings: dict[str, Any] = {"beta": chosen.beta, "preset": a.preset or None, "impl": config.parallel.impl}
     if a.clip is not None or a.tis_cap > 0:  # the paper's row with fields of one's own
         settings["preset"] = None
-        settings |= {"clip": bounds(a.clip)} if a.clip is not None else {}
+        # without log-probs of an older policy the weight is 1, and the loss takes no clip
+        settings |= {"clip": bounds(a.clip)} if a.clip is not None and needs(config).old else {}
         settings |= {"tis": "sequence", "tis_cap": a.tis_cap} if a.tis_cap > 0 else {}
     fused = LinearFlowRLLoss(temperature=config.rollout.temperature, epsilon=config.parallel.epsilon, **settings)
     second = chosen.tis is not None or a.tis_cap > 0
@@ -252,7 +253,7 @@ def gradient_loss(config: Config) -> Callable[..., Head]:
                 kl=kl,
                 logp_ref=token.get("ref") if kl is not None else None,
                 aggregate=how,
-                horizon=config.rollout.max_new_tokens,
+                horizon=config.rollout.max_new_tokens if how == "seq-mean-token-sum-norm" else None,
                 normalizer=float(tokens if how == "token-mean" else sequences),
             )
             total = out.loss
@@ -262,7 +263,7 @@ def gradient_loss(config: Config) -> Callable[..., Head]:
                 value = value_loss(
                     now.value,
                     token["returns"],
-                    old_value=token["value"],
+                    old_value=token["value"] if a.value_clip else None,
                     clip=a.value_clip or None,
                     cu_seqlens=batch.cu_seqlens,
                     normalizer=float(tokens),
