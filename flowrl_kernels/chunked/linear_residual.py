@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.chunked import tiles
-from flowrl_kernels.chunked.linear_logprob import accumulate
+from flowrl_kernels.chunked.linear_logprob import accumulate, dlogits_
 from flowrl_kernels.chunked.residual import residual_fwd
 from flowrl_kernels.presets import Row
 
@@ -56,7 +56,7 @@ def linear_residual_fwd(
             scale = temperature if temperature.numel() == 1 else temperature[own]
             z, lse, picked = _logits(x[own], weight, target[own], bias, scale[:, None], logit_scale, softcap)
             skipped = target[own] < 0
-            logp[own] = (picked - lse).masked_fill(skipped, 0.0)
+            logp[own] = tiles.log_softmax(picked, lse).masked_fill(skipped, 0.0)
             a, o, t = (None if tokens is None else tokens[own] for tokens in (anchor, old, sampler))
             z_own = None if log_z is None else log_z[first:last]
             starts = cu_seqlens[first : last + 1] - low
@@ -66,7 +66,7 @@ def linear_residual_fwd(
             g = (dlogp.to(dtype).masked_fill(skipped, 0.0) * logit_scale)[:, None] / scale[:, None].to(dtype)
             part = x.new_zeros((high - low, hidden.shape[1]), dtype=dtype) if need_hidden else None
             for tile, (start, stop) in zip(z, tiles.column_tiles(vocab_size, COLUMNS)):
-                dz = _dlogits_(tile, lse, target[own] - start, g, scale[:, None], softcap)
+                dz = _dlogits_(tile, logp[own], lse, target[own] - start, g, scale[:, None], softcap)
                 if dbias is not None:
                     dbias[start:stop] += dz.sum(0)
                 dz = dz.to(x.dtype)
@@ -84,7 +84,7 @@ def _logits(
     x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: Tensor, logit_scale: float,
     softcap: float | None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """Logits in tiles [R, COLUMNS], log-sum-exp [R], target logit [R]: bit for bit what `linear_logprob_fwd` makes."""
+    """Logits in tiles [R, COLUMNS], log-sum-exp [2, R], target logit [R]: the bits of `linear_logprob_fwd`."""
     num_rows, vocab_size = x.shape[0], weight.shape[0]
     dtype = tiles.accumulator_dtype(x.dtype)
     block = tiles.row_block(x.shape[1], vocab_size)
@@ -106,8 +106,8 @@ def _logits(
             tiles.divide_by_temperature(part, scale if scale.shape[0] == 1 else scale[own])
             z[start // COLUMNS][own, start % COLUMNS : start % COLUMNS + stop - start] = part[: num_rows - low]
             running.add(part)
-    lse = torch.cat([s.lse() for s in sums])[:num_rows]
-    picked = torch.zeros_like(lse)
+    lse = torch.cat([s.lse() for s in sums], 1)[:, :num_rows]
+    picked = torch.zeros_like(lse[0])
     for tile, (start, stop) in zip(z, tiles.column_tiles(vocab_size, COLUMNS)):
         local = target - start
         here = (local >= 0) & (local < stop - start)
@@ -116,13 +116,11 @@ def _logits(
 
 
 def _dlogits_(
-    z: Tensor, lse: Tensor, target: Tensor, scale: Tensor, temperature: Tensor, softcap: float | None
+    z: Tensor, logp: Tensor, lse: Tensor, target: Tensor, scale: Tensor, temperature: Tensor, softcap: float | None
 ) -> Tensor:
     """Over the logits of a tile: the gradient of the product hidden weight^T. [R, C]"""
     slope = None
     if softcap is not None:
         slope = (z * temperature).div_(softcap).square_().neg_().add_(1.0)
-    dz = z.sub_(lse[:, None]).exp_().mul_(-scale)
-    known = (target >= 0) & (target < z.shape[1])
-    dz.scatter_add_(1, target.where(known, 0)[:, None], torch.where(known[:, None], scale, 0.0))
+    dz = dlogits_(z, target[:, None], logp[:, None], lse[..., None], scale)
     return dz if slope is None else dz.mul_(slope)

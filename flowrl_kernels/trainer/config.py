@@ -232,7 +232,7 @@ class ParallelConfig:
     row_tokens: int = 0
     """Most tokens in one packed row; 0: one row per micro-batch with flash-attention, else short rows, because
     SDPA's block mask grows with the square of the row."""
-    impl: Literal["auto", "reference", "chunked", "triton", "cuda"] = "auto"
+    impl: Literal["auto", "reference", "chunked", "triton"] = "auto"
     """Implementation of the library's fused head and losses."""
     epsilon: float = 0.0
     """Bound on the relative L1 error of dlogits in the head's backward pass, which may then leave out light parts of

@@ -20,10 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flowrl_kernels.chunked.tiles import fp16_factor
 from flowrl_kernels.presets import Row
-from flowrl_kernels.triton.linear_logprob import forward_rows, fp16_factor
+from flowrl_kernels.triton.linear_logprob import forward_rows, realigned
 from flowrl_kernels.triton.matmul import exact_matmul, matmul_into
-from flowrl_kernels.triton.primitives import LOG2E, compact, gather_rows, row_factor, scatter_rows
+from flowrl_kernels.triton.primitives import LOG2E, compact, gather_rows, row_factor, scatter_rows, shifted
 from flowrl_kernels.triton.residual import residual_fwd
 from flowrl_kernels.types import TILE
 
@@ -31,7 +32,7 @@ BLOCK, WARPS = 4096, 8  # columns a step: four 16-byte loads a thread in flight
 
 
 # `width` is specialised: only a multiple of 16 makes loads and stores vectors
-@triton.jit(do_not_specialize=["temperature_stride"])
+@triton.jit(do_not_specialize=["N", "temperature_stride"])
 def dlogits_in_place_kernel(
     logits,  # [N, width] fp32 compact rows, -inf from V on
     dz,  # the same memory as rows of the inputs' dtype
@@ -39,9 +40,11 @@ def dlogits_in_place_kernel(
     count,  # [1]
     target,  # [N]
     temperature,  # [N] or [1]
-    lse,  # [N]
+    lse,  # [2, N] maximum and log of the sum
+    rest,  # [N] 1 - p of the target
     grad_logp,  # [N]
     factor,  # [1] power of two, or None
+    N,
     width,
     stride_logits,
     stride_dz,
@@ -63,21 +66,22 @@ def dlogits_in_place_kernel(
     else:
         b_target = tl.load(target + source)
         b_temperature = tl.load(temperature + source * temperature_stride)
-        b_lse = tl.load(lse + source)
+        b_max = tl.load(lse + source)
         b_scale = row_factor(b_temperature, logit_scale, None)
         if factor is not None:
             b_scale *= tl.load(factor)
+        b_at_target = b_grad * tl.load(rest + source) * b_scale
+        b_p = -b_grad * tl.exp2(tl.load(lse + N.to(tl.int64) + source) * -LOG2E) * b_scale
         p_logits = logits + i_row * stride_logits
         for v in range(0, width, BLOCK):
             i_col = v + tl.arange(0, BLOCK)
             z = tl.load(p_logits + i_col, mask=i_col < width, other=0.0)
             # a step's dz lies over this step's logits or earlier ones: every thread has to have read its own
             tl.debug_barrier()
-            d = b_grad * (tl.where(i_col == b_target, 1.0, 0.0) - tl.exp2((z - b_lse) * LOG2E))
+            d = tl.where(i_col == b_target, b_at_target, b_p * tl.exp2(shifted(z, b_max)))
             if softcap is not None:
                 bend = z * tl.div_rn(b_temperature, softcap + tl.zeros_like(b_temperature))
                 d *= 1.0 - bend * bend
-            d *= b_scale
             tl.store(p_dz + i_col, d.to(dz.dtype.element_ty), mask=i_col < width)
 
 
@@ -116,6 +120,7 @@ def linear_residual_fwd(
     chunks = [c for c in zip(bounds, bounds[1:], edges, edges[1:]) if c[3] > c[2]]
     if not chunks:
         return logp, dhidden, torch.zeros_like(weight) if need_weight else None, dbias
+    weight = realigned(weight)
     sums = torch.float32 if len(chunks) > 1 else dtype
     dweight = torch.empty(v, h, dtype=sums, device=device) if need_weight else None
     most = max(high - low for _, _, low, high in chunks)
@@ -128,11 +133,11 @@ def linear_residual_fwd(
             degrees = temperature if temperature.shape[0] == 1 else temperature[own].clone()
             order, count = compact(ids >= 0)
             rows = gather_rows(hidden[own], order, count)
-            picked, lse = torch.zeros_like(logp[own]), torch.empty_like(logp[own])
+            made, lse = logp.new_zeros(high - low), logp.new_empty((2, high - low))
             forward_rows(
-                rows, order, count, weight, ids, bias, degrees, logit_scale, softcap, picked, lse, None, None, logits
+                rows, order, count, weight, ids, bias, degrees, logit_scale, softcap, made, lse, None, None, logits
             )
-            logp[own] = torch.where(ids < v, picked - lse, float("nan"))
+            logp[own] = torch.where(ids < v, made, float("nan"))
             a, o, s = (None if tokens is None else tokens[own] for tokens in (anchor, old, sampler))
             partition = None if log_z is None else log_z[first:last]
             starts = cu_seqlens[first : last + 1] - low
@@ -146,9 +151,9 @@ def linear_residual_fwd(
                 inverse = 1.0 / factor
             dz = logits.view(dtype)
             dlogits_in_place_kernel[(high - low,)](
-                logits, dz, order, count, ids, degrees, lse, grad, factor,
-                logits.shape[1], logits.stride(0), dz.stride(0), int(degrees.shape[0] > 1), logit_scale, softcap,
-                BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
+                logits, dz, order, count, ids, degrees, lse, -torch.expm1(made), grad, factor,
+                high - low, logits.shape[1], logits.stride(0), dz.stride(0), int(degrees.shape[0] > 1), logit_scale,
+                softcap, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
             dz = dz[:, :v]
             if dbias is not None:
