@@ -79,7 +79,7 @@ def bounded_backward(
     target_rows = tiles.operand(weight.index_select(0, target.clamp_max(vocab_size - 1)))  # [R, H]
     target_logp = logp.masked_fill(target == vocab_size, -torch.inf).clamp_max(0.0)
     lse = lse_parts.sum(0)[:, 0]  # the statistics are fp16: nothing there to keep apart
-    live = None if x.device.type == "cpu" else scale[:, 0] != 0
+    live = None if tiles.host_knows(x) else scale[:, 0] != 0
     plan = make_plan(scale[:, 0].abs(), lse, tile_lse, target, target_logp, epsilon, COLUMNS, live)
     pays = bool(plan.share <= FALL_BACK)  # the one host sync of a bounded backward
     if report is not None:

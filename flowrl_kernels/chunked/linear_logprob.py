@@ -16,7 +16,7 @@ from flowrl_kernels.types import TILE
 
 def kept_rows(keep: Tensor) -> Tensor | None:
     """Indices of the rows that need work, or None for all. A GPU would have to wait for the count: all there."""
-    if keep.device.type != "cpu" or bool(keep.all()):
+    if not tiles.host_knows(keep) or bool(keep.all()):
         return None
     return keep.nonzero()[:, 0]
 
@@ -55,7 +55,7 @@ def linear_logprob_fwd(
     vocab_size = weight.shape[0]
     live = target >= 0
     rows = kept_rows(live)
-    if rows is None and hidden.device.type != "cpu":
+    if rows is None and not tiles.host_knows(hidden):
         hidden, temperature = clean(live, hidden, temperature)
     hidden, target = take(rows, hidden, target)
     temperature = temperature if temperature.numel() == 1 else take(rows, temperature)[0]
@@ -132,7 +132,7 @@ def linear_logprob_bwd(
     if grad_entropy is not None:
         active |= (target >= 0) & (grad_entropy != 0)
     rows = kept_rows(active)
-    if rows is None and hidden.device.type != "cpu":
+    if rows is None and not tiles.host_knows(hidden):
         hidden, temperature = clean(active, hidden, temperature)
         target, lse = target.masked_fill(~active, vocab_size), lse.masked_fill(~active, torch.inf)  # p = 0 there
     hidden, target, logp, lse, grad_logp = take(rows, hidden, target, logp, lse.T, grad_logp)

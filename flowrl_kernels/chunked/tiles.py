@@ -17,6 +17,11 @@ BUFFER = 1 << 22  # elements of one backward buffer (16 MB in fp32)
 FLOOR = -1e4  # stands in for -inf where it meets a factor 0; exp(FLOOR) is 0
 
 
+def host_knows(tensor: Tensor) -> bool:
+    """Whether the host can read values without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def row_block(hidden_size: int, vocab_size: int) -> int:
     """Rows of one forward block: a function of (H, V) alone, because a GEMM's reduction order can depend on it."""
     return 256 if hidden_size * vocab_size >= 1 << 22 else 64
