@@ -286,3 +286,29 @@ def test_a_weight_that_is_a_slice_of_a_wider_one():
     shifted = torch.randn(200, 17)
     shifted[:, 1:] = weight  # rows off the 16-byte grid: the path without descriptors
     assert torch.equal(forward(hidden, shifted[:, 1:], target)[1], forward(hidden, weight, target)[1])
+
+
+def test_a_row_keeps_its_bits_whatever_the_weights_address():
+    hidden, weight, target = peaked_inputs(20, 32, 1100)
+    buffer = torch.empty(1 + weight.numel())
+    apart = buffer[1:].view(weight.shape).copy_(weight)
+    assert apart.data_ptr() % 16
+    for aligned, shifted in zip(forward(hidden, weight, target, entropy=True), forward(hidden, apart, target, entropy=True)):
+        assert torch.equal(aligned, shifted)
+    assert op._tile(hidden, apart) == op._tile(hidden, weight)
+    saved = forward(hidden, weight, target)
+    for a, b in zip(*(backward(normal(20), hidden, w, target, saved)[:2] for w in (weight, apart))):
+        assert torch.equal(a, b)
+
+
+def test_junk_temperatures_of_skipped_rows_reach_nothing():
+    hidden, weight, target = peaked_inputs(20, 16, 300, dtype=torch.float16)
+    target[3:9] = -1
+    degrees = torch.ones(20)
+    clean = forward(hidden, weight, target, temperature=degrees)
+    grad = normal(20).masked_fill(target < 0, 0.0)
+    expected = backward(grad, hidden, weight, target, clean, temperature=degrees)
+    degrees[3:9], hidden[3:9] = float("nan"), float("nan")
+    got = backward(grad, hidden, weight, target, forward(hidden, weight, target, temperature=degrees), temperature=degrees)
+    assert all(torch.equal(a, b) for a, b in zip(got[:2], expected[:2]))
+    assert got[1].isfinite().all()

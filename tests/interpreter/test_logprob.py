@@ -58,7 +58,7 @@ def test_skipped_rows_are_not_read_and_get_zero_gradient():
     logits[1] = float("nan")
     target[1], target[2] = -1, 300  # skipped; no target here
     out = op.logprob_fwd(logits, target, ONE, None, True)
-    assert [float(t[1]) for t in out] == [0.0, 0.0, 0.0]
+    assert all((t[..., 1] == 0).all() for t in out)
     assert out[0][2] == -torch.inf  # no target here
     assert torch.isclose(out[1][:, 2].sum(), torch.logsumexp(logits[2], 0), atol=1e-5)
     g = torch.tensor([1.0, 0.0, 1.0, 0.0])
