@@ -93,7 +93,7 @@ def troubled(rank, world):
     assert torch.equal(out.logp == -torch.inf, banned)
     torch.testing.assert_close(out.logp, whole.logp, atol=4e-6, rtol=1e-6)
     torch.testing.assert_close(out.entropy, whole.entropy, atol=4e-6, rtol=1e-6)
-    got = torch.autograd.grad((out.logp, out.entropy), (x, w), (keep, keep))
+    got = torch.autograd.grad((out.logp, out.entropy), (x, w), (keep, keep), retain_graph=True)
     assert_grad_close(got[0], expected[0], rel=1e-5)
     assert (got[1] == 0).all() if rank == 0 else torch.allclose(got[1], expected[1][own], atol=1e-5)
     # not differentiable twice, and no more than that
