@@ -30,7 +30,15 @@ def case():
     ignored = torch.rand(50, generator=make) < 0.4
     bias = torch.randn(2100, generator=make)
     temperature = 0.5 + torch.rand(50, generator=make)
-    return hidden, weight, target.masked_fill(ignored, -100), bias, temperature, torch.randn(50, generator=make), ignored
+    return (
+        hidden,
+        weight,
+        target.masked_fill(ignored, -100),
+        bias,
+        temperature,
+        torch.randn(50, generator=make),
+        ignored,
+    )
 
 
 def results(hidden, weight, target, bias, temperature, grad, settings, keep, entropy):

@@ -1,7 +1,7 @@
 """How this library's operators are registered with PyTorch: one decorator, used like `torch.library.custom_op`.
 
-It differs in four ways. The first call does not import torch's compiler (sympy, triton, profilers: 1 s and 160 MB that
-an eager user never needs). Autocast ends at the door, in a backward that runs inside it too. Forward mode is refused,
+It differs in four ways. The first call does not import torch's compiler (sympy, triton, profilers: 157 MB that an eager
+user never needs). Autocast ends at the door, in a backward that runs inside it too. Forward mode is refused,
 where `custom_op` drops the tangent in silence. And a second derivative is refused by the operator's name.
 """
 

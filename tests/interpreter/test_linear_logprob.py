@@ -293,7 +293,9 @@ def test_a_row_keeps_its_bits_whatever_the_weights_address():
     buffer = torch.empty(1 + weight.numel())
     apart = buffer[1:].view(weight.shape).copy_(weight)
     assert apart.data_ptr() % 16
-    for aligned, shifted in zip(forward(hidden, weight, target, entropy=True), forward(hidden, apart, target, entropy=True)):
+    for aligned, shifted in zip(
+        forward(hidden, weight, target, entropy=True), forward(hidden, apart, target, entropy=True)
+    ):
         assert torch.equal(aligned, shifted)
     assert op._tile(hidden, apart) == op._tile(hidden, weight)
     saved = forward(hidden, weight, target)
@@ -309,6 +311,8 @@ def test_junk_temperatures_of_skipped_rows_reach_nothing():
     grad = normal(20).masked_fill(target < 0, 0.0)
     expected = backward(grad, hidden, weight, target, clean, temperature=degrees)
     degrees[3:9], hidden[3:9] = float("nan"), float("nan")
-    got = backward(grad, hidden, weight, target, forward(hidden, weight, target, temperature=degrees), temperature=degrees)
+    got = backward(
+        grad, hidden, weight, target, forward(hidden, weight, target, temperature=degrees), temperature=degrees
+    )
     assert all(torch.equal(a, b) for a, b in zip(got[:2], expected[:2]))
     assert got[1].isfinite().all()
