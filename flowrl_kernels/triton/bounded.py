@@ -303,7 +303,8 @@ def _slab(
             target, batch.maximum, batch.over_sum, batch.factor, batch.scale, operand(dz, block_m, TILE), part_mass,
             part_bias, v, h, x.stride(0), weight.stride(0),
             BIAS=bias_sums is not None, EVEN_K=h % pair_tile.block_k == 0, BLOCK_M=block_m,
-            BLOCK_K=pair_tile.block_k, TILE=TILE, num_warps=pair_tile.num_warps, num_stages=pair_tile.num_stages, **wide,
+            BLOCK_K=pair_tile.block_k, TILE=TILE, num_warps=pair_tile.num_warps,
+            num_stages=pair_tile.num_stages, **wide,
         )  # fmt: skip
     heights = triton.cdiv(h, block_n)
     wide |= {"BLOCK_H": block_n, "num_warps": tile.num_warps}

@@ -268,7 +268,7 @@ def _backward_rows(
             x, w, bias, order, count, target, temperature, lse, rest, entropy, grad_logp, grad_entropy, factor,
             out, part_bias,
             n, v, h, rows.stride(0), weight.stride(0), int(temperature.shape[0] > 1), logit_scale, softcap,
-            tiles.group_rows(h, itemsize, tile), begin, slab.stop, columns,
+            tiles.group_rows(h, itemsize, tile), begin, slab.stop, columns, lse.stride(0),
             BIAS=dbias is not None, **_options(tile, h),
         )  # fmt: skip
         dz = buffer[:, :width]  # [N, width]

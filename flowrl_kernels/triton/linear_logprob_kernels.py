@@ -265,7 +265,7 @@ def _store_dlogits(
         tl.store(p_dz, d.to(dz.dtype.element_ty), mask=(i_row < N)[:, None])
 
 
-@triton.jit(do_not_specialize=["N", "V", "group_rows", "col_begin", "col_end", "temperature_stride"])
+@triton.jit(do_not_specialize=["N", "V", "group_rows", "col_begin", "col_end", "temperature_stride", "stride_lse"])
 def dlogits_kernel(
     x,  # [N, H] compact rows, descriptor or pointer
     w,  # [V, H], descriptor or pointer
@@ -294,6 +294,7 @@ def dlogits_kernel(
     col_begin,
     col_end,
     stride_dz,
+    stride_lse,  # `N` may be a part of the rows
     BIAS: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -320,7 +321,7 @@ def dlogits_kernel(
         b_target = tl.load(target + source, mask=live, other=-1).to(tl.int32)
         b_temperature = tl.load(temperature + source * temperature_stride, mask=live, other=1.0)
         b_max = tl.load(lse + source, mask=live, other=float("inf"))  # p = 0 in rows that take no part
-        b_log_sum = tl.load(lse + N.to(tl.int64) + source, mask=live, other=0.0)
+        b_log_sum = tl.load(lse + stride_lse.to(tl.int64) + source, mask=live, other=0.0)
         b_factor = row_factor(b_temperature, logit_scale, softcap)
         b_scale = row_factor(b_temperature, logit_scale, None)
         if factor is not None:
