@@ -169,8 +169,8 @@ def linear_logprob(dtype, h=3584, v=152064, bias=False, softcap=None, entropy=Tr
     b = torch.empty(v, dtype=dtype) if bias else None
     out = op.linear_logprob_fwd(hidden, weight, target, b, temperature, 1.0, softcap, entropy, stats)
     op.linear_logprob_bwd(
-        out[1], out[1] if entropy else None, hidden, weight, target, b, temperature, 1.0, softcap,
-        out[1], out[2], out[3], 0.0, None, None, True, True, bias,
+        out[0], out[0] if entropy else None, hidden, weight, target, b, temperature, 1.0, softcap,
+        *out, 0.0, None, None, True, True, bias,
     )  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def bounded(dtype, h=3584, v=152064, more=False) -> None:
     b = torch.empty(v, dtype=dtype) if more else None
     op.linear_logprob_bwd(
         grad, None, hidden, weight, torch.empty(n, dtype=torch.int64), b, torch.empty(1), 1.0, None,
-        grad, grad, torch.empty(-(-v // 128), n, dtype=torch.float16), 0.01, None,
+        grad, torch.empty(2, n), grad, torch.empty(-(-v // 128), n, dtype=torch.float16), 0.01, None,
         torch.empty(v, h) if more else None, True, True, more,
     )  # fmt: skip
 
@@ -197,7 +197,7 @@ def logprob(dtype, v=152064, softcap=None, entropy=True) -> None:
         torch.empty(1),
     )
     out = op.logprob_fwd(logits, target, temperature, softcap, entropy)
-    op.logprob_bwd(out[1], out[1] if entropy else None, logits, target, temperature, softcap, out[1], out[2], False)
+    op.logprob_bwd(out[0], out[0] if entropy else None, logits, target, temperature, softcap, *out, False)
 
 
 def residual(dtype, preset="paper", packed=False) -> None:

@@ -38,10 +38,11 @@ def forward(op, data, stats):
 
 def backward(op, data, kept, epsilon=0.0, report=None, needs=(True, True)):
     hidden, weight, target, grad = data
-    _, lse, ent, stats = kept
+    logp, lse, ent, stats = kept
     return op.linear_logprob_bwd(
-        grad, None, hidden, weight, target, None, ONE, 1.0, None, lse, ent, stats, epsilon, report, None, *needs, False
-    )
+        grad, None, hidden, weight, target, None, ONE, 1.0, None, logp, lse, ent, stats, epsilon, report, None,
+        *needs, False,
+    )  # fmt: skip
 
 
 def check_two_passes(op, data, count):

@@ -16,6 +16,8 @@ from torch import Tensor
 from flowrl_kernels.chunked import residual, tiles
 from flowrl_kernels.chunked.linear_logprob import (
     accumulate,
+    clean,
+    dlogits_,
     kept_rows,
     linear_logprob_bwd,
     linear_logprob_fwd,
@@ -85,20 +87,20 @@ def linear_residual_fwd(
             rows = kept_rows(live)
             x, ids = take(rows, hidden[own], target[own])
             scale = temperature if temperature.numel() == 1 else take(rows, temperature[own])[0]
-            if rows is None and hidden.device.type != "cpu":  # no count of rows without a wait: all there, but clean
-                x = x.masked_fill(~live[:, None], 0.0)
-                scale = scale if scale.numel() == 1 else scale.masked_fill(~live, 1.0)
+            if rows is None and not tiles.host_knows(hidden):  # no count of rows without a wait: all there, but clean
+                x, scale = clean(live, x, scale)
             twice = len(x) > most
             z: list[Tensor] = []
             if twice:
-                picked, lse, *_ = linear_logprob_fwd(
+                own_logp, lse, *_ = linear_logprob_fwd(
                     x, weight, ids, bias, scale, logit_scale, softcap, False, False
                 )  # fmt: skip
             elif len(x):
                 z, lse, picked = _logits(tiles.operand(x), weight, ids, bias, scale[:, None], logit_scale, softcap)
+                own_logp = tiles.log_softmax(picked, lse)
             else:
-                lse = picked = logp[:0]
-            own_logp = (picked - lse).masked_fill(ids < 0, 0.0).masked_fill(ids >= vocab_size, torch.nan)
+                own_logp, lse = logp[:0], logp.new_zeros((2, 0))
+            own_logp = own_logp.masked_fill(ids < 0, 0.0).masked_fill(ids >= vocab_size, torch.nan)
             logp[own] = put(rows, own_logp, high - low)
             a, o, t = (None if tokens is None else tokens[own] for tokens in (anchor, old, sampler))
             partition = None if log_z is None else log_z[first:last]
@@ -113,14 +115,14 @@ def linear_residual_fwd(
             if twice:
                 nothing = logp[:0]
                 part, _, dbias_own = linear_logprob_bwd(
-                    grad, None, x, weight, ids, bias, scale, logit_scale, softcap, lse, nothing, nothing.view(0, 0),
-                    0.0, None, dweight, need_hidden, need_weight, need_bias,
+                    grad, None, x, weight, ids, bias, scale, logit_scale, softcap, own_logp, lse, nothing,
+                    nothing.view(0, 0), 0.0, None, dweight, need_hidden, need_weight, need_bias,
                 )  # fmt: skip
                 if dbias is not None and dbias_own is not None:
                     dbias += dbias_own
             elif len(x):
                 g = (grad * logit_scale)[:, None] / scale[:, None].to(dtype)
-                part = _products(z, lse, ids, g, scale, softcap, x, weight, need_hidden, dweight, dbias)
+                part = _products(z, own_logp, lse, ids, g, scale, softcap, x, weight, need_hidden, dweight, dbias)
             if dhidden is not None and part is not None:
                 dhidden[own] = put(rows, part, high - low)
             del z, part  # before the next chunk's
@@ -130,14 +132,14 @@ def linear_residual_fwd(
 
 
 def _products(
-    z: list[Tensor], lse: Tensor, ids: Tensor, g: Tensor, scale: Tensor, softcap: float | None, hidden: Tensor,
-    weight: Tensor, need_hidden: bool, dweight: Tensor | None, dbias: Tensor | None,
+    z: list[Tensor], logp: Tensor, lse: Tensor, ids: Tensor, g: Tensor, scale: Tensor, softcap: float | None,
+    hidden: Tensor, weight: Tensor, need_hidden: bool, dweight: Tensor | None, dbias: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
     """dhidden [R, H] of a chunk from its logits, which are overwritten; adds to dweight and dbias."""
     x = tiles.operand(hidden)
-    part = lse.new_zeros(x.shape) if need_hidden else None
+    part = logp.new_zeros(x.shape) if need_hidden else None
     for tile, (start, stop) in zip(z, tiles.column_tiles(weight.shape[0], COLUMNS)):
-        dz = _dlogits_(tile, lse, ids - start, g, scale[:, None], softcap)
+        dz = _dlogits_(tile, logp, lse, ids - start, g, scale[:, None], softcap)
         if dbias is not None:
             dbias[start:stop] += dz.sum(0)
         dz = dz.to(x.dtype)
@@ -152,7 +154,7 @@ def _logits(
     x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: Tensor, logit_scale: float,
     softcap: float | None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """Logits in tiles [R, COLUMNS], log-sum-exp [R], target logit [R]: bit for bit what `linear_logprob_fwd` makes."""
+    """Logits in tiles [R, COLUMNS], log-sum-exp [2, R], target logit [R]: the bits of `linear_logprob_fwd`."""
     num_rows, vocab_size = x.shape[0], weight.shape[0]
     dtype = tiles.accumulator_dtype(x.dtype)
     block = tiles.row_block(x.shape[1], vocab_size)
@@ -174,8 +176,8 @@ def _logits(
             tiles.divide_by_temperature(part, scale if scale.shape[0] == 1 else scale[own])
             z[start // COLUMNS][own, start % COLUMNS : start % COLUMNS + stop - start] = part[: num_rows - low]
             running.add(part)
-    lse = torch.cat([s.lse() for s in sums])[:num_rows]
-    picked = torch.zeros_like(lse)
+    lse = torch.cat([s.lse() for s in sums], 1)[:, :num_rows]
+    picked = torch.zeros_like(lse[0])
     for tile, (start, stop) in zip(z, tiles.column_tiles(vocab_size, COLUMNS)):
         local = target - start
         here = (local >= 0) & (local < stop - start)
@@ -184,13 +186,11 @@ def _logits(
 
 
 def _dlogits_(
-    z: Tensor, lse: Tensor, target: Tensor, scale: Tensor, temperature: Tensor, softcap: float | None
+    z: Tensor, logp: Tensor, lse: Tensor, target: Tensor, scale: Tensor, temperature: Tensor, softcap: float | None
 ) -> Tensor:
     """Over the logits of a tile: the gradient of the product hidden weight^T. [R, C]"""
     slope = None
     if softcap is not None:
         slope = (z * temperature).div_(softcap).square_().neg_().add_(1.0)
-    dz = z.sub_(lse[:, None]).exp_().mul_(-scale)
-    known = (target >= 0) & (target < z.shape[1])
-    dz.scatter_add_(1, target.where(known, 0)[:, None], torch.where(known[:, None], scale, 0.0))
+    dz = dlogits_(z, target[:, None], logp[:, None], lse[..., None], scale)
     return dz if slope is None else dz.mul_(slope)

@@ -16,6 +16,7 @@ from torch import Tensor
 from flowrl_kernels import presets
 from flowrl_kernels.dispatch import launchers
 from flowrl_kernels.ops.linear_logprob import clean_target
+from flowrl_kernels.ops.operator import operator
 from flowrl_kernels.ops.residual import NUM_METRICS
 
 BUFFER = 1 << 26  # logits of one chunk on a CPU: 268 MB in fp32
@@ -28,7 +29,7 @@ def chunk_tokens(vocab_size: int, device_type: str) -> int:
     return max(1, (BUFFER if device_type == "cpu" else GPU_BUFFER) // vocab_size)
 
 
-@torch.library.custom_op("flowrl::linear_residual", mutates_args=())
+@operator("flowrl::linear_residual", mutates_args=())
 def linear_residual(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from flowrl_kernels import presets
 from flowrl_kernels.dispatch import launchers
+from flowrl_kernels.ops.operator import operator
 from flowrl_kernels.reference import residual as reference
 from flowrl_kernels.reference.residual import Segments
 
 NUM_METRICS = 12
 
 
-@torch.library.custom_op("flowrl::residual", mutates_args=())
+@operator("flowrl::residual", mutates_args=())
 def residual(
     logp: Tensor,  # [B, T] or [N]
     log_z: Tensor | None,  # [B]

@@ -24,18 +24,19 @@ import triton.language as tl
 from torch import Tensor
 
 from flowrl_kernels.chunked.linear_residual import SinglePass, wide
+from flowrl_kernels.chunked.tiles import fp16_factor
 from flowrl_kernels.presets import Row
 from flowrl_kernels.triton import residual
-from flowrl_kernels.triton.linear_logprob import forward_rows, fp16_factor, linear_logprob_bwd, linear_logprob_fwd
+from flowrl_kernels.triton.linear_logprob import forward_rows, linear_logprob_bwd, linear_logprob_fwd, realigned
 from flowrl_kernels.triton.matmul import exact_matmul, matmul_into
-from flowrl_kernels.triton.primitives import LOG2E, compact, gather_rows, row_factor, scatter_rows
+from flowrl_kernels.triton.primitives import LOG2E, compact, gather_rows, row_factor, scatter_rows, shifted
 from flowrl_kernels.types import TILE
 
 BLOCK, WARPS = 4096, 8  # columns a step: four 16-byte loads a thread in flight
 
 
 # `width` is specialised: only a multiple of 16 makes loads and stores vectors
-@triton.jit(do_not_specialize=["temperature_stride"])
+@triton.jit(do_not_specialize=["N", "temperature_stride"])
 def dlogits_in_place_kernel(
     logits,  # [N, width] fp32 compact rows, -inf from V on
     dz,  # the same memory as rows of the inputs' dtype
@@ -43,9 +44,11 @@ def dlogits_in_place_kernel(
     count,  # [1]
     target,  # [N]
     temperature,  # [N] or [1]
-    lse,  # [N]
+    lse,  # [2, N] maximum and log of the sum
+    rest,  # [N] 1 - p of the target
     grad_logp,  # [N]
     factor,  # [1] power of two, or None
+    N,
     width,
     stride_logits,
     stride_dz,
@@ -67,21 +70,22 @@ def dlogits_in_place_kernel(
     else:
         b_target = tl.load(target + source)
         b_temperature = tl.load(temperature + source * temperature_stride)
-        b_lse = tl.load(lse + source)
+        b_max = tl.load(lse + source)
         b_scale = row_factor(b_temperature, logit_scale, None)
         if factor is not None:
             b_scale *= tl.load(factor)
+        b_at_target = b_grad * tl.load(rest + source) * b_scale
+        b_p = -b_grad * tl.exp2(tl.load(lse + N.to(tl.int64) + source) * -LOG2E) * b_scale
         p_logits = logits + i_row * stride_logits
         for v in range(0, width, BLOCK):
             i_col = v + tl.arange(0, BLOCK)
             z = tl.load(p_logits + i_col, mask=i_col < width, other=0.0)
             # a step's dz lies over this step's logits or earlier ones: every thread has to have read its own
             tl.debug_barrier()
-            d = b_grad * (tl.where(i_col == b_target, 1.0, 0.0) - tl.exp2((z - b_lse) * LOG2E))
+            d = tl.where(i_col == b_target, b_at_target, b_p * tl.exp2(shifted(z, b_max)))
             if softcap is not None:
                 bend = z * tl.div_rn(b_temperature, softcap + tl.zeros_like(b_temperature))
                 d *= 1.0 - bend * bend
-            d *= b_scale
             tl.store(p_dz + i_col, d.to(dz.dtype.element_ty), mask=i_col < width)
 
 
@@ -119,6 +123,7 @@ def linear_residual_fwd(
     dhidden = torch.zeros_like(hidden, dtype=wide(dtype)) if need_hidden else None
     dbias = torch.zeros(v, dtype=torch.float32, device=device) if need_bias else None
     out = residual.outputs(logp, reward)
+    weight = realigned(weight)
     chunks = list(zip(bounds, bounds[1:], edges, edges[1:]))
     sizes = [high - low for _, _, low, high in chunks]
     twice = [size > most and dtype != torch.float16 for size in sizes]
@@ -135,21 +140,19 @@ def linear_residual_fwd(
             ids = target[own].clone()
             degrees = temperature if temperature.shape[0] == 1 else temperature[own].clone()
             if again:
-                picked, lse, entropy, stats = linear_logprob_fwd(
+                made, lse, entropy, stats = linear_logprob_fwd(
                     hidden[own], weight, ids, bias, degrees, logit_scale, softcap, False, False
                 )
             elif high > low:
                 logits = buffer[: high - low]
                 order, count = compact(ids >= 0)
                 rows = gather_rows(hidden[own], order, count)
-                picked, lse = torch.zeros_like(logp[own]), torch.empty_like(logp[own])
+                made, lse = logp.new_zeros(high - low), logp.new_empty((2, high - low))
                 forward_rows(
-                    rows, order, count, weight, ids, bias, degrees, logit_scale, softcap, picked, lse, None, None,
-                    logits,
-                )  # fmt: skip
+                    rows, order, count, weight, ids, bias, degrees, logit_scale, softcap, made, lse, None, None, logits
+                )
             if high > low:
-                value = torch.where(ids < v, picked - lse, float("nan"))
-                logp[own] = value.masked_fill(ids < 0, 0.0) if again else value
+                logp[own] = torch.where(ids < v, made, float("nan"))
             residual.sequences(
                 row, out, logp, anchor, old, sampler, reward, log_z, mask, cu_seqlens, groups, normalizer, first, last
             )
@@ -158,8 +161,8 @@ def linear_residual_fwd(
             grad = out.dlogp[own].masked_fill(ids < 0, 0.0)
             if again:
                 part, _, dbias_own = linear_logprob_bwd(
-                    grad, None, hidden[own], weight, ids, bias, degrees, logit_scale, softcap, lse, entropy, stats,
-                    0.0, None, dweight, need_hidden, need_weight, need_bias,
+                    grad, None, hidden[own], weight, ids, bias, degrees, logit_scale, softcap, made, lse, entropy,
+                    stats, 0.0, None, dweight, need_hidden, need_weight, need_bias,
                 )  # fmt: skip
                 if dhidden is not None:
                     dhidden[own] = part
@@ -172,9 +175,9 @@ def linear_residual_fwd(
                 inverse = 1.0 / factor
             dz = logits.view(dtype)
             dlogits_in_place_kernel[(high - low,)](
-                logits, dz, order, count, ids, degrees, lse, grad, factor,
-                logits.shape[1], logits.stride(0), dz.stride(0), int(degrees.shape[0] > 1), logit_scale, softcap,
-                BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
+                logits, dz, order, count, ids, degrees, lse, -torch.expm1(made), grad, factor,
+                high - low, logits.shape[1], logits.stride(0), dz.stride(0), int(degrees.shape[0] > 1), logit_scale,
+                softcap, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
             dz = dz[:, :v]
             if dbias is not None:
