@@ -1,12 +1,10 @@
 """How the learning rate of log Z carries over to other widths: python -m benchmarks.log_z_width (seconds on a CPU).
 
-Synthetic pooled states (a common direction, ten loud dimensions, Gaussian rest), synthetic targets that rise from 0 to 1
-as a policy's accuracy does, AdamW at 1e-2 as configs/sums.toml has it. Nothing here was measured on a language model.
+Synthetic pooled states (a common direction, ten loud dimensions, Gaussian rest), synthetic targets that rise from 0
+to 1 as a policy's accuracy does, AdamW at 1e-2 as configs/sums.toml has it. Nothing here was measured on a language model.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 
@@ -63,7 +61,7 @@ def main() -> None:
             cells = []
             for width in WIDTHS:
                 got = [run(width, size, normalize=normalize, rate=LR * (64 / width) ** power, seed=s) for s in range(3)]
-                cells.append("%.2f / %.2f" % tuple(sum(column) / 3 for column in zip(*got)))
+                cells.append(" / ".join(f"{sum(column) / 3:.2f}" for column in zip(*got)))
             print(f"| states of size {size:g}, {name} | {' | '.join(cells)} |", flush=True)
     print(
         "widths: " + ", ".join(map(str, WIDTHS)), "| noise floor of a mean over", PROMPTS, f"{0.3 / math.sqrt(16):.2f}"

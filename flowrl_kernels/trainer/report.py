@@ -24,26 +24,8 @@ if TYPE_CHECKING:
     from flowrl_kernels.trainer.policy import Policy
 
 PACKAGES = ("flowrl-kernels", "torch", "transformers", "tokenizers", "numpy", "math-verify", "sympy", "pyarrow")
-    "flowrl-kernels",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "numpy",
-    "math-verify",
-    "sympy",
-    "datasets",
-    "pyarrow",
-)
+# the settings that an evaluation reads
 SECTIONS = ("task.", "model.", "rollout.", "eval.", "parallel.", "run.device", "run.threads", "run.seed")
-    "task.",
-    "model.",
-    "rollout.",
-    "eval.",
-    "parallel.",
-    "run.device",
-    "run.threads",
-    "run.seed",
-)  # what it reads
 
 
 def versions() -> dict[str, str]:
