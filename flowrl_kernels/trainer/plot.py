@@ -273,9 +273,8 @@ def _finish(ax: Any, runs: Sequence[Run], small: bool = False) -> None:
 def _legend(figure: Any, runs: Sequence[Run]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=run.colour, linewidth=2, label=run.label) for run in runs if len(runs) > 5]
-    if len(runs) == 1:
-        figure.suptitle(runs[0].label, fontsize=10, x=0.01, ha="left")
+    named = len(runs) == 1 or len(runs) > 5  # between these the lines carry their names
+    handles = [Line2D([], [], color=run.colour, linewidth=2, label=run.label) for run in runs if named]
     if any(len({line.get("split") for line in run.evals}) > 1 for run in runs):
         handles.append(Line2D([], [], color="#666666", marker="*", linestyle="", markersize=9, label="test split"))
     if handles:
