@@ -163,6 +163,9 @@ class LogPartition(nn.Module):
         dropout: dropout after each of these layers, 0.1 in the authors' code.
         detach: stop the gradient at the hidden states. The authors' code lets it flow, and reports lower accuracy
             without it.
+        normalize: divide each prompt's mean state by its root mean square. What a step of the optimiser does to log Z
+            then no longer depends on the size of a model's states; docs/trainer.md has measurements, and the rate by
+            width. Off, as in the paper and the authors' code.
 
     The last layer starts at zero, so that log Z starts at 0: with pi = pi_ref the residual then starts at -beta r.
     (The authors' code keeps PyTorch's default there.) Parameters may be any float dtype; the output is fp32.
@@ -176,8 +179,10 @@ class LogPartition(nn.Module):
         layer_norm: bool = False,
         dropout: float = 0.0,
         detach: bool = False,
+        normalize: bool = False,
     ):
         super().__init__()
+        self.normalize = normalize
         if layers < 1:
             checks.fail("layers", "at least 1", layers)
         if not 0.0 <= dropout < 1.0:
@@ -223,6 +228,8 @@ class LogPartition(nn.Module):
             hidden = hidden.detach()
         with torch.autocast(hidden.device.type, enabled=False):
             pooled = prompt_mean(hidden, mask, cu_seqlens, cp_group)  # [B, H] fp32
+            if self.normalize:
+                pooled = pooled * (pooled.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
             x = self.body(pooled.to(self.out.weight.dtype))
             out = torch.nn.functional.linear(x.float(), self.out.weight.float(), self.out.bias.float())
             return out.sum(-1)  # [B, 1] -> [B]; not a view, which FSDP's hooks warn about

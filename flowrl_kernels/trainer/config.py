@@ -264,8 +264,12 @@ class EvalConfig:
     """Responses per problem, the largest k of pass@k."""
     temperature: float = 1.0
     """Sampling temperature of the evaluation; 0 is greedy."""
+    seed: int = 0
+    """Seed of the evaluation's samples; the same for every evaluation of a run, whatever `run.seed`."""
     exact: bool = True
-    """Where every response can be listed: exact accuracy, KL to the optimum and error of log Z at the end."""
+    """Where every response can be listed: exact accuracy, KL to the optimum and error of log Z."""
+    kl_problems: int = 4
+    """Problems, spread evenly over the split, whose exact KL is taken on the way (0: none); at the end it is all."""
 
 
 @dataclass(frozen=True)
@@ -328,6 +332,7 @@ LEAST = {
     "eval.samples": 1,
     "eval.problems": 0,
     "eval.temperature": 0.0,
+    "eval.kl_problems": 0,
     "run.threads": 0,
     "task.reward_workers": 1,
     "model.hidden": 1,

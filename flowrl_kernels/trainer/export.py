@@ -75,8 +75,8 @@ def evaluate_run(source: str, args: list[str]) -> dict[str, float]:
     Raises:
         ValueError, FileNotFoundError: naming what is missing.
     """
-    from flowrl_kernels.trainer import measure, setup
-    from flowrl_kernels.trainer.evaluate import evaluate
+    from flowrl_kernels.trainer import measure, report, setup
+    from flowrl_kernels.trainer.evaluate import Meter, sampled
     from flowrl_kernels.trainer.metrics import print_table
     from flowrl_kernels.trainer.reward import Scorer
     from flowrl_kernels.trainer.rollout import Sampling
@@ -116,9 +116,16 @@ def evaluate_run(source: str, args: list[str]) -> dict[str, float]:
         world,
     )
     scorer = Scorer(config.task, task)
+    at_once = max(1, config.rollout.batch // config.eval.samples)  # what the engine decodes at once
     try:
-        out = evaluate(task, split, sample, scorer, config.eval)
+        show = Meter(f"{split} split")
+        done = sampled(task, split, sample, scorer, config.eval, config.eval.seed, at_once=at_once, progress=show)
     finally:
         scorer.close()
-    print_table(f"{source}, {split} split", out)
-    return out
+    print_table(f"{source}, {split} split", done.figures)
+    for reason, count in done.reasons.items():
+        print(f"{count} responses could not be scored: {reason}")
+    folder = Path(config.run.dir) / "evaluations"
+    step = None if newest is None else newest.name
+    print(report.write(folder, report.contents(config, source, step, split, done, actor)))
+    return done.figures
