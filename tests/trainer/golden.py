@@ -25,6 +25,7 @@ class Response:
     old: torch.Tensor | None = None  # [n]
     ref: torch.Tensor | None = None  # [n]
     value: torch.Tensor | None = None  # [n] the critic's before the step
+    took_part: bool = False
     target: float = 0.0  # of a flow: the shaped reward
     advantage: torch.Tensor | None = None  # [n]
     returns: torch.Tensor | None = None  # [n]
@@ -97,7 +98,7 @@ def shape(responses, a, budget):
             continue  # only good samples are trained
         if a["filter"] and float(own.max() - own.min()) < 1e-9:
             continue
-        r.target = x
+        r.target, r.took_part = x, True
         r.advantage = torch.full_like(r.old, x)
         out.append(r)
     return out

@@ -12,6 +12,7 @@ import torch
 from flowrl_kernels.testing import assert_grad_close
 from flowrl_kernels.trainer import config_file, loop, parallel, setup
 from flowrl_kernels.trainer.config import Config
+from flowrl_kernels.trainer.metrics import read_lines
 from flowrl_kernels.trainer.rollout import Generated
 from flowrl_kernels.trainer.rollout.hf import HFEngine
 
@@ -24,7 +25,7 @@ MISSING = [None if i == 6 else r for i, r in enumerate(MIXED)]
 SETTINGS = tiny.flags(f"""
     rollout.prompts {GROUPS}  rollout.samples {SAMPLES}  rollout.max_new_tokens {BUDGET}
     rollout.temperature {TEMPERATURE}  run.steps 1  model.hidden 16  model.heads 2  model.ffn 24
-    algorithm.epochs 2  algorithm.minibatch_prompts 2  parallel.max_tokens 40
+    algorithm.epochs 2  algorithm.minibatch_prompts 2  parallel.max_tokens 24
     optim.lr 0.01  optim.warmup 1  optim.weight_decay 0.1  optim.max_grad_norm 0.7
 """)
 SHAPES = {"dr_grpo": "centred", "ppo": "raw", "reinforce_pp": "raw", "raft": "raw", "reinforce_rej": "raw"}
@@ -150,6 +151,8 @@ def test_a_step_is_what_the_papers_say(monkeypatch, tmp_path, case):
     text, rewards = CASES[case]
     args = [*tiny.SMALL, *SETTINGS, *tiny.flags(text), "--run.dir", str(tmp_path / "run")]
     config = config_file.override(Config(), [*args, "--run.cache", str(tmp_path / "cache")])
+    optim = dataclasses.replace(config.optim, betas=(0.8, 0.98))
+    config = dataclasses.replace(config, optim=optim)
     if case in OWN_CLIP:
         config = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, clip=OWN_CLIP[case]))
     recorder = Recorder(monkeypatch, rewards)
@@ -165,3 +168,23 @@ def test_a_step_is_what_the_papers_say(monkeypatch, tmp_path, case):
         assert not got.skipped
         assert_grad_close(gradient[:, None], want.gradient[:, None], rel=rel, row=math.inf)
         assert_grad_close((parameters - before)[:, None], (want.parameters - before)[:, None], rel=5e-3, row=math.inf)
+    check_log(tmp_path, recorder, [result for result, _ in recorder.updates])
+
+
+def check_log(tmp_path, recorder, results):
+    """The step's line in the log, from the responses themselves."""
+    (row,) = [r for r in read_lines(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    known, tokens = [r.reward for r in recorder.responses if r.reward is not None], sum(LENGTHS)
+    assert row["reward"] == pytest.approx(sum(known) / len(known))
+    assert row["length"] == pytest.approx(tokens / len(LENGTHS))
+    assert row["truncated"] == pytest.approx(FINISHED.count(False) / len(LENGTHS))
+    assert row["entropy"] == pytest.approx(-sum(float(r.sampler.sum()) for r in recorder.responses) / tokens, rel=1e-5)
+    assert row["loss"] == pytest.approx(sum(r.loss for r in results) / len(results))
+    weights = [out.weight for r in results for out, _ in r.outputs]
+    if "weight_min" in row:
+        assert row["weight_min"] == pytest.approx(float(torch.cat(weights).min()))
+        assert row["weight_max"] == pytest.approx(float(torch.cat(weights).max()))
+    if "mismatch_kl" in row:
+        live = [r for r in recorder.responses if r.took_part]
+        gap = sum(float((r.sampler - r.old).sum()) for r in live) / sum(len(r.tokens) for r in live)
+        assert row["mismatch_kl"] == pytest.approx(gap, rel=1e-3)
