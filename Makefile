@@ -12,7 +12,7 @@ ARGS ?=
 LAUNCH := $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train compare countdown test test-integrations lint matrix bench bench-report csrc clean
+.PHONY: setup train compare countdown test nightly mutants fuzz test-integrations lint matrix bench bench-report csrc clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,20 @@ countdown: setup
 
 test: setup lint
 	$(PY) -m pytest -n 2
+
+# What is too long for every push: the tests marked so, every mutant, and the fuzz at its full length.
+nightly: setup lint
+	$(PY) -m pytest -n 2 -m nightly
+	$(PY) -m tests.mutants
+	$(PY) -m tests.fuzz
+
+# Each change of tests/mutants/table.py must make a test fail. MUTANTS="--only presets" takes some of them.
+mutants: setup
+	$(PY) -m tests.mutants $(MUTANTS)
+
+# 10,000 odd and bad inputs over every public door. FUZZ="--seed 3 --only gae" does it again.
+fuzz: setup
+	$(PY) -m tests.fuzz $(FUZZ)
 
 # pip, in the environment that is being made: patient, and once more after a broken download.
 define PIP

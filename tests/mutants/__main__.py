@@ -75,7 +75,7 @@ def start(tree, tests, log):
 
         assert Path(flowrl_kernels.__file__).is_relative_to(tree), flowrl_kernels.__file__
         ids = [str(tree / "tests" / test) for test in tests]
-        code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--rootdir", str(tree), *ids])
+        code = pytest.main(["-x", "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", "--rootdir", str(tree), *ids])
         sys.stdout.flush()
     finally:
         os._exit(int(code))
