@@ -21,7 +21,7 @@ MISSING = {"data: parquet": "pyarrow"}
 
 def warm_up():
     """The first call of an operator imports for seconds: before anything is timed, and where nothing interrupts it."""
-    import torch._dynamo  # noqa: F401
+    import torch._dynamo
 
     from flowrl_kernels import LinearFlowRLLoss, linear_logprob, logprob
 
