@@ -42,6 +42,8 @@ def corrupt(d, arguments, optional=()):
         return isinstance(wrong, str | list | dict)
     if wrong is None:
         return name not in optional
+    if name in ("normalizer", "temperature"):  # numbers as well as tensors
+        return isinstance(wrong, str | list | dict | torch.nn.Module)
     return not isinstance(wrong, torch.Tensor)
 
 
@@ -302,7 +304,9 @@ def compare_losses(d, function, arguments, masks, leaves, nonsense, impl, rel=2e
         assert not mine.isnan().any(), f"d{name}: NaN from finite input"
         if masks.get(name) is not None:
             assert (mine[~masks[name]] == 0).all(), f"d{name}: gradient where nothing counts"
-        close(f"d{name}", mine, theirs, max(rel, BUDGET[mine.dtype] if mine.dtype.itemsize == 2 else OUT[mine.dtype]))
+        budget = max(rel, BUDGET[mine.dtype] if mine.dtype.itemsize == 2 else OUT[mine.dtype])
+        # a head whose rows are all alike has a gradient of 0, made of terms that are not
+        close(f"d{name}", mine, theirs, budget, floor=1e-4 if name == "hidden" else 1e-6)
     return "agreed"
 
 

@@ -57,7 +57,7 @@ class Draw:
         """Now and then one entry that is no ordinary number."""
         if value is None or not value.numel() or not self.chance(percent):
             return value
-        value = value.clone()
+        value = value.clone(memory_format=torch.contiguous_format)
         value.view(-1)[self.int(0, value.numel() - 1)] = self.of(*options)
         return value
 
