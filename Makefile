@@ -12,7 +12,8 @@ ARGS ?=
 LAUNCH := $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train compare countdown test test-integrations lint docs dist ends matrix bench bench-report csrc clean
+.PHONY: help setup train compare countdown test nightly mutants fuzz test-integrations lint docs dist ends matrix bench \
+  bench-report csrc clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,20 @@ countdown: setup  ## the TinyZero task
 
 test: setup lint  ## lint, types and every test that needs no GPU
 	$(PY) -m pytest -n 2
+
+# What is too long for every push: the tests marked so, every mutant, and the fuzz at its full length.
+nightly: setup lint  ## what is too long for every push: long tests, every mutant, the whole fuzz
+	$(PY) -m pytest -n 2 -m nightly
+	$(PY) -m tests.mutants
+	$(PY) -m tests.fuzz
+
+# Each change of tests/mutants/table.py must make a test fail. MUTANTS="--only presets" takes some of them.
+mutants: setup  ## each known fault, put into a copy, must make a named test fail
+	$(PY) -m tests.mutants $(MUTANTS)
+
+# 10,000 odd and bad inputs over every public door. FUZZ="--seed 3 --only gae" does it again.
+fuzz: setup  ## 10,000 odd and bad inputs at every public door
+	$(PY) -m tests.fuzz $(FUZZ)
 
 # pip, in the environment that is being made: patient, and once more after a broken download.
 define PIP
