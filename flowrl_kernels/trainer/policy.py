@@ -6,6 +6,7 @@ whole, so a fused head sees plain tensors under FSDP2, tied to the embedding or 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable, Iterator
@@ -95,11 +96,12 @@ def load_tokenizer(source: str, model: ModelConfig) -> Any:
     """The tokenizer of a Hugging Face model.
 
     Raises:
-        ValueError: it has no end token, so no response could ever be finished.
+        ValueError: it cannot be read, or has no end token, so no response could ever be finished.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+    with named(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.name: the tokenizer of {source!r} has no end-of-sequence token (eos_token)")
     if tokenizer.pad_token_id is None:
@@ -144,11 +146,23 @@ def load_model(source: str, model: ModelConfig, attention: str, *, empty: bool =
 
     quiet()
     options = {"attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
-    if empty:
-        shape = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(shape, dtype=torch.float32, **options)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    with named(source):
+        if empty:
+            shape = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(shape, dtype=torch.float32, **options)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+
+
+@contextlib.contextmanager
+def named(source: str) -> Iterator[None]:
+    """A ValueError that says which model could not be read, and why."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # safetensors' own among them
+        raise ValueError(f"model.name: {source!r} cannot be loaded: {error}") from error
 
 
 def apply_liger(model: Any) -> None:

@@ -2,11 +2,7 @@
 
 import json
 import os
-import pty
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -57,7 +53,7 @@ BAD = [
     (["train", "a.toml", "--optim.lr", "quick"], "--optim.lr: wanted float"),
     (["train", "a.toml", "--run.resume", "maybe"], "--run.resume: wanted True or False"),
     (["train", "a.toml", "--algorithm.name", "grp"], "--algorithm.name: wanted one of 'flowrl'"),
-    (["train", "a.toml", "stray"], "--log.plots: wanted one value; got 'False stray'"),
+    (["train", "a.toml", "stray"], "wanted one value; got 'cache stray'"),
     (["train", "a.toml", "--run.dir", "file/run"], "run.dir: cannot write to"),
     (["train", "a.toml", "--resume"], "holds no run"),
     (["train", "a.toml", "--algorithm.preset", "papper"], "papper"),
