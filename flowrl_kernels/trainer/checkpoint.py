@@ -152,7 +152,10 @@ def load(path: Path, run: Path, policy: nn.Module, optimizer: torch.optim.Optimi
     set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     rng = path / f"rng_{world.rank}.pt"
     if rng.exists():  # more ranks than before: the new ones keep their seeds
-        _set_rng(torch.load(rng, weights_only=True))
+        try:
+            _set_rng(safe_reading.load_plain(rng))
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"checkpoint {path} cannot be read: {rng.name}: {error}") from None
     return facts(path)
 
 

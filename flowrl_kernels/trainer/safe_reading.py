@@ -59,6 +59,15 @@ def read_metadata(path: Path) -> Metadata:
     return metadata
 
 
+def load_plain(file: Any) -> Any:
+    """What `torch.save` wrote, if it is tensors and plain data. Raises ValueError for anything else."""
+    try:
+        return torch.load(file, weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        said = str(error).partition("WeightsUnpickler error: ")[2].partition(" was not")[0]
+        raise ValueError(f"it is damaged, or holds more than tensors and plain data {said}".rstrip()) from None
+
+
 class Reader(FileSystemReader):
     """PyTorch's reader, with only the classes of a table of contents unpickled."""
 
@@ -75,6 +84,6 @@ class Planner(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         plain = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), plain)  # raises for anything but plain data
+        torch.save(load_plain(value), plain)
         plain.seek(0)
         super().load_bytes(read_item, plain)
