@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 import uuid
@@ -173,7 +174,8 @@ class Log:
             if self._bar is None or self._label != label:
                 self._close_bar()
                 # from here on: the steps before, of a run that was resumed say, do not count in the rate
-                self._bar = tqdm(total=total, desc=label, initial=step, unit="step", leave=leave, dynamic_ncols=True)
+                unit = "step" if leave else "problem"
+                self._bar = tqdm(total=total, desc=label, initial=step, unit=unit, leave=leave, **_width())
                 self._label = label
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -198,7 +200,7 @@ class Log:
             shown = f"{label} {done}/{total}" if done < total else ""
             self._bar.set_postfix_str(shown, refresh=True)
         elif self._terminal or done < total:
-            self._progress(label, done, total, "problems", leave=False)
+            self._progress(label, done, total, "", leave=False)
             if done >= total:
                 self._close_bar()
 
@@ -273,6 +275,15 @@ class Log:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _width() -> dict[str, Any]:
+    """tqdm's options for the terminal's width: it follows it, and 80 columns where the terminal says it has none."""
+    try:
+        wide = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        wide = 0
+    return {"dynamic_ncols": True} if wide else {"ncols": 80}
 
 
 def _wandb_id(folder: Path) -> str:

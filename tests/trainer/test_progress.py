@@ -1,41 +1,24 @@
 """What a terminal shows of a run: one bar that stays on its line; elsewhere a line every so often."""
 
-import os
-import pty
+import io
 import re
 import sys
-import threading
 
 from flowrl_kernels.trainer import metrics
 from flowrl_kernels.trainer.config import LogConfig
 
 
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def pseudo_terminal(monkeypatch):
-    """Makes stdout and stderr a pseudo-terminal; calling what comes back gives what was written there."""
-    reader, writer = pty.openpty()
-    chunks: list[bytes] = []
-
-    def drain():
-        while True:
-            try:
-                chunks.append(os.read(reader, 65536))
-            except OSError:
-                return
-
-    thread = threading.Thread(target=drain, daemon=True)
-    thread.start()
-    screen = os.fdopen(writer, "w", buffering=1)
+    """Makes stdout and stderr one terminal; calling what comes back gives what was written there."""
+    screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(sys, "stdout", screen)
-    monkeypatch.setenv("TQDM_MININTERVAL", "0")
-
-    def read():
-        screen.close()
-        thread.join(timeout=5)
-        os.close(reader)
-        return b"".join(chunks).decode()
-
-    return read
+    return screen.getvalue
 
 
 def test_a_long_run_is_one_bar_on_one_line_with_its_evaluations_above(monkeypatch, tmp_path):
