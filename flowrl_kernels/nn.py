@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -153,6 +154,15 @@ class LinearFlowRLLoss(FlowRLLoss):
         return f"temperature={self.temperature}, epsilon={self.epsilon}, {super().extra_repr()}"
 
 
+LOG_Z_FILE = "flowrl.log_z"  # no *.safetensors, *.bin, *.pt: servers load all of those as the language model's
+
+
+def _by_place(name: str) -> tuple[bool, int, str]:
+    """body.0.bias, body.0.weight, body.2.bias, ..., out.weight."""
+    part = name.split(".")
+    return part[0] != "body", int(part[1]) if part[1].isdigit() else 0, part[-1]
+
+
 class LogPartition(nn.Module):
     """log Z(x): an MLP on the mean of the prompt's final-norm hidden states (arXiv 2509.15207, section 3).
 
@@ -208,6 +218,32 @@ class LogPartition(nn.Module):
                 module.reset_parameters()
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> LogPartition:
+        """The log Z that a model folder of the trainer or of the TRL plug-in brings along, in its file `LOG_Z_FILE`.
+
+        The file is a safetensors file under a name that no server takes for weights of the language model. Raises
+        FileNotFoundError where the folder has none. Dropout and `detach`, which have no weights, are off.
+        """
+        from safetensors.torch import load
+
+        state = load((Path(folder) / LOG_Z_FILE).read_bytes())
+        dense = [name for name, tensor in state.items() if name.startswith("body.") and tensor.dim() == 2]
+        normed = any(name.startswith("body.") and name.endswith("weight") and state[name].dim() == 1 for name in state)
+        module = cls(state["out.weight"].shape[1], layers=len(dense) + 1, layer_norm=normed)
+        # dropout shifts the places of the layers, not their order
+        ours = list(module.state_dict())
+        theirs = sorted(state, key=_by_place)
+        module.load_state_dict({name: state[other] for name, other in zip(sorted(ours, key=_by_place), theirs)})
+        return module
+
+    def save(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        """Writes `LOG_Z_FILE` into a folder; `state` in place of the module's own where that is sharded."""
+        from safetensors.torch import save
+
+        state = {name: tensor.detach().contiguous() for name, tensor in (state or self.state_dict()).items()}
+        (Path(folder) / LOG_Z_FILE).write_bytes(save(state, {"format": "pt", "module": "LogPartition"}))
 
     def forward(
         self, hidden: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, cp_group: Any = None

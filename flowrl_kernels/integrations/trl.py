@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flowrl_kernels.functional import linear_logprob
 from flowrl_kernels.hf.head import HeadScales, check_head, head_scales, refuse_adapter
-from flowrl_kernels.nn import FlowRLLoss, LogPartition
+from flowrl_kernels.nn import LOG_Z_FILE, FlowRLLoss, LogPartition
 
 try:
     import trl
@@ -42,7 +42,6 @@ HEAD_ARGUMENTS = (
     "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
     "outputs",
 )  # fmt: skip
-LOG_Z_FILE = "log_z.safetensors"
 # what a vision-language batch carries besides ids and masks; handed through to TRL's own forward
 MODEL_INPUTS = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",

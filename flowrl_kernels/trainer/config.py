@@ -32,7 +32,9 @@ class RunConfig:
     resume: bool = False
     """Continue from the run folder's last checkpoint (`--resume` for short)."""
     overwrite: bool = False
-    """Delete what an earlier run left in the folder instead of refusing it."""
+    """Replace what an earlier run left in the folder, once this one can start, instead of refusing it."""
+    allow_changed: bool = False
+    """Resume although the data, the model or the task's code are no longer those the run began with."""
     max_bad_updates: int = 5
     """Stop after this many updates in a row were skipped for a loss or gradient that is not finite."""
 
@@ -250,6 +252,8 @@ class CheckpointConfig:
     """How many of the newest checkpoints stay."""
     export: bool = True
     """Write the final model as a Hugging Face folder into the run folder."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Weights of that folder; training itself keeps float32 master weights. log Z stays float32."""
 
 
 @dataclass(frozen=True)

@@ -192,33 +192,39 @@ PANELS: dict[str, Callable[[Any, Sequence[Run]], bool]] = {
 }
 
 
+def canvas() -> tuple[Any, Any]:
+    """matplotlib's canvas and figure. Raises ValueError where it is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(f"plots need matplotlib (pip install matplotlib): {error}") from error
+    return FigureCanvasAgg, Figure
+
+
 def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> list[Path]:
     """Draw every panel that has data, one PNG each and overview.png with all; several runs are overlaid.
 
     runs: run folders. out: folder of the PNGs; `plots` in the first run's folder if not given. A star is the
     test split where another split was evaluated along the way. Returns the files written. Raises
-    FileNotFoundError or ValueError for a folder without metrics, RuntimeError where matplotlib is missing.
+    FileNotFoundError or ValueError for a folder without metrics, ValueError where matplotlib is missing.
     """
     if not runs:
         raise ValueError("runs must name at least one run folder, got none")
     read = read_runs(runs)
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError(f"plots need matplotlib (pip install matplotlib): {error}") from error
+    make_canvas, make_figure = canvas()
     folder = Path(out) if out is not None else Path(runs[0]) / "plots"
     folder.mkdir(parents=True, exist_ok=True)
 
-    def save(figure: Figure, name: str) -> Path:
-        FigureCanvasAgg(figure)  # no global state, no display
+    def save(figure: Any, name: str) -> Path:
+        make_canvas(figure)  # no global state, no display
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=130)
         return path
 
     written, shown = [], []
     for name, draw in PANELS.items():
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        figure = make_figure(figsize=(7, 4.2), layout="constrained")
         ax = figure.add_subplot()
         if draw(ax, read):
             _finish(ax, read)
@@ -228,7 +234,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> list
     if shown:
         columns = min(2, len(shown)) if len(shown) <= 4 else min(4, math.ceil(len(shown) / 2))
         rows = math.ceil(len(shown) / columns)
-        figure = Figure(figsize=(4.6 * columns, 3.3 * rows + 0.5), layout="constrained")
+        figure = make_figure(figsize=(4.6 * columns, 3.3 * rows + 0.5), layout="constrained")
         for index, draw in enumerate(shown):
             ax = figure.add_subplot(rows, columns, index + 1)
             draw(ax, read)

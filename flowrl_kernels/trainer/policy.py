@@ -6,7 +6,9 @@ whole, so a fused head sees plain tensors under FSDP2, tied to the embedding or 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,11 +97,12 @@ def load_tokenizer(source: str, model: ModelConfig) -> Any:
     """The tokenizer of a Hugging Face model.
 
     Raises:
-        ValueError: it has no end token, so no response could ever be finished.
+        ValueError: it cannot be read, or has no end token, so no response could ever be finished.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+    with named(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.name: the tokenizer of {source!r} has no end-of-sequence token (eos_token)")
     if tokenizer.pad_token_id is None:
@@ -144,11 +147,23 @@ def load_model(source: str, model: ModelConfig, attention: str | None, *, empty:
 
     quiet()
     options = {"attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
-    if empty:
-        shape = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(shape, dtype=torch.float32, **options)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    with named(source):
+        if empty:
+            shape = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(shape, dtype=torch.float32, **options)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+
+
+@contextlib.contextmanager
+def named(source: str) -> Iterator[None]:
+    """A ValueError that says which model could not be read, and why."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # safetensors' own among them
+        raise ValueError(f"model.name: {source!r} cannot be loaded: {error}") from error
 
 
 def apply_liger(model: Any) -> None:
@@ -252,18 +267,47 @@ def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def save_folder(policy: Policy, tokenizer: Any, folder: Path, world: World) -> None:
-    """Writes a Hugging Face folder (safetensors), log Z in a file of its own; every rank must call it."""
-    from safetensors.torch import save_file
+def save_folder(
+    policy: Policy, tokenizer: Any, folder: Path, world: World, *, stop: tuple[int, ...] = (), dtype: str = "float32"
+) -> None:
+    """Writes a folder that transformers and servers load, log Z beside it in `nn.LOG_Z_FILE`; every rank calls it.
 
+    stop: tokens that end a response, for generation_config.json. dtype: of the language model's weights.
+    """
     quiet()
     state = parallel.full_state(policy)
     if not world.main:
         return
     folder.mkdir(parents=True, exist_ok=True)
+    kind = getattr(torch, dtype)
     inner = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
+    inner = {name: t.to(kind) if t.is_floating_point() else t for name, t in inner.items()}
+    for name in tied_names(policy.model):  # one tensor under two names is written once
+        inner.pop(name, None)
     policy.model.save_pretrained(folder, state_dict=inner)
+    config = folder / "config.json"
+    shape = json.loads(config.read_text(encoding="utf-8"))
+    shape["dtype"] = dtype
+    config.write_text(json.dumps(shape, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if stop:
+        from transformers import GenerationConfig
+
+        generation = copy.deepcopy(getattr(policy.model, "generation_config", None)) or GenerationConfig()
+        generation.eos_token_id = list(stop) if len(stop) > 1 else stop[0]
+        generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    zeta = {name.removeprefix("log_z."): t.contiguous() for name, t in state.items() if name.startswith("log_z.")}
+    zeta = {name.removeprefix("log_z."): t for name, t in state.items() if name.startswith("log_z.")}
     if zeta:
-        save_file(zeta, folder / "log_z.safetensors", metadata={"format": "pt", "module": "LogPartition"})
+        log_z: Any = policy.log_z
+        log_z.save(folder, zeta)
+
+
+def tied_names(model: Any) -> set[str]:
+    """Names in the state dict of parameters that are another one's storage: the LM head of a tied model, say."""
+    first: dict[int, str] = {}
+    names = set()
+    kept = {name for name, _ in model.named_parameters()}  # each parameter under its first name
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name and name not in kept:
+            names.add(name)
+    return names

@@ -94,13 +94,17 @@ def contents(
 def write(folder: Path, found: dict[str, Any]) -> Path:
     """`found` as FOLDER/SPLIT-CHECKPOINT-HASH.json, by the hash of all it depends on: a repetition replaces its like.
 
-    A number that is not finite becomes null. Raises OSError where the folder cannot be written.
+    Raises OSError where the folder cannot be written.
     """
     keys = ("split", "seed", "source", "checkpoint", "settings", "hashes", "versions")
     made_of = json.dumps({key: found[key] for key in keys}, sort_keys=True, default=repr)
     name = f"{found['split']}-{found['checkpoint'] or 'model'}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
+    return save(folder / name, found)
+
+
+def save(path: Path, found: dict[str, Any]) -> Path:
+    """`found` as a JSON file, whole or not at all; a number that is not finite becomes null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".incomplete")
     partial.write_text(json.dumps(_finite(found), indent=1, default=repr, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)

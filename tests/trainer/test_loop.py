@@ -10,6 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from flowrl_kernels.nn import LOG_Z_FILE
 from flowrl_kernels.presets import PRESETS
 from flowrl_kernels.trainer import __main__ as main
 from flowrl_kernels.trainer import config_file, loop, setup
@@ -61,7 +62,7 @@ def test_a_run_leaves_its_config_metrics_samples_checkpoint_and_model(finished):
 def test_export_and_eval_work_on_a_finished_run(finished, capsys):
     out = finished / "exported"
     assert main.cli(["export", str(finished / "run"), str(out)]) == 0
-    for name in ("model.safetensors", "log_z.safetensors"):
+    for name in ("model.safetensors", LOG_Z_FILE):
         ours, theirs = load_file(out / name), load_file(finished / "run" / "final" / name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -144,11 +145,11 @@ def test_bad_settings_end_in_one_line_that_names_them(tmp_path, capsys, args, sa
 
 
 def test_a_missing_extra_ends_in_one_line_that_says_what_to_install(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "tyro", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     file = tmp_path / "run.toml"
     file.write_text("")
     assert main.cli(["train", str(file), "--run.steps", "1"]) == 2
-    assert "tyro is not installed: pip install 'flowrl-kernels[train]'" in capsys.readouterr().err
+    assert "transformers is not installed: pip install 'flowrl-kernels[train]'" in capsys.readouterr().err
 
 
 def test_a_malformed_row_is_named_by_its_line(tmp_path):

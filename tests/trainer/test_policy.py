@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 
+from flowrl_kernels.nn import LOG_Z_FILE, LogPartition
 from flowrl_kernels.trainer import policy as policies
 from flowrl_kernels.trainer.losses import score_head
 from flowrl_kernels.trainer.packing import pack
@@ -95,9 +96,47 @@ def test_a_saved_folder_loads_in_transformers_with_log_z_apart(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path)("12=")["input_ids"] == [3, 4, 13]
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if "log_z" in name or "value" in name]  # noqa: SIM118
-    with safe_open(tmp_path / "log_z.safetensors", "pt") as file:
+    with safe_open(tmp_path / LOG_Z_FILE, "pt") as file:
         assert set(file.keys()) == set(policy.log_z.state_dict())
     assert not list(tmp_path.glob("*.bin"))
+
+
+def test_no_file_of_a_saved_folder_but_the_models_own_looks_like_weights_and_log_z_comes_back(tmp_path):
+    cfg = tiny.config(log_z={"style": "release"})
+    policy = policies.make_policy(cfg, tiny.ALONE, tiny.model(cfg), log_z=True)
+    torch.nn.init.normal_(policy.log_z.out.weight)
+    policies.save_folder(policy, char_tokenizer(tiny.ALPHABET), tmp_path, tiny.ALONE)
+    weights = [p.name for p in tmp_path.rglob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".pth")]
+    assert weights == ["model.safetensors"]
+    hidden, mask = torch.randn(3, 5, 32), torch.ones(3, 5, dtype=torch.bool)
+    want = policy.log_z.eval()(hidden, mask)
+    assert want.abs().min() > 0
+    assert torch.equal(LogPartition.load(tmp_path)(hidden, mask), want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_saved_folder_has_one_copy_of_a_tied_head_the_stop_tokens_the_template_and_the_type(tmp_path, dtype):
+    import json
+
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cfg = tiny.config(model={"tied": True})
+    policy = policies.make_policy(cfg, tiny.ALONE, tiny.model(cfg))
+    tokenizer = char_tokenizer(tiny.ALPHABET)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    policies.save_folder(policy, tokenizer, tmp_path, tiny.ALONE, stop=(1, 3), dtype=dtype)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert {str(file.get_tensor(name).dtype) for name in names} == {f"torch.{dtype}"}
+    assert "model.embed_tokens.weight" in names
+    assert not [name for name in names if "lm_head" in name]
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [1, 3]
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == "{{ messages[0].content }}"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(again.lm_head.weight, policy.model.lm_head.weight.to(getattr(torch, dtype)))
 
 
 def test_engines_are_sent_the_language_model_alone():
