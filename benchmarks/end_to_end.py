@@ -58,7 +58,7 @@ def logp_eager(network: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def logp_ours(network: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Hidden states into linear_logprob. [B, T - 1]"""
-    from flowrl_kernels.functional import linear_logprob
+    from flowrl_kernels.logprobs import linear_logprob
 
     hidden = network.model(input_ids=ids).last_hidden_state[:, :-1]
     return linear_logprob(hidden, network.lm_head.weight, ids[:, 1:]).logp

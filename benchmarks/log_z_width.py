@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from flowrl_kernels.nn import LogPartition
+from flowrl_kernels.log_partition import LogPartition
 
 WIDTHS = (64, 576, 2048, 4096)
 STEPS, PROMPTS, SEEDS, LR = 60, 16, 1, 1e-2

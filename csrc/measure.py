@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from flowrl_kernels import cuda
 from flowrl_kernels.chunked import routing
 from flowrl_kernels.chunked.bounded import COLUMNS
+from flowrl_kernels.core.types import TILE
 from flowrl_kernels.cuda import routing as compiled
-from flowrl_kernels.types import TILE
 
 ROWS, VOCAB = 32768, 152064  # 7B, N = 32k
 REPEATS = 30

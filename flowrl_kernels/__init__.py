@@ -11,30 +11,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flowrl_kernels.advantages import gae, group_normalize, reinforce_pp_advantage
-    from flowrl_kernels.dispatch import backends
-    from flowrl_kernels.functional import linear_logprob, logprob
-    from flowrl_kernels.losses import flowrl_loss, policy_gradient_loss, residual_loss, value_loss
-    from flowrl_kernels.nn import FlowRLLoss, LinearFlowRLLoss, LogPartition
-    from flowrl_kernels.types import LogProb, LossOutput
+    from flowrl_kernels.core.dispatch import backends
+    from flowrl_kernels.core.types import LogProb, LossOutput
+    from flowrl_kernels.log_partition import LogPartition
+    from flowrl_kernels.logprobs import linear_logprob, logprob
+    from flowrl_kernels.losses import flowrl_loss, residual_loss
+    from flowrl_kernels.modules import FlowRLLoss, LinearFlowRLLoss
+    from flowrl_kernels.policy_gradient import policy_gradient_loss, value_loss
 
 __version__ = "0.2.0"
 
 _ROOMS = {
-    "backends": "dispatch",
-    "linear_logprob": "functional",
-    "logprob": "functional",
+    "backends": "core.dispatch",
+    "linear_logprob": "logprobs",
+    "logprob": "logprobs",
     "flowrl_loss": "losses",
     "residual_loss": "losses",
-    "policy_gradient_loss": "losses",
-    "value_loss": "losses",
+    "policy_gradient_loss": "policy_gradient",
+    "value_loss": "policy_gradient",
     "group_normalize": "advantages",
     "reinforce_pp_advantage": "advantages",
     "gae": "advantages",
-    "FlowRLLoss": "nn",
-    "LinearFlowRLLoss": "nn",
-    "LogPartition": "nn",
-    "LogProb": "types",
-    "LossOutput": "types",
+    "FlowRLLoss": "modules",
+    "LinearFlowRLLoss": "modules",
+    "LogPartition": "log_partition",
+    "LogProb": "core.types",
+    "LossOutput": "core.types",
 }
 __all__ = [
     "FlowRLLoss",

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from flowrl_kernels import checks
-from flowrl_kernels.reference.residual import Grouped, Segments, group_mean, grouped
+from flowrl_kernels.core import checks
+from flowrl_kernels.core.segments import Grouped, Segments, group_mean, grouped
 
 
 def _per_group(reward: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, Grouped]:

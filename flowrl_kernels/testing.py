@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels import reference
-from flowrl_kernels.types import TILE
+from flowrl_kernels.core.types import TILE
 
 
 def peaked_inputs(

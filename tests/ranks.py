@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "flowrl_kernels.nn", "hypothesis"])
+multiprocessing.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.fsdp", "flowrl_kernels.modules", "flowrl_kernels.log_partition", "hypothesis"]
+)
 
 
 def _start(rank, worker, world, port):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flowrl_kernels import advantages, gae, group_normalize, reinforce_pp_advantage
-from flowrl_kernels.reference.residual import Segments
+from flowrl_kernels.core.segments import Segments
 from flowrl_kernels.testing import cu_seqlens_of, ragged_mask
 
 REWARD = torch.tensor([1.0, 0.0, 1.0, -2.0, 0.5, 0.5, 3.0, 0.25, 0.0], dtype=torch.float64)

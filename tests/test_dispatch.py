@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import flowrl_kernels
-from flowrl_kernels import dispatch, linear_logprob
+from flowrl_kernels import linear_logprob
+from flowrl_kernels.core import dispatch
 from flowrl_kernels.testing import peaked_inputs
 
 

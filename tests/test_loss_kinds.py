@@ -325,7 +325,7 @@ def test_a_loss_that_overflows_is_counted_as_not_finite(impl):
 
 
 def test_a_negative_divisor_on_a_device_becomes_nan():
-    from flowrl_kernels import layout
+    from flowrl_kernels.core import layout
 
     like = torch.ones(1)
     with pytest.MonkeyPatch.context() as patch:

@@ -5,7 +5,7 @@ import torch
 from gpu_waits import host_waits
 
 from flowrl_kernels import LinearFlowRLLoss, linear_logprob, logprob
-from flowrl_kernels.dispatch import resolve
+from flowrl_kernels.core.dispatch import resolve
 from flowrl_kernels.testing import assert_grad_close, oracle, peaked_inputs, poisoned_memory, ragged_mask
 
 pytestmark = pytest.mark.gpu

@@ -7,7 +7,7 @@ from residual_runs import agree, pack, run
 
 from flowrl_kernels import flowrl_loss
 from flowrl_kernels.chunked import residual as plain
-from flowrl_kernels.dispatch import launchers
+from flowrl_kernels.core.dispatch import launchers
 from flowrl_kernels.presets import PRESETS
 from flowrl_kernels.testing import poisoned_memory, ragged_mask
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from flowrl_kernels import LinearFlowRLLoss, linear_logprob, linear_loss
+from flowrl_kernels import LinearFlowRLLoss, linear_logprob
 from flowrl_kernels.chunked import linear_residual as room
+from flowrl_kernels.core import passes
 from flowrl_kernels.ops import linear_residual as operator
 from flowrl_kernels.testing import assert_grad_close, cu_seqlens_of, peaked_inputs, ragged_mask
 
@@ -102,7 +103,7 @@ def test_a_sequence_longer_than_the_buffer_makes_its_own_logits_twice_and_no_oth
 
 
 def test_a_long_sequence_in_float16_takes_two_passes_and_the_log_says_so(monkeypatch, counted, caplog):
-    linear_loss._say_why.cache_clear()
+    passes._say_why.cache_clear()
     monkeypatch.setattr(operator, "chunk_tokens", lambda *_: 11)
     with caplog.at_level("INFO", logger="flowrl_kernels"):
         run(True, batch(torch.float16))
@@ -191,8 +192,8 @@ def test_the_last_backward_makes_no_copy_of_the_weights_gradient():
 
 
 def test_chunks_end_at_whole_row_blocks_where_the_sequences_allow():
-    assert linear_loss.chunk_bounds(list(range(0, 1025, 64)), 441, True) == [0, 4, 8, 12, 16]
-    assert linear_loss.chunk_bounds([0, 300, 400, 500], 441, True) == [0, 1, 3]
-    assert linear_loss.chunk_bounds([0, 442], 441, True) is None
-    assert linear_loss.chunk_bounds([0, 200, 400], 441, False) == [0, 2]
-    assert linear_loss.chunk_bounds([0, 9, 9, 451, 460], 441, True, alone=True) == [0, 2, 3, 4]
+    assert passes.chunk_bounds(list(range(0, 1025, 64)), 441, True) == [0, 4, 8, 12, 16]
+    assert passes.chunk_bounds([0, 300, 400, 500], 441, True) == [0, 1, 3]
+    assert passes.chunk_bounds([0, 442], 441, True) is None
+    assert passes.chunk_bounds([0, 200, 400], 441, False) == [0, 2]
+    assert passes.chunk_bounds([0, 9, 9, 451, 460], 441, True, alone=True) == [0, 2, 3, 4]

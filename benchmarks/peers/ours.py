@@ -11,12 +11,12 @@ from benchmarks.peers import Outcome, Peer, imports
 
 def _available(impl: str, name: str = "linear_logprob"):
     def available(device: str) -> tuple[bool, str]:
-        function, reason = imports("flowrl_kernels.functional", name)
+        function, reason = imports("flowrl_kernels.logprobs", name)
         if function is None and name == "flowrl_loss":
             function, reason = imports("flowrl_kernels.losses", name)
         if function is None:
             return False, reason
-        from flowrl_kernels.dispatch import backends
+        from flowrl_kernels.core.dispatch import backends
 
         state = backends()[impl]
         if impl == "triton" and state.available and device == "cpu":
@@ -28,7 +28,7 @@ def _available(impl: str, name: str = "linear_logprob"):
 
 def _linear(impl: str, bounded: bool):
     def forward(case: Case, inputs: Inputs) -> Outcome:
-        from flowrl_kernels.functional import linear_logprob, logprob
+        from flowrl_kernels.logprobs import linear_logprob, logprob
 
         if case.op == "logprob":
             made = logprob(inputs.logits, inputs.target, entropy=case.entropy, impl=impl)
@@ -87,7 +87,7 @@ def _residual_step(impl: str):
 
 def _loss(impl: str, single_pass: bool):
     def forward(case: Case, inputs: Inputs) -> Outcome:
-        from flowrl_kernels.nn import LinearFlowRLLoss
+        from flowrl_kernels.modules import LinearFlowRLLoss
 
         b, t, given = case.sequences, case.slots, inputs.residual
         out = LinearFlowRLLoss(single_pass=single_pass, impl=impl)(

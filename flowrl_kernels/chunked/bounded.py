@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowrl_kernels.chunked import routing, tiles
 from flowrl_kernels.chunked.routing import SLACK, run_mass
-from flowrl_kernels.types import TILE
+from flowrl_kernels.core.types import TILE
 
 COLUMNS = 1024  # vocabulary columns of one tile
 ROWS = 256  # rows whose dropped masses are in memory at once

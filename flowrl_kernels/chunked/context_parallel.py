@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flowrl_kernels.chunked import residual
-from flowrl_kernels.presets import Row
+from flowrl_kernels.presets.row import Row
 
 
 def sum_over_ranks(own: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowrl_kernels.chunked import tiles
 from flowrl_kernels.chunked.bounded import bounded_backward
-from flowrl_kernels.types import TILE
+from flowrl_kernels.core.types import TILE
 
 
 def kept_rows(keep: Tensor) -> Tensor | None:

@@ -24,8 +24,8 @@ from flowrl_kernels.chunked.linear_logprob import (
     put,
     take,
 )
-from flowrl_kernels.presets import Row
-from flowrl_kernels.reference.residual import Segments
+from flowrl_kernels.core.segments import Segments
+from flowrl_kernels.presets.row import Row
 
 COLUMNS = 8 * tiles.COLUMNS  # of one tile of dlogits
 

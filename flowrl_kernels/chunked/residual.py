@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowrl_kernels.presets import Row
+from flowrl_kernels.core.segments import Segments, group_mean
+from flowrl_kernels.presets.row import Row
 from flowrl_kernels.reference import residual as reference
-from flowrl_kernels.reference.residual import BOUND, Segments, Terms
+from flowrl_kernels.reference.residual import BOUND, Terms
 
 
 def slope(d: Tensor, kind: str) -> Tensor:
@@ -100,7 +101,7 @@ def sequences(
     else:
         step = dlog_z = terms.weight * slope(terms.residual, row.phi) / per_sequence  # [B]
         if row.log_z == "through" and log_z is None and groups is not None:
-            step = torch.where(used, step - reference.group_mean(step, groups, used), 0.0)
+            step = torch.where(used, step - group_mean(step, groups, used), 0.0)
         a = 1.0 / length if row.scale is None else row.scale
         dlogp = segments.spread(torch.where(terms.open, step * a, 0.0))
         if row.surrogate is not None and old is not None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowrl_kernels.types import TILE
+from flowrl_kernels.core.types import TILE
 
 SLACK = 2e-5  # more than the rounding of a recomputed log-prob: keeps the bound on the safe side
 BIN_BITS = 11

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowrl_kernels.types import TILE
+from flowrl_kernels.core.types import TILE
 
 COLUMNS = 1024  # vocabulary columns of one forward tile; a multiple of TILE
 BUFFER = 1 << 22  # elements of one backward buffer (16 MB in fp32)

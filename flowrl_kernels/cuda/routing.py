@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels import cuda
-from flowrl_kernels.types import TILE
+from flowrl_kernels.core.types import TILE
 
 
 def _check(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: Sequence[int], like: Tensor) -> None:

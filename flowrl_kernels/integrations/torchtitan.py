@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowrl_kernels.functional import linear_logprob
 from flowrl_kernels.hf.head import call_head
+from flowrl_kernels.logprobs import linear_logprob
 from flowrl_kernels.losses import flowrl_loss
 
 try:

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowrl_kernels.functional import linear_logprob
 from flowrl_kernels.hf.head import HeadScales, check_head, head_scales, refuse_adapter
-from flowrl_kernels.nn import LOG_Z_FILE, FlowRLLoss, LogPartition
+from flowrl_kernels.log_partition import LOG_Z_FILE, LogPartition
+from flowrl_kernels.logprobs import linear_logprob
+from flowrl_kernels.modules import FlowRLLoss
 
 try:
     import trl

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowrl_kernels.functional import linear_logprob
+from flowrl_kernels.core.types import LogProb
 from flowrl_kernels.hf.head import call_head, check_head, head_scales, refuse_adapter
 from flowrl_kernels.hf.packing import Probe
-from flowrl_kernels.nn import LogPartition, prompt_mean
-from flowrl_kernels.types import LogProb
+from flowrl_kernels.log_partition import LogPartition, prompt_mean
+from flowrl_kernels.logprobs import linear_logprob
 
 try:
     from torch.distributed.fsdp import fully_shard

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flowrl_kernels.chunked.context_parallel import sum_over_ranks
-from flowrl_kernels.dispatch import check_enabled, launchers
+from flowrl_kernels.core.dispatch import check_enabled, launchers
+from flowrl_kernels.core.segments import Segments
 from flowrl_kernels.ops.residual import wide
 from flowrl_kernels.reference import residual as reference
-from flowrl_kernels.reference.residual import Segments
 
 STEM = "context_parallel"
 

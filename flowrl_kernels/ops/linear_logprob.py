@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowrl_kernels.dispatch import launchers
+from flowrl_kernels.core.dispatch import launchers
+from flowrl_kernels.core.types import TILE
 from flowrl_kernels.ops.operator import operator
-from flowrl_kernels.types import TILE
 
 STEM = "linear_logprob"
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels import presets
-from flowrl_kernels.dispatch import launchers
+from flowrl_kernels.core.dispatch import launchers
+from flowrl_kernels.core.types import METRICS
 from flowrl_kernels.ops.linear_logprob import clean_target
 from flowrl_kernels.ops.operator import operator
-from flowrl_kernels.ops.residual import NUM_METRICS
 
 BUFFER = 1 << 26  # logits of one chunk on a CPU: 268 MB in fp32
 GPU_BUFFER = 1 << 30
@@ -93,7 +93,7 @@ def _(hidden, weight, bias, log_z, target, temperature, logit_scale, softcap, an
         hidden.new_empty((), **new),
         hidden.new_empty(num, **new),
         hidden.new_empty(num, **new),
-        hidden.new_empty(NUM_METRICS, **new),
+        hidden.new_empty(len(METRICS), **new),
         torch.empty_like(hidden) if need[0] else hidden.new_empty(0),
         torch.empty_like(weight) if need[1] else hidden.new_empty(0),
         hidden.new_empty(weight.shape[0] if need[2] and bias is not None else 0, **new),

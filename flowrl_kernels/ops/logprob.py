@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowrl_kernels.dispatch import launchers
+from flowrl_kernels.core.dispatch import launchers
 from flowrl_kernels.ops.linear_logprob import clean_target, finish, upstream
 from flowrl_kernels.ops.operator import first_backward_only, operator
 

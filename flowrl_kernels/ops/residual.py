@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels import presets
-from flowrl_kernels.dispatch import launchers
+from flowrl_kernels.core.dispatch import launchers
+from flowrl_kernels.core.segments import Segments
+from flowrl_kernels.core.types import METRICS
 from flowrl_kernels.ops.operator import operator
 from flowrl_kernels.reference import residual as reference
-from flowrl_kernels.reference.residual import Segments
-
-NUM_METRICS = 12
 
 
 @operator("flowrl::residual", mutates_args=())
@@ -67,7 +66,7 @@ def _(logp, log_z, anchor, old, sampler, reward, mask, cu_seqlens, groups, norma
         logp.new_empty((), dtype=dtype),
         logp.new_empty(num, dtype=dtype),
         logp.new_empty(num, dtype=dtype),
-        logp.new_empty(NUM_METRICS, dtype=dtype),
+        logp.new_empty(len(METRICS), dtype=dtype),
         torch.empty_like(logp, dtype=dtype, memory_format=torch.contiguous_format),
         logp.new_empty(num, dtype=dtype),
     )

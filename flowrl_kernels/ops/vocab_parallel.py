@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flowrl_kernels.dispatch import launchers
+from flowrl_kernels.core.dispatch import launchers
 from flowrl_kernels.ops.linear_logprob import STEM, finish, upstream
 from flowrl_kernels.ops.operator import OnceDifferentiable, first_backward_only, without_autocast
 

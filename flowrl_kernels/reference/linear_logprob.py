@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowrl_kernels.core.types import LogProb
 from flowrl_kernels.reference.logprob import logprob
-from flowrl_kernels.types import LogProb
 
 
 def linear_logprob(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowrl_kernels.types import LogProb
+from flowrl_kernels.core.types import LogProb
 
 
 def logprob(

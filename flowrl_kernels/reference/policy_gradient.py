@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowrl_kernels.reference.residual import BOUND, Segments, divisors, phi
+from flowrl_kernels.core.segments import Segments
+from flowrl_kernels.reference.residual import BOUND, divisors, phi
 
 
 def token_losses(

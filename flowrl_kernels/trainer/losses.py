@@ -111,7 +111,7 @@ def score_head(
     report: Tensor | None = None,
 ) -> Callable[[Policy, Tensor], Scores]:
     """Head: log-probs of the response tokens at the sampling temperature, and values where there is a critic."""
-    from flowrl_kernels.functional import linear_logprob
+    from flowrl_kernels.logprobs import linear_logprob
 
     def head(actor: Policy, hidden: Tensor) -> Scores:
         rows = hidden.flatten(0, 1)[batch.predict]  # [N, H]
@@ -160,7 +160,7 @@ def make_loss(config: Config) -> Callable[..., Head]:
 
 def flow_loss(config: Config) -> Callable[..., Head]:
     """FlowRL and the squared-residual family: log-probs, residual and gradient in one fused call."""
-    from flowrl_kernels.nn import LinearFlowRLLoss
+    from flowrl_kernels.modules import LinearFlowRLLoss
 
     a, kind, chosen = config.algorithm, log_z_kind(config), row(config)
     if kind in ("group", "through") and config.rollout.samples < 2:
@@ -228,7 +228,7 @@ ROWS: dict[str, tuple[str, tuple[float | None, float | None], str]] = {
 
 def gradient_loss(config: Config) -> Callable[..., Head]:
     """The clipped policy gradients; PPO adds the value loss, whose head has an optimiser group of its own."""
-    from flowrl_kernels.losses import policy_gradient_loss, value_loss
+    from flowrl_kernels.policy_gradient import policy_gradient_loss, value_loss
 
     a = config.algorithm
     ratio, clip, how = ROWS[a.name]

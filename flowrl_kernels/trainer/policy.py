@@ -208,7 +208,7 @@ def make_policy(
     with torch.random.fork_rng():
         torch.manual_seed(config.run.seed + 1)
         if log_z:
-            from flowrl_kernels.nn import LogPartition
+            from flowrl_kernels.log_partition import LogPartition
 
             release = config.log_z.style == "release"
             zeta = LogPartition(hidden, layer_norm=release, dropout=0.1 if release else 0.0, detach=config.log_z.detach)

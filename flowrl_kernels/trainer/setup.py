@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from flowrl_kernels import dispatch
+from flowrl_kernels.core import dispatch
 from flowrl_kernels.trainer import (
     checkpoint,
     checks,

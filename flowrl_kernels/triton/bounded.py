@@ -34,6 +34,7 @@ from flowrl_kernels import cuda
 from flowrl_kernels.chunked import routing
 from flowrl_kernels.chunked.bounded import COLUMNS, Plan, make_plan
 from flowrl_kernels.chunked.routing import SLACK, BlockLists
+from flowrl_kernels.core.types import TILE
 from flowrl_kernels.triton import tiles
 from flowrl_kernels.triton.bounded_kernels import (
     columns_kernel,
@@ -46,7 +47,6 @@ from flowrl_kernels.triton.bounded_kernels import (
     sums_kernel,
 )
 from flowrl_kernels.triton.matmul import matmul_into
-from flowrl_kernels.types import TILE
 
 # Share of blocks above which the exact backward is taken. Its products run at cuBLAS's rate, those over lists at an
 # assumed 0.65 of it (not yet measured on hardware); the plan, the sums over pairs and the correction take the rest.

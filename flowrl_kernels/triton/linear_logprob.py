@@ -19,12 +19,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flowrl_kernels.chunked.tiles import fp16_factor
+from flowrl_kernels.core.types import TILE
 from flowrl_kernels.triton import tiles
 from flowrl_kernels.triton.bounded import bounded_backward
 from flowrl_kernels.triton.linear_logprob_kernels import dlogits_kernel, forward_kernel, merge_kernel
 from flowrl_kernels.triton.matmul import exact_matmul, matmul_into
 from flowrl_kernels.triton.primitives import compact, gather_rows, scatter_rows
-from flowrl_kernels.types import TILE
 
 
 def realigned(weight: Tensor) -> Tensor:

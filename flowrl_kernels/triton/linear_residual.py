@@ -25,12 +25,12 @@ from torch import Tensor
 
 from flowrl_kernels.chunked.linear_residual import SinglePass, wide
 from flowrl_kernels.chunked.tiles import fp16_factor
-from flowrl_kernels.presets import Row
+from flowrl_kernels.core.types import TILE
+from flowrl_kernels.presets.row import Row
 from flowrl_kernels.triton import residual
 from flowrl_kernels.triton.linear_logprob import forward_rows, linear_logprob_bwd, linear_logprob_fwd, realigned
 from flowrl_kernels.triton.matmul import exact_matmul, matmul_into
 from flowrl_kernels.triton.primitives import LOG2E, compact, gather_rows, row_factor, scatter_rows, shifted
-from flowrl_kernels.types import TILE
 
 BLOCK, WARPS = 4096, 8  # columns a step: four 16-byte loads a thread in flight
 

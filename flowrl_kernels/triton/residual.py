@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowrl_kernels.presets import Row
+from flowrl_kernels.core.types import METRICS
+from flowrl_kernels.presets.row import Row
 from flowrl_kernels.triton.residual_kernels import FIELDS, coupled_kernel, sequence_kernel, total_kernel
 
 BLOCK, WARPS = 1024, 8  # tokens a step; four a thread, so that float64 sums stay in registers
 LANES = 1024  # sequences a step
-NUM_METRICS = 12
 
 
 class Outputs(NamedTuple):
@@ -35,7 +35,7 @@ def outputs(logp: Tensor, reward: Tensor) -> Outputs:
     """Memory for a batch's results, unwritten."""
     num, new = reward.shape[0], {"dtype": torch.float32, "device": logp.device}
     return Outputs(
-        torch.empty((), **new), torch.empty(num, **new), torch.empty(num, **new), torch.empty(NUM_METRICS, **new),
+        torch.empty((), **new), torch.empty(num, **new), torch.empty(num, **new), torch.empty(len(METRICS), **new),
         torch.empty(logp.shape, **new), torch.empty(num, **new),
         torch.empty(FIELDS, num, dtype=torch.float64, device=logp.device),
     )  # fmt: skip

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from flowrl_kernels.types import TILE
+from flowrl_kernels.core.types import TILE
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 TABLE = Path(__file__).with_name("tiles.json")

@@ -4,8 +4,8 @@ import pytest
 import tiny_models
 import torch
 
-from flowrl_kernels.functional import linear_logprob
 from flowrl_kernels.hf.head import HeadScales, check_head, head_logits, head_scales
+from flowrl_kernels.logprobs import linear_logprob
 
 KNOWN = {  # what each model type does to h W^T, read from its forward
     "qwen2": (1.0, None),

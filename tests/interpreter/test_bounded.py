@@ -7,9 +7,9 @@ from flowrl_kernels import linear_logprob
 from flowrl_kernels.chunked import bounded as definition
 from flowrl_kernels.chunked import routing
 from flowrl_kernels.chunked.bounded import make_plan
+from flowrl_kernels.core.types import TILE
 from flowrl_kernels.testing import assert_grad_close, oracle, poisoned_memory, relative_error, rl_like_inputs
 from flowrl_kernels.triton import bounded
-from flowrl_kernels.types import TILE
 from tests.test_bounded import NAMES, adversarial
 from tests.test_bounded_gpu import dropped_share
 

@@ -5,10 +5,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.interpreter import InterpreterBuilder
 
+from flowrl_kernels.core.types import TILE
 from flowrl_kernels.presets import named
 from flowrl_kernels.testing import rl_like_inputs
 from flowrl_kernels.triton import bounded, linear_logprob, linear_residual
-from flowrl_kernels.types import TILE
 from tests.test_flops import IN_PLACE, ONE, backward, check_two_passes, forward
 
 N, H, V = 128, 256, 8192  # whole blocks: 32 rows, 256 columns, 256 of H

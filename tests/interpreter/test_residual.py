@@ -8,8 +8,8 @@ from residual_runs import NAMES, agree, pack, run
 
 from flowrl_kernels import flowrl_loss
 from flowrl_kernels.chunked import residual as plain
+from flowrl_kernels.core.types import METRICS
 from flowrl_kernels.presets import PRESETS, Row
-from flowrl_kernels.reference.residual import METRICS
 from flowrl_kernels.testing import assert_grad_close, poisoned_memory, ragged_mask
 from flowrl_kernels.triton import residual as op
 

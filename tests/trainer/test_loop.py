@@ -10,7 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from flowrl_kernels.nn import LOG_Z_FILE
+from flowrl_kernels.log_partition import LOG_Z_FILE
 from flowrl_kernels.presets import PRESETS
 from flowrl_kernels.trainer import __main__ as main
 from flowrl_kernels.trainer import config_file, loop, setup

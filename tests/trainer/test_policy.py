@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from flowrl_kernels.nn import LOG_Z_FILE, LogPartition
+from flowrl_kernels.log_partition import LOG_Z_FILE, LogPartition
 from flowrl_kernels.trainer import policy as policies
 from flowrl_kernels.trainer.losses import score_head
 from flowrl_kernels.trainer.packing import pack

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowrl_kernels import checks, dispatch, reference
-from flowrl_kernels.types import LogProb
+from flowrl_kernels import reference
+from flowrl_kernels.core import checks, dispatch
+from flowrl_kernels.core.head import accumulator, check_targets, checked_head, kept_of, temperature_of
+from flowrl_kernels.core.types import LogProb
 
 __all__ = ["linear_logprob", "logprob"]
 
@@ -75,8 +77,8 @@ def linear_logprob(
     if not 0.0 <= epsilon < 1.0:
         checks.fail("epsilon", "a number in [0, 1)", epsilon)
     flat, weight, ids, rows_temperature, softcap, leading = head
-    _accumulator("report", report, (3,), flat)
-    _accumulator("main_grad", main_grad, tuple(weight.shape), flat)
+    accumulator("report", report, (3,), flat)
+    accumulator("main_grad", main_grad, tuple(weight.shape), flat)
     if torch.is_grad_enabled():
         if main_grad is not None and not weight.requires_grad:
             checks.fail("main_grad", "a weight that requires a gradient beside it", "a frozen weight")
@@ -100,7 +102,7 @@ def linear_logprob(
         if kept is not None:
             if vocab_parallel is not None:
                 checks.fail("kept", "no vocab_parallel beside it", "both")
-            listed = _kept(kept, flat, weight.shape[0])
+            listed = kept_of(kept, flat, weight.shape[0])
             from flowrl_kernels.ops.kept import KeptLogProb
 
             logp, ent = KeptLogProb.call(
@@ -173,9 +175,9 @@ def logprob(
     leading = tuple(logits.shape[:-1])
     target = checks.integers("target", target, leading).long()
     checks.same_device("target", target, "logits", logits)
-    rows_temperature = _temperature(temperature, leading, logits, target != ignore_index)
+    rows_temperature = temperature_of(temperature, leading, logits, target != ignore_index)
     softcap = None if softcap is None else checks.positive("softcap", softcap)
-    _check_targets(target, logits.shape[-1], ignore_index)
+    check_targets(target, logits.shape[-1], ignore_index)
     chosen = dispatch.resolve("logprob", impl, logits)
     flat, ids = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     if chosen == "reference":
@@ -198,131 +200,5 @@ def logprob(
     return _shaped(logp, ent if entropy else None, leading)
 
 
-class Head(NamedTuple):
-    """Checked arguments of a language-model head, flattened."""
-
-    hidden: Tensor  # [N, H] contiguous
-    weight: Tensor  # [V, H] contiguous
-    target: Tensor  # [N] int64
-    temperature: Tensor  # [N] or [1]
-    softcap: float | None
-    leading: tuple[int, ...]
-
-
-def checked_head(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    ignore_index: int = -100,
-    whole: bool = True,
-) -> Head:
-    """The arguments of `linear_logprob` against their contract, after autocast."""
-    hidden, weight = _autocast(checks.plain("hidden", hidden), checks.plain("weight", weight))
-    checks.floating("hidden", hidden)
-    if weight.numel() == 0:
-        checks.fail(
-            "weight",
-            "[V, H] with a vocabulary of at least 1 row (DeepSpeed ZeRO-3 and FSDP1 empty parameters outside their own "
-            "layer: gather it around forward and backward, deepspeed.zero.GatheredParameters, or use ZeRO-2 or FSDP2)",
-            checks.shape(weight),
-        )
-    checks.floating("weight", weight, dims=2)
-    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        checks.fail("hidden", f"shape [..., H] with H = {weight.shape[1]} as in weight", checks.shape(hidden))
-    if hidden.dtype != weight.dtype:
-        raise TypeError(f"weight: wanted the dtype of hidden, {hidden.dtype}; got {weight.dtype}")
-    checks.same_device("weight", weight, "hidden", hidden)
-    leading = tuple(hidden.shape[:-1])
-    target = checks.integers("target", target, leading).long()  # narrow integers cannot hold every id nor -100
-    checks.same_device("target", target, "hidden", hidden)
-    vocab_size = weight.shape[0]
-    if bias is not None:
-        checks.floating("bias", bias, dims=1)
-        if bias.shape[0] != vocab_size:
-            checks.fail("bias", f"shape ({vocab_size},) as weight has rows", checks.shape(bias))
-        checks.same_device("bias", bias, "hidden", hidden)
-    rows_temperature = _temperature(temperature, leading, hidden, target != ignore_index)
-    softcap = None if softcap is None else checks.positive("softcap", softcap)
-    if whole:
-        _check_targets(target, vocab_size, ignore_index)
-    flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-    return Head(flat, weight.contiguous(), target.reshape(-1).contiguous(), rows_temperature, softcap, leading)
-
-
 def _shaped(logp: Tensor, entropy: Tensor | None, leading: tuple[int, ...]) -> LogProb:
     return LogProb(logp.reshape(leading), None if entropy is None else entropy.reshape(leading))
-
-
-def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64 and hidden.is_floating_point():
-        dtype = torch.get_autocast_dtype(device)
-        return hidden.to(dtype), weight.to(dtype)
-    return hidden, weight
-
-
-def _temperature(value: float | Tensor, leading: tuple[int, ...], like: Tensor, counted: Tensor) -> Tensor:
-    """[N] or [1], fp32 (float64 beside float64); 1 in rows that do not count, which may hold anything."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if not isinstance(value, Tensor):
-        return torch.full((1,), checks.positive("temperature", value), dtype=dtype, device=like.device)
-    checks.floating("temperature", value)
-    if value.requires_grad:
-        checks.fail(
-            "temperature",
-            "a tensor without requires_grad (its gradient is not computed)",
-            "requires_grad=True",
-        )
-    if value.dim() != 0 and tuple(value.shape) != leading:
-        checks.fail("temperature", f"a number or shape {leading}", checks.shape(value))
-    checks.same_device("temperature", value, "the inputs", like)
-    if value.dim() > 0:
-        value = torch.where(counted, value, 1.0)
-    if (value.device.type == "cpu" or dispatch.check_enabled()) and not torch.compiler.is_compiling():
-        wrong = ~((value > 0) & value.isfinite())
-        if bool(wrong.any()):
-            checks.fail("temperature", "finite values above 0", float(value[wrong][0]))
-    return value.to(dtype).reshape(-1).contiguous()
-
-
-def _accumulator(name: str, value: Any, wanted: tuple[int, ...], like: Tensor) -> None:
-    if value is None:
-        return
-    checks.plain(name, value)
-    if value.dtype != (torch.float64 if like.dtype == torch.float64 else torch.float32):
-        raise TypeError(f"{name}: wanted float32 (float64 beside float64 inputs); got {value.dtype}")
-    if tuple(value.shape) != wanted:
-        checks.fail(name, f"shape {wanted}", checks.shape(value))
-    if value.requires_grad:
-        checks.fail(name, "a tensor without requires_grad", "requires_grad=True")
-    checks.same_device(name, value, "hidden", like)
-
-
-def _kept(kept: Any, hidden: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    if not (isinstance(kept, tuple) and len(kept) == 2):
-        checks.fail("kept", "a pair (ids [K], offsets [N+1])", type(kept).__name__)
-    ids = checks.integers("kept ids", kept[0]).long()
-    offsets = checks.integers("kept offsets", kept[1], (hidden.shape[0] + 1,)).long()
-    if ids.dim() != 1:
-        checks.fail("kept ids", "shape [K]", checks.shape(ids))
-    for name, value in (("kept ids", ids), ("kept offsets", offsets)):
-        checks.same_device(name, value, "hidden", hidden)
-    if (hidden.device.type == "cpu" or dispatch.check_enabled()) and not torch.compiler.is_compiling():
-        bounds = offsets.tolist()
-        if bounds[0] != 0 or bounds[-1] != len(ids) or bounds != sorted(bounds):
-            checks.fail("kept offsets", f"rising boundaries from 0 to {len(ids)}", bounds)
-        if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
-            checks.fail("kept ids", f"ids in [0, {vocab_size})", f"{int(ids.min())} to {int(ids.max())}")
-    return ids, offsets
-
-
-def _check_targets(target: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Exact where looking costs no device sync (CPU) or is asked for; elsewhere a wrong target shows as NaN."""
-    if torch.compiler.is_compiling() or not (target.device.type == "cpu" or dispatch.check_enabled()):
-        return
-    wrong = ((target < 0) | (target >= vocab_size)) & (target != ignore_index)
-    if bool(wrong.any()):
-        checks.fail("target", f"ids in [0, {vocab_size}) or ignore_index {ignore_index}", int(target[wrong][0]))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowrl_kernels import checks, dispatch
-from flowrl_kernels.reference.residual import Segments
+from flowrl_kernels.core import checks, dispatch
+from flowrl_kernels.core.segments import Segments
 
 
 def check_tokens(name: str, value: Any, like: Tensor) -> None:

@@ -101,6 +101,11 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def one_of(name: str, value: Any, wanted: tuple) -> None:
+    if value not in wanted:
+        fail(name, f"one of {', '.join(map(repr, wanted))}", repr(value))
+
+
 def process_group(name: str, value: Any) -> None:
     """A torch.distributed group of which this process is a member."""
     import torch.distributed as dist

@@ -11,6 +11,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 TILE = 128  # columns of the vocabulary that share one entry of the tile statistics
+METRICS = (
+    "residual_mean_abs", "residual_max_abs", "weight_mean", "weight_min", "weight_max", "clipped_low", "clipped_high",
+    "log_ratio_old_mean", "log_ratio_ref_mean", "log_z_mean", "log_z_std", "nonfinite",
+)  # fmt: skip
 
 
 class LogProb(NamedTuple):

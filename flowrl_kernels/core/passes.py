@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowrl_kernels import dispatch, losses, presets
-from flowrl_kernels.functional import checked_head
+from flowrl_kernels import presets
+from flowrl_kernels.core import dispatch
+from flowrl_kernels.core.head import checked_head
+from flowrl_kernels.core.segments import Segments
+from flowrl_kernels.core.settle import Settled, flow_settings, settle
+from flowrl_kernels.core.types import METRICS, LossOutput
 from flowrl_kernels.ops import linear_residual as op
-from flowrl_kernels.reference.residual import Segments
-from flowrl_kernels.types import LossOutput
 
 logger = logging.getLogger("flowrl_kernels")
 ROW_BLOCK = 256  # rows that a forward takes together, on every backend or a multiple of it
@@ -39,14 +41,14 @@ def linear_residual(
     if not any(wants) or (chosen := dispatch.resolve("linear_residual", impl, hidden)) == "reference":
         return None
     stand_in = torch.empty((), dtype=torch.float32, device=hidden.device).expand(target.shape)
-    settled = losses.settle(
+    settled = settle(
         stand_in,
         logp_ref,
         reward,
         log_z,
         preset=preset,
         base=presets.PRESETS["paper"],
-        explicit=losses.flow_settings(**explicit),
+        explicit=flow_settings(**explicit),
         **tensors,
     )
     flat, w, ids, temperature, softcap, _ = checked_head(
@@ -82,10 +84,10 @@ def linear_residual(
             settled.reward, segments.mask, segments.cu_seqlens, settled.groups,
             most, [edges[i] for i in bounds], bounds, normalizer, row.codes(), row.packed_numbers(), wants, chosen,
         )  # fmt: skip
-    return losses.output(loss, d, weights, metrics)
+    return LossOutput(loss, d, weights, dict(zip(METRICS, metrics.unbind())))
 
 
-def independent(settled: losses.Settled) -> bool:
+def independent(settled: Settled) -> bool:
     """Whether a sequence's coefficient needs nothing from other sequences."""
     row = settled.row
     centred = row.log_z in ("group", "through") and settled.log_z is None

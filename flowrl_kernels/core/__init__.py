@@ -1,0 +1,1 @@
+"""What every door and every implementation shares: contracts, types, layouts, settings, backends."""

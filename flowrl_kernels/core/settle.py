@@ -1,0 +1,174 @@
+"""Settings and tensors of the flow losses, checked once: preset and arguments to one row, tensors to structs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowrl_kernels import presets
+from flowrl_kernels.core import checks, dispatch
+from flowrl_kernels.core.layout import check_tokens, normalizer_of, segments_of
+from flowrl_kernels.core.segments import Segments
+from flowrl_kernels.presets.row import CHOICES, CLIPS, Row, number
+
+UNSET: Any = ...  # an argument that was not given: a preset may set it
+# what a module's constructor holds for `flowrl_loss`
+SETTINGS = ("preset", "beta", "ratio", "clip", "length_normalize", "anchor", "phi", "tis", "tis_cap", "impl")
+
+
+def flow_settings(*, clip: Any = UNSET, length_normalize: Any = UNSET, **explicit: Any) -> dict[str, Any]:
+    """The arguments of `flowrl_loss` that set a row, under the row's names."""
+    if clip is not UNSET:
+        explicit["clip"] = bounds_of(clip)
+    if length_normalize is not UNSET:
+        if length_normalize not in (True, False):
+            checks.fail("length_normalize", "True or False", repr(length_normalize))
+        explicit["length_normalize"] = bool(length_normalize)
+    for name in ("beta", "tis_cap"):
+        if explicit.get(name, UNSET) is not UNSET:
+            explicit[name] = number(name, explicit[name])
+    return explicit
+
+
+def check_settings(owner: str, settings: dict[str, Any]) -> None:
+    """The settings a module holds, as far as its call would refuse them whatever the tensors.
+
+    Raises:
+        TypeError, ValueError: as the call would.
+    """
+    for name in settings:
+        if name not in SETTINGS:
+            near = difflib.get_close_matches(name, SETTINGS, n=1) or SETTINGS
+            raise TypeError(f"{owner}: unknown setting {name!r}; wanted {', '.join(near)}")
+    explicit = {name: value for name, value in settings.items() if name not in ("preset", "impl")}
+    settled_row(settings.get("preset"), presets.PRESETS["paper"], flow_settings(**explicit))
+    if settings.get("impl", "auto") not in ("auto", *dispatch.IMPLS):
+        checks.fail("impl", f"one of 'auto', {', '.join(map(repr, dispatch.IMPLS))}", repr(settings["impl"]))
+
+
+def settled_row(preset: str | None, base: Row, explicit: dict[str, Any]) -> Row:
+    """The row of preset and explicit arguments; those that would change nothing in it are refused."""
+    given = {name: value for name, value in explicit.items() if value is not UNSET}
+    row = presets.settle(preset, base, given)
+    _check_row(row)
+    if given.get("clip", (None, None)) != (None, None) and row.ratio is None:
+        checks.fail("clip", "none beside ratio=None, where the weight is 1", given["clip"])
+    if "tis_cap" in given and row.tis is None:
+        checks.fail("tis_cap", "none beside tis=None, where there is no second weight", given["tis_cap"])
+    if "length_normalize" in given and row.level == "token":
+        checks.fail("length_normalize", f"nothing for the residual per token of preset={preset!r}", True)
+    return row
+
+
+def no_tangent(name: str, value: Any) -> None:
+    """Forward mode would pass an operator by, unseen."""
+    level = torch.autograd.forward_ad
+    if torch.compiler.is_compiling() or level._current_level < 0 or not isinstance(value, Tensor):
+        return
+    if level.unpack_dual(value).tangent is not None:
+        raise RuntimeError(f"{name}: forward-mode derivatives are not computed here; impl='reference' has them")
+
+
+class Settled(NamedTuple):
+    """A row with its tensors, checked: what every implementation reads."""
+
+    row: Row
+    anchor: Tensor | None
+    old: Tensor | None
+    sampler: Tensor | None
+    reward: Tensor
+    log_z: Tensor | None
+    segments: Segments
+    groups: Tensor | None
+    normalizer: Tensor | None
+
+
+def settle(
+    logp, logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer, preset, base, explicit,
+    anchor_is_given=False,
+) -> Settled:  # fmt: skip
+    """Preset and explicit arguments to one row, tensors checked against `logp` (of which only the layout is read)."""
+    given_anchor, given_reward = ("anchor", "target") if anchor_is_given else ("logp_ref", "reward")
+    row = settled_row(preset, base, explicit)
+    for name in ("ratio", "clip"):
+        value = explicit.get(name, UNSET)
+        if logp_old is None and value is not UNSET and value not in (None, (None, None)):
+            checks.fail("logp_old", f"log-probs of the policy that sampled, for {name}={value!r}", None)
+    if logp_sampler is not None and row.tis is None:
+        checks.fail("tis", "'token', 'mean' or 'sequence' beside logp_sampler, which nothing else reads", None)
+    if explicit.get("anchor", UNSET) in (None, "old") and logp_ref is not None:  # a preset's anchor may leave it unread
+        checks.fail("logp_ref", f"None beside anchor={row.anchor!r}, where nothing reads it", "a tensor")
+    partition = log_z if isinstance(log_z, Tensor) else None
+    if partition is None and log_z is not UNSET:
+        if log_z not in (None, "group", "through"):
+            checks.fail("log_z", "a tensor [B], 'group', 'through' or None", repr(log_z))
+        if preset is not None and log_z != row.log_z and not (log_z is None and row.log_z == "learned"):
+            checks.fail("log_z", f"{row.log_z!r}, which preset={preset!r} sets", repr(log_z))
+        row = dataclasses.replace(row, log_z=log_z)
+    reward = checks.floating(given_reward, reward, dims=1)
+    checks.same_device(given_reward, reward, "logp", logp)
+    segments = segments_of(logp, mask, cu_seqlens, "logp", reward, given_reward)
+    for name, value in ((given_anchor, logp_ref), ("logp_old", logp_old), ("logp_sampler", logp_sampler)):
+        check_tokens(name, value, logp)
+    if partition is not None:
+        checks.floating("log_z", partition, dims=1)
+        if partition.shape != reward.shape:
+            checks.fail("log_z", f"shape {tuple(reward.shape)} as reward has", checks.shape(partition))
+        checks.same_device("log_z", partition, "logp", logp)
+        if row.log_z in (None, "through"):
+            checks.fail("log_z", f"{row.log_z!r}, which preset={preset!r} sets", checks.shape(partition))
+    elif row.log_z == "learned":
+        checks.fail("log_z", "a tensor [B], 'group', 'through', or log_z=None to go without", "nothing")
+    elif row.log_z in ("group", "through"):
+        if groups is None:
+            checks.fail("groups", f"[B] integer ids, for log_z={row.log_z!r}", None)
+        checks.same_device("groups", checks.integers("groups", groups, tuple(reward.shape)), "logp", logp)
+        if row.level == "token":
+            checks.fail("log_z", "a tensor or None at token level", repr(row.log_z))
+    if anchor_is_given or row.anchor == "ref":
+        anchor = logp_ref
+        if anchor is None and not anchor_is_given:
+            checks.fail("logp_ref", "log-probs of the reference (anchor='ref')", None)
+    else:
+        anchor = logp_old if row.anchor == "old" else None
+        if row.anchor == "old" and logp_old is None:
+            checks.fail("logp_old", "log-probs of the behaviour policy (anchor='old')", None)
+    term = "gate" if row.gate else "drop" if row.drop else "surrogate" if row.surrogate is not None else None
+    if term is not None and logp_old is None:
+        checks.fail("logp_old", f"log-probs of the behaviour policy, for the {term} of preset={preset!r}", None)
+    if row.tis is not None and (logp_sampler is None or logp_old is None):
+        missing = "logp_sampler" if logp_sampler is None else "logp_old"
+        checks.fail(missing, f"log-probs, for tis={row.tis!r}", None)
+    divisor = normalizer_of(normalizer, logp, pair=True)
+    if row.surrogate is not None and divisor is not None and divisor.numel() == 1:
+        checks.fail("normalizer", f"(sequences, tokens): preset={preset!r} divides by both", "one number")
+    anchor, old, sampler = (None if t is None else t.detach() for t in (anchor, logp_old, logp_sampler))
+    return Settled(row, anchor, old, sampler, reward.detach(), partition, segments, groups, divisor)
+
+
+def bounds_of(clip: Any) -> tuple[float | None, float | None]:
+    if isinstance(clip, str):
+        if clip not in CLIPS:
+            checks.fail("clip", f"(low, high) or one of {', '.join(map(repr, CLIPS))}", repr(clip))
+        return CLIPS[clip]
+    if not (isinstance(clip, (tuple, list)) and len(clip) == 2):
+        checks.fail("clip", f"(low, high) or one of {', '.join(map(repr, CLIPS))}", repr(clip))
+    low, high = (None if bound is None else number("clip", bound) for bound in clip)
+    if (low is not None and not low >= 0) or (high is not None and not high >= (low or 0.0)):
+        checks.fail("clip", "0 <= low <= high", repr(clip))
+    return low, high
+
+
+def _check_row(row: Row) -> None:
+    for name in ("ratio", "anchor", "phi", "tis", "level"):
+        checks.one_of(name, getattr(row, name), CHOICES[name])
+    if not row.tis_cap > 0.0:
+        checks.fail("tis_cap", "a number above 0", row.tis_cap)
+    for name, value in (("beta", row.beta), ("scale", row.scale)):
+        if value is not None and not abs(value) < math.inf:  # which a traced number can answer
+            checks.fail(name, "a finite number", value)

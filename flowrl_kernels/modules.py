@@ -1,0 +1,153 @@
+"""Modules over the losses: settings held, tensors called with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowrl_kernels.core import checks
+from flowrl_kernels.core.passes import linear_residual
+from flowrl_kernels.core.settle import check_settings, no_tangent
+from flowrl_kernels.core.types import LossOutput
+from flowrl_kernels.logprobs import linear_logprob
+from flowrl_kernels.losses import flowrl_loss
+from flowrl_kernels.presets.row import number
+
+__all__ = ["FlowRLLoss", "LinearFlowRLLoss"]
+
+
+class FlowRLLoss(nn.Module):
+    """`flowrl_loss` with its settings held: `FlowRLLoss(preset="release")(logp, logp_ref, reward, log_z, ...)`.
+
+    The constructor takes the settings (preset, beta, ratio, clip, length_normalize, anchor, phi, tis, tis_cap, impl),
+    the call takes the tensors (logp_old, mask or cu_seqlens, groups, normalizer, logp_sampler) and cp_group.
+    """
+
+    def __init__(self, **settings: Any):
+        super().__init__()
+        check_settings(type(self).__name__, settings)
+        self.settings = settings
+
+    def forward(
+        self, logp: Tensor, logp_ref: Tensor | None, reward: Tensor, log_z: Any = ..., **tensors: Any
+    ) -> LossOutput:
+        return flowrl_loss(logp, logp_ref, reward, log_z, **tensors, **self.settings)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+class LinearFlowRLLoss(FlowRLLoss):
+    """The FlowRL loss from hidden states: log-probs, residual and gradients without a vocabulary-sized tensor.
+
+    Args of the constructor: `temperature`, `epsilon` (see `linear_logprob`), those of `FlowRLLoss`, and `single_pass`.
+    With it, where gradients are wanted and epsilon is 0, `chunked` and `triton` make the logits of whole sequences
+    once (6NHV instead of 8NHV) and hold them in a buffer of 2^26 numbers (2^30 on a GPU); logp has the same bits. Of a
+    sequence longer than the buffer allows (7067 tokens at V = 151936) the logits are made twice, of it alone. The whole
+    batch takes two passes where its sequences depend on each other (group-centred, token-level without normalizer) and
+    do not fit together, or where such a long sequence is float16; the log (`flowrl_kernels`, INFO) says so once. A
+    packed batch's `cu_seqlens` is read on the host once, to cut it into chunks; the padded layout waits for nothing.
+
+    The gradients are made in the forward and multiplied by the incoming one in the backward, with no copy unless the
+    graph is retained. One pass has first derivatives only, and says so; impl="reference" has all of them.
+    """
+
+    def __init__(self, *, temperature: float = 1.0, epsilon: float = 0.0, single_pass: bool = True, **settings: Any):
+        super().__init__(**settings)
+        if not isinstance(temperature, Tensor) or temperature.dim() == 0:
+            temperature = checks.positive("temperature", number("temperature", temperature))
+        epsilon = number("epsilon", epsilon)
+        if not 0.0 <= epsilon < 1.0:
+            checks.fail("epsilon", "a number in [0, 1)", epsilon)
+        if single_pass not in (True, False):
+            checks.fail("single_pass", "True or False", repr(single_pass))
+        self.single_pass = single_pass
+        self.temperature = temperature
+        self.epsilon = epsilon
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        logp_ref: Tensor | None,
+        reward: Tensor,
+        log_z: Any = ...,
+        *,
+        logp_old: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        groups: Tensor | None = None,
+        normalizer: Tensor | float | tuple[float, float] | None = None,
+        logp_sampler: Tensor | None = None,
+        bias: Tensor | None = None,
+        temperature: float | Tensor | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        main_grad: Tensor | None = None,
+        report: Tensor | None = None,
+        cp_group: Any = None,
+    ) -> LossOutput:
+        """The loss of response positions only.
+
+        Args:
+            hidden: [B, T, H] with `mask` [B, T], or packed [N, H] with `cu_seqlens`: what predicts each token.
+            weight: [V, H] the head.
+            target: [B, T] or [N] the sampled token ids. Masked-out positions are not computed, and may hold anything in
+                any tensor.
+            logp_ref, reward, log_z, logp_old, mask, cu_seqlens, groups, normalizer, logp_sampler, cp_group: as in
+                `flowrl_loss`. With cp_group it takes two passes.
+            bias, temperature, logit_scale, softcap, main_grad, report: as in `linear_logprob`; main_grad takes two
+                passes.
+        """
+        checks.floating("hidden", hidden)
+        ids = checks.integers("target", target, tuple(hidden.shape[:-1]))
+        if mask is not None:
+            checks.plain("mask", mask)
+            if mask.shape != ids.shape:
+                checks.fail("mask", f"shape {tuple(ids.shape)} as target has", checks.shape(mask))
+            ids = ids.long().masked_fill(~mask.to(torch.bool), -100)
+        temperature = self.temperature if temperature is None else temperature
+        if mask is not None and isinstance(temperature, Tensor) and temperature.shape == ids.shape:
+            temperature = temperature.masked_fill(~mask.to(torch.bool), 1.0)
+        if main_grad is not None and isinstance(weight, Tensor) and not weight.requires_grad:
+            checks.fail("main_grad", "None beside a weight that wants no gradient", "a tensor")
+        if report is not None:
+            checks.floating("report", report, dims=1)
+            if report.shape != (3,):
+                checks.fail("report", "shape (3,)", checks.shape(report))
+        tensors: dict[str, Any] = {
+            "logp_old": logp_old, "mask": mask, "cu_seqlens": cu_seqlens, "groups": groups, "normalizer": normalizer,
+            "logp_sampler": logp_sampler,
+        }  # fmt: skip
+        head: dict[str, Any] = {
+            "bias": bias,
+            "temperature": temperature,
+            "logit_scale": number("logit_scale", logit_scale),
+            "softcap": None if softcap is None else number("softcap", softcap),
+        }
+        if self.settings.get("impl", "auto") != "reference":
+            for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias), ("log_z", log_z)):
+                no_tangent(name, value)
+        if self.single_pass and self.epsilon == 0.0 and main_grad is None and cp_group is None:
+            out = linear_residual(hidden, weight, ids, logp_ref, reward, log_z, tensors, head, self.settings)
+            if out is not None:
+                if report is not None:  # as an exact backward says
+                    report.copy_(report.new_tensor([0.0, 1.0, 0.0]))
+                return out
+        logp = linear_logprob(
+            hidden,
+            weight,
+            ids,
+            epsilon=self.epsilon,
+            report=report,
+            main_grad=main_grad,
+            impl=self.settings.get("impl", "auto"),
+            **head,
+        ).logp
+        return super().forward(logp, logp_ref, reward, log_z, cp_group=cp_group, **tensors)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, epsilon={self.epsilon}, {super().extra_repr()}"
