@@ -62,9 +62,7 @@ class LinearFlowRLLoss(FlowRLLoss):
         epsilon = number("epsilon", epsilon)
         if not 0.0 <= epsilon < 1.0:
             checks.fail("epsilon", "a number in [0, 1)", epsilon)
-        if single_pass not in (True, False):
-            checks.fail("single_pass", "True or False", repr(single_pass))
-        self.single_pass = single_pass
+        self.single_pass = checks.flag("single_pass", single_pass)
         self.temperature = temperature
         self.epsilon = epsilon
 
@@ -192,10 +190,13 @@ class LogPartition(nn.Module):
         normalize: bool = False,
     ):
         super().__init__()
+        for name, value in (("hidden_size", hidden_size), ("layers", layers)):
+            if checks.integer(name, value) < 1:
+                checks.fail(name, "at least 1", value)
+        for name, value in (("layer_norm", layer_norm), ("detach", detach), ("normalize", normalize)):
+            checks.flag(name, value)
         self.normalize = normalize
-        if layers < 1:
-            checks.fail("layers", "at least 1", layers)
-        if not 0.0 <= dropout < 1.0:
+        if not 0.0 <= checks.number("dropout", dropout) < 1.0:
             checks.fail("dropout", "a number in [0, 1)", dropout)
         self.detach = detach
         body: list[nn.Module] = []
@@ -258,8 +259,8 @@ class LogPartition(nn.Module):
         """
         checks.floating("hidden", hidden)
         width = (self.body[0] if len(self.body) else self.out).in_features
-        if hidden.shape[-1] != width:
-            checks.fail("hidden", f"hidden size {width} in the last dimension", checks.shape(hidden))
+        if hidden.dim() < 2 or hidden.shape[-1] != width:
+            checks.fail("hidden", f"[B, P, H] or [N, H] with a hidden size of {width}", checks.shape(hidden))
         if self.detach:
             hidden = hidden.detach()
         with torch.autocast(hidden.device.type, enabled=False):

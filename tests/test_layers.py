@@ -19,7 +19,7 @@ ALLOWED = {
     "presets": {"types", "checks"},
     "linear_loss": {"dispatch", "losses", "presets", "functional", "ops", "reference", "types"},
     "functional": {"checks", "dispatch", "ops", "reference", "types"},
-    "advantages": {"checks", "reference", "types"},
+    "advantages": {"checks", "layout", "reference", "types"},
     "layout": {"checks", "dispatch", "reference"},
     "losses": {"checks", "dispatch", "layout", "ops", "reference", "types", "presets", "functional", "advantages"},
     "nn": {
