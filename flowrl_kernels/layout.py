@@ -82,6 +82,8 @@ def normalizer_of(value: Any, like: Tensor, pair: bool = False) -> Tensor | None
         if value.numel() != 1 and not (pair and value.shape == (2,)):
             checks.fail("normalizer", wanted, checks.shape(value))
         value = checks.plain("normalizer", value).detach()
+        if value.dtype == torch.bool or value.dtype.is_complex:
+            raise TypeError(f"normalizer: wanted {wanted}; got {value.dtype}")
         if can_look(value) and not bool((value >= 0).all() & (value < torch.inf).all()):
             checks.fail("normalizer", "finite numbers of at least 0", value.tolist())
         value = value.to(like.device, torch.float64)
