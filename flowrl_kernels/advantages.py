@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.core import checks
-from flowrl_kernels.core.segments import Grouped, Segments, group_mean, grouped
+from flowrl_kernels.core.layout import check_mask, segments_of
+from flowrl_kernels.core.segments import Grouped, Segments, grouped
 
 
 def _per_group(reward: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, Grouped]:
     """reward [B] in float64, its group's mean [B], its group's size [B], and the groups in order."""
     checks.floating("reward", reward, dims=1)
-    checks.integers("groups", groups, tuple(reward.shape))
+    checks.same_device("groups", checks.integers("groups", groups, tuple(reward.shape)), "reward", reward)
     value, own = reward.detach().double(), grouped(groups)
     one = torch.ones_like(value)
     return value, own.mean(value, one), own.total(one), own
@@ -34,6 +35,7 @@ def group_normalize(reward: Tensor, groups: Tensor, *, eps: float = 1e-6, scale:
         eps: added to the standard deviation.
         scale: False leaves out the division (Dr.GRPO, arXiv 2503.20783).
     """
+    eps, scale = _at_least_0("eps", eps), checks.flag("scale", scale)
     value, mean, size, own = _per_group(reward, groups)
     centred = torch.where(size > 1, value - mean, 0.0)
     if scale:
@@ -50,11 +52,12 @@ def leave_one_out(reward: Tensor, groups: Tensor) -> Tensor:
 
 def raft(reward: Tensor) -> Tensor:
     """max(r, 0): only good samples are trained (RAFT, arXiv 2304.06767). [B]"""
-    return reward.detach().clamp_min(0.0)
+    return checks.floating("reward", reward, dims=1).detach().clamp_min(0.0)
 
 
 def reinforce_rej(reward: Tensor, groups: Tensor, *, tolerance: float = 1e-9) -> Tensor:
     """r, or 0 where all rewards of the group are equal (Reinforce-Rej, arXiv 2504.11343). [B]"""
+    tolerance = _at_least_0("tolerance", tolerance)
     value, mean, size, own = _per_group(reward, groups)
     spread = own.mean((value - mean).abs(), size)
     return torch.where(spread > tolerance, value, 0.0).to(reward.dtype)
@@ -69,6 +72,8 @@ def unlikeliness_reward(reward: Tensor, logp_old_mean: Tensor, groups: Tensor, *
     checks.floating("logp_old_mean", logp_old_mean, dims=1)
     if logp_old_mean.shape != reward.shape:
         checks.fail("logp_old_mean", f"shape {tuple(reward.shape)} as reward has", checks.shape(logp_old_mean))
+    checks.same_device("logp_old_mean", logp_old_mean, "reward", reward)
+    strength = checks.number("strength", strength)
     by_logp = logp_old_mean.sort(stable=True).indices  # ties go by place
     order = by_logp[groups.long()[by_logp].sort(stable=True).indices]
     place = torch.arange(len(order), device=order.device) - own.offsets[own.which[order]]
@@ -78,9 +83,8 @@ def unlikeliness_reward(reward: Tensor, logp_old_mean: Tensor, groups: Tensor, *
 
 def whiten(value: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the mask, unbiased variance; 0 outside. The layout of `value`."""
-    checks.floating("value", value)
-    if checks.plain("mask", mask).shape != value.shape:
-        checks.fail("mask", f"shape {tuple(value.shape)} as value has", checks.shape(mask))
+    check_mask(mask, checks.floating("value", value))
+    eps = _at_least_0("eps", eps)
     x, m = value.detach().double(), mask.to(torch.bool)
     num = m.sum().clamp_min(1)
     mean = torch.where(m, x, 0.0).sum() / num
@@ -106,6 +110,7 @@ def reinforce_pp_advantage(
         cu_seqlens: [B+1] for packed tokens.
         token_reward: the layout of `mask`: paid per token besides (a KL penalty, say).
     """
+    gamma = checks.number("gamma", gamma)
     layout = _segments(mask, cu_seqlens, reward, token_reward=token_reward)
     value = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
     if token_reward is not None:
@@ -136,7 +141,8 @@ def gae(
     Returns:
         (advantage, returns), the layout of `mask`.
     """
-    layout = _segments(mask, cu_seqlens, reward, value=value, token_reward=token_reward)
+    gamma, lam = checks.number("gamma", gamma), checks.number("lam", lam)
+    layout = _segments(mask, cu_seqlens, reward, value=checks.plain("value", value), token_reward=token_reward)
     v = torch.where(layout.mask, value.detach().double(), 0.0)
     r = last_token(reward.detach().double(), layout)
     if token_reward is not None:
@@ -204,21 +210,34 @@ def _shifted(x: Tensor, by: int) -> Tensor:
 
 def _segments(mask: Tensor, cu_seqlens: Tensor | None, reward: Tensor, **per_token: Tensor | None) -> Segments:
     checks.floating("reward", reward, dims=1)
-    if checks.plain("mask", mask).dim() != (2 if cu_seqlens is None else 1):
-        checks.fail("mask", "shape [B, T], or [N] with cu_seqlens", checks.shape(mask))
-    if cu_seqlens is not None:
-        checks.integers("cu_seqlens", cu_seqlens, (len(reward) + 1,))
-    elif len(reward) != len(mask):
-        checks.fail("reward", f"one number per sequence, ({len(mask)},)", checks.shape(reward))
+    checks.same_device("reward", reward, "mask", checks.plain("mask", mask))
+    segments = segments_of(mask, mask, cu_seqlens, "mask", reward, "reward")
     for name, value in per_token.items():
-        if value is not None and checks.floating(name, value).shape != mask.shape:
+        if value is None:
+            continue
+        if checks.floating(name, value).shape != mask.shape:
             checks.fail(name, f"shape {tuple(mask.shape)} as mask has", checks.shape(value))
-    return Segments(mask.to(torch.bool), None if cu_seqlens is None else cu_seqlens.long())
+        checks.same_device(name, value, "mask", mask)
+    return segments
+
+
+def _at_least_0(name: str, value: float) -> float:
+    value = checks.number(name, value, "a finite number of at least 0")
+    if not value >= 0.0:
+        checks.fail(name, "a finite number of at least 0", value)
+    return value
+
+
+def _rollouts(reference_rewards: Tensor) -> Tensor:
+    checks.floating("reference_rewards", reference_rewards, dims=2)
+    if reference_rewards.shape[1] == 0:
+        checks.fail("reference_rewards", "[B, K] with K of at least 1", checks.shape(reference_rewards))
+    return reference_rewards.detach().double()
 
 
 def optimal_value(reference_rewards: Tensor, *, temperature: float = 0.5) -> Tensor:
     """V* = t log mean exp(r / t) over rollouts of the reference, [B, K] -> [B] (A*-PO, arXiv 2505.20686)."""
-    r = reference_rewards.detach().double()
+    r = _rollouts(reference_rewards)
     temperature = checks.positive("temperature", temperature)
     mean = torch.logsumexp(r / temperature, -1) - math.log(r.shape[-1])
     return (temperature * mean).to(reference_rewards.dtype)
@@ -230,8 +249,11 @@ def qrpo_target(reward: Tensor, reference_rewards: Tensor, *, beta: float) -> Te
     The quantile of the reference's own rewards is uniform, so Z = E exp(u / beta) = beta (e^(1/beta) - 1). The authors
     leave out the 1 (their eq. 11, log Z = log beta + 1/beta), which is the same below beta 0.05 and .46 off at 1.
     """
-    beta = checks.positive("beta", beta)
-    quantile = (reference_rewards <= reward[:, None]).double().mean(1)
+    beta, rollouts = checks.positive("beta", beta), _rollouts(reference_rewards)
+    checks.same_device("reward", checks.floating("reward", reward, dims=1), "reference_rewards", rollouts)
+    if len(reward) != len(rollouts):
+        checks.fail("reward", f"one number per row of reference_rewards, ({len(rollouts)},)", checks.shape(reward))
+    quantile = (rollouts <= reward.detach().double()[:, None]).double().mean(1)
     log_z = math.log(beta) + 1.0 / beta + math.log(-math.expm1(-1.0 / beta))
     return (quantile - beta * log_z).to(reward.dtype)
 
@@ -249,6 +271,13 @@ def gflowrl_target(
     log_ratio_ref: [B] mean over tokens of log pi_old - log pi_ref. As read from third-party notes; not checked
     against the authors' code, which is not public.
     """
-    own = beta * reward.detach().double() - log_ratio_ref.detach().double()
-    gap = group_mean(own, groups, torch.ones_like(own)) - own
-    return (-gap.clamp(-clip[0], clip[1])).to(reward.dtype)
+    value, _, _, of_group = _per_group(reward, groups)
+    if checks.floating("log_ratio_ref", log_ratio_ref).shape != reward.shape:
+        checks.fail("log_ratio_ref", f"shape {tuple(reward.shape)} as reward has", checks.shape(log_ratio_ref))
+    checks.same_device("log_ratio_ref", log_ratio_ref, "reward", reward)
+    if not (isinstance(clip, (tuple, list)) and len(clip) == 2):
+        checks.fail("clip", "(low, high)", repr(clip))
+    low, high = (_at_least_0("clip", bound) for bound in clip)
+    own = checks.number("beta", beta) * value - log_ratio_ref.detach().double()
+    gap = of_group.mean(own, torch.ones_like(own)) - own
+    return (-gap.clamp(-low, high)).to(reward.dtype)

@@ -51,10 +51,13 @@ class LogPartition(nn.Module):
         normalize: bool = False,
     ):
         super().__init__()
+        for name, value in (("hidden_size", hidden_size), ("layers", layers)):
+            if checks.integer(name, value) < 1:
+                checks.fail(name, "at least 1", value)
+        for name, value in (("layer_norm", layer_norm), ("detach", detach), ("normalize", normalize)):
+            checks.flag(name, value)
         self.normalize = normalize
-        if layers < 1:
-            checks.fail("layers", "at least 1", layers)
-        if not 0.0 <= dropout < 1.0:
+        if not 0.0 <= checks.number("dropout", dropout) < 1.0:
             checks.fail("dropout", "a number in [0, 1)", dropout)
         self.detach = detach
         body: list[nn.Module] = []
@@ -117,8 +120,8 @@ class LogPartition(nn.Module):
         """
         checks.floating("hidden", hidden)
         width = (self.body[0] if len(self.body) else self.out).in_features
-        if hidden.shape[-1] != width:
-            checks.fail("hidden", f"hidden size {width} in the last dimension", checks.shape(hidden))
+        if hidden.dim() < 2 or hidden.shape[-1] != width:
+            checks.fail("hidden", f"[B, P, H] or [N, H] with a hidden size of {width}", checks.shape(hidden))
         if self.detach:
             hidden = hidden.detach()
         with torch.autocast(hidden.device.type, enabled=False):

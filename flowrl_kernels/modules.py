@@ -61,9 +61,7 @@ class LinearFlowRLLoss(FlowRLLoss):
         epsilon = number("epsilon", epsilon)
         if not 0.0 <= epsilon < 1.0:
             checks.fail("epsilon", "a number in [0, 1)", epsilon)
-        if single_pass not in (True, False):
-            checks.fail("single_pass", "True or False", repr(single_pass))
-        self.single_pass = single_pass
+        self.single_pass = checks.flag("single_pass", single_pass)
         self.temperature = temperature
         self.epsilon = epsilon
 

@@ -118,7 +118,7 @@ def policy_gradient_loss(
             checks.fail("kl", "a finite number, or None", kl)
     if horizon is None and aggregate == "seq-mean-token-sum-norm" and cu_seqlens is not None:
         checks.fail("horizon", "the length to divide by, for packed tokens", None)
-    length = logp.shape[1] if horizon is None and logp.dim() == 2 else (horizon or 1)
+    length = max(logp.shape[1], 1) if horizon is None and logp.dim() == 2 else (horizon or 1)
     a = segments.clean(segments.spread(advantage.detach()) if per_sequence else advantage.detach())
     dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
     logp = segments.clean(logp)

@@ -28,7 +28,7 @@ ALLOWED = {
     "logprobs": SETTLED | {"ops", "reference"},
     "losses": SETTLED | {"ops", "reference"},
     "policy_gradient": SETTLED | {"reference"},
-    "advantages": CONTRACTS,
+    "advantages": CONTRACTS | {"core.layout"},
     "log_partition": SETTLED | {"ops"},
     "modules": SETTLED | {"core.passes", "ops", "logprobs", "losses"},
     "testing": {"reference", "core.types"},

@@ -102,7 +102,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def one_of(name: str, value: Any, wanted: tuple) -> None:
-    if value not in wanted:
+    if not (value is None or isinstance(value, str)) or value not in wanted:  # == of an array is no answer
         fail(name, f"one of {', '.join(map(repr, wanted))}", repr(value))
 
 

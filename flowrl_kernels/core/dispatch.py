@@ -117,6 +117,8 @@ def resolve(stem: str, impl: str, tensor: Tensor) -> str:
         RuntimeError: the named implementation cannot run here, with the reason.
     """
     source = "impl"
+    if not isinstance(impl, str):
+        raise TypeError(f"impl: wanted one of 'auto', {', '.join(map(repr, IMPLS))}; got {impl!r}")
     if impl == "auto":
         impl, source = os.environ.get("FLOWRL_IMPL", "auto"), "FLOWRL_IMPL"
     if impl == "auto":

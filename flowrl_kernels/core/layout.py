@@ -20,6 +20,16 @@ def check_tokens(name: str, value: Any, like: Tensor) -> None:
     checks.same_device(name, value, "the first argument", like)
 
 
+def check_mask(mask: Any, tokens: Tensor) -> None:
+    if checks.plain("mask", mask).shape != tokens.shape:
+        checks.fail("mask", f"shape {tuple(tokens.shape)} as the tokens have", checks.shape(mask))
+    if mask.dtype.is_complex:
+        raise TypeError(f"mask: wanted bool or 0/1; got {mask.dtype}")
+    checks.same_device("mask", mask, "the first argument", tokens)
+    if can_look(tokens) and mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        checks.fail("mask", "True or 1 at tokens that count and False or 0 elsewhere", "other values")
+
+
 def segments_of(
     tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, name: str, each: Tensor | None = None,
     each_name: str = "",
@@ -30,12 +40,7 @@ def segments_of(
     """
     look = can_look(tokens)
     if mask is not None:
-        checks.plain("mask", mask)
-        if mask.shape != tokens.shape:
-            checks.fail("mask", f"shape {tuple(tokens.shape)} as the tokens have", checks.shape(mask))
-        checks.same_device("mask", mask, "the first argument", tokens)
-        if look and mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-            checks.fail("mask", "True or 1 at tokens that count and False or 0 elsewhere", "other values")
+        check_mask(mask, tokens)
     if cu_seqlens is None:
         if tokens.dim() != 2:
             checks.fail(name, "[B, T] with mask, or [N] with cu_seqlens", checks.shape(tokens))
@@ -77,6 +82,8 @@ def normalizer_of(value: Any, like: Tensor, pair: bool = False) -> Tensor | None
         if value.numel() != 1 and not (pair and value.shape == (2,)):
             checks.fail("normalizer", wanted, checks.shape(value))
         value = checks.plain("normalizer", value).detach()
+        if value.dtype == torch.bool or value.dtype.is_complex:
+            raise TypeError(f"normalizer: wanted {wanted}; got {value.dtype}")
         if can_look(value) and not bool((value >= 0).all() & (value < torch.inf).all()):
             checks.fail("normalizer", "finite numbers of at least 0", value.tolist())
         value = value.to(like.device, torch.float64)

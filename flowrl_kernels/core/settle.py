@@ -26,9 +26,7 @@ def flow_settings(*, clip: Any = UNSET, length_normalize: Any = UNSET, **explici
     if clip is not UNSET:
         explicit["clip"] = bounds_of(clip)
     if length_normalize is not UNSET:
-        if length_normalize not in (True, False):
-            checks.fail("length_normalize", "True or False", repr(length_normalize))
-        explicit["length_normalize"] = bool(length_normalize)
+        explicit["length_normalize"] = checks.flag("length_normalize", length_normalize)
     for name in ("beta", "tis_cap"):
         if explicit.get(name, UNSET) is not UNSET:
             explicit[name] = number(name, explicit[name])
@@ -47,13 +45,15 @@ def check_settings(owner: str, settings: dict[str, Any]) -> None:
             raise TypeError(f"{owner}: unknown setting {name!r}; wanted {', '.join(near)}")
     explicit = {name: value for name, value in settings.items() if name not in ("preset", "impl")}
     settled_row(settings.get("preset"), presets.PRESETS["paper"], flow_settings(**explicit))
-    if settings.get("impl", "auto") not in ("auto", *dispatch.IMPLS):
-        checks.fail("impl", f"one of 'auto', {', '.join(map(repr, dispatch.IMPLS))}", repr(settings["impl"]))
+    checks.one_of("impl", settings.get("impl", "auto"), ("auto", *dispatch.IMPLS))
 
 
 def settled_row(preset: str | None, base: Row, explicit: dict[str, Any]) -> Row:
     """The row of preset and explicit arguments; those that would change nothing in it are refused."""
     given = {name: value for name, value in explicit.items() if value is not UNSET}
+    for name, value in given.items():
+        if name in CHOICES:
+            checks.one_of(name, value, CHOICES[name])
     row = presets.settle(preset, base, given)
     _check_row(row)
     if given.get("clip", (None, None)) != (None, None) and row.ratio is None:
@@ -105,7 +105,7 @@ def settle(
         checks.fail("logp_ref", f"None beside anchor={row.anchor!r}, where nothing reads it", "a tensor")
     partition = log_z if isinstance(log_z, Tensor) else None
     if partition is None and log_z is not UNSET:
-        if log_z not in (None, "group", "through"):
+        if not (log_z is None or isinstance(log_z, str)) or log_z not in (None, "group", "through"):
             checks.fail("log_z", "a tensor [B], 'group', 'through' or None", repr(log_z))
         if preset is not None and log_z != row.log_z and not (log_z is None and row.log_z == "learned"):
             checks.fail("log_z", f"{row.log_z!r}, which preset={preset!r} sets", repr(log_z))

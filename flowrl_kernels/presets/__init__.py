@@ -25,7 +25,7 @@ def named(preset: str) -> Row:
     Raises:
         ValueError: no such row; the message names the nearest.
     """
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         near = difflib.get_close_matches(str(preset), PRESETS, n=3) or sorted(PRESETS)
         checks.fail(
             "preset", f"one of {', '.join(map(repr, near))} (all: flowrl_kernels.presets.PRESETS)", repr(preset)

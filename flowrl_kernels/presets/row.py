@@ -107,6 +107,8 @@ def number(name: str, value: Any) -> float:
         TypeError, ValueError: it is not one.
     """
     if isinstance(value, Tensor):
+        if value.dtype == torch.bool or value.dtype.is_complex:
+            raise TypeError(f"{name}: wanted a number; got {value.dtype}")
         if value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad:
             return float(value)
         checks.fail(name, "a number (of a tensor: its .item(), for no gradient reaches it)", checks.shape(value))

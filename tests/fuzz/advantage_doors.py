@@ -7,8 +7,8 @@ import torch
 
 from flowrl_kernels import advantages
 
-from .doors import BUDGET, corrupt, outcome, tokens_of
-from .draws import FLOATS, IDS, attempt, close
+from .doors import tokens_of
+from .draws import BUDGET, FLOATS, IDS, attempt, close, corrupt, outcome
 
 
 def groups_of(d):
@@ -157,7 +157,88 @@ def token_advantages(d, name):
     return "agreed"
 
 
+def judged(d, name, arguments):
+    """What `advantages.name` gave, and how it ended where there is nothing more to compare."""
+    before = dict(arguments)
+    nonsense = corrupt(d, arguments)
+    got = attempt(lambda: getattr(advantages, name)(**arguments), arguments)
+    if outcome(got, nonsense) == "refused":
+        return None, "refused"
+    return got, "agreed" if any(arguments[k] is not v for k, v in before.items()) else None
+
+
+def same(name, got, want, good, floor=1e-5):
+    assert got.shape == good.shape
+    if good.any():
+        close(name, got[good], torch.tensor(want, dtype=torch.float64)[good], BUDGET[got.dtype], floor=floor)
+    return "agreed"
+
+
+def door_raft(d):
+    _, reward, _ = groups_of(d)
+    got, ended = judged(d, "raft", {"reward": reward})
+    if ended:
+        return ended
+    return same("raft", got, [x if x > 0 else 0.0 for x in reward.double().tolist()], reward.isfinite())
+
+
+def rollouts_of(d):
+    num, each = d.of(0, 1, 2, 5), d.of(0, 1, 2, 7)
+    rollouts = d.spice(d.normal((num, each), d.of(*FLOATS)), options=(math.nan, math.inf))
+    return rollouts, rollouts.isfinite().all(1)
+
+
+def door_optimal_value(d):
+    rollouts, good = rollouts_of(d)
+    temperature = d.of(0.5, 1.0, 4.0)
+    got, ended = judged(d, "optimal_value", {"reference_rewards": rollouts, "temperature": temperature})
+    if ended:
+        return ended
+    want = [
+        temperature * math.log(math.fsum(math.exp(x / temperature) for x in row) / len(row)) if ok else 0.0
+        for row, ok in zip(rollouts.double().tolist(), good.tolist())
+    ]
+    return same("optimal_value", got, want, good)
+
+
+def door_qrpo_target(d):
+    rollouts, good = rollouts_of(d)
+    reward, beta = d.normal((len(rollouts),), d.of(*FLOATS)), d.of(0.05, 1.0, 3.0)
+    got, ended = judged(d, "qrpo_target", {"reward": reward, "reference_rewards": rollouts, "beta": beta})
+    if ended:
+        return ended
+    partition = beta * math.log(beta * (math.exp(1 / beta) - 1))
+    want = [
+        sum(x <= own for x in row) / len(row) - partition
+        for own, row in zip(reward.double().tolist(), rollouts.double().tolist())
+    ]
+    return same("qrpo_target", got, want, good)
+
+
+def door_gflowrl_target(d):
+    num, reward, groups = groups_of(d)
+    ratio = d.normal((num,), d.of(*FLOATS))
+    arguments = {"reward": reward, "log_ratio_ref": ratio, "groups": groups, "beta": d.of(8.0, 1.0, 0.0)}
+    arguments["clip"] = d.of((0.2, 0.28), (100.0, 100.0), [0.0, 1.0])
+    got, ended = judged(d, "gflowrl_target", arguments)
+    if ended:
+        return ended
+    ids, (low, high) = groups.long().tolist(), arguments["clip"]
+    own = [arguments["beta"] * r - x for r, x in zip(reward.double().tolist(), ratio.double().tolist())]
+    want, good = [], []
+    for i, g in enumerate(ids):
+        members = [own[j] for j in range(num) if ids[j] == g]
+        good.append(all(map(math.isfinite, members)))
+        gap = math.fsum(members) / len(members) - own[i] if good[-1] else 0.0
+        want.append(-min(max(gap, -low), high))
+    return same("gflowrl_target", got, want, torch.tensor(good, dtype=torch.bool))
+
+
 DOORS = {
+    "raft": door_raft,
+    "optimal_value": door_optimal_value,
+    "qrpo_target": door_qrpo_target,
+    "gflowrl_target": door_gflowrl_target,
     "unlikeliness_reward": door_unlikeliness_reward,
     "whiten": door_whiten,
     "gae": lambda d: token_advantages(d, "gae"),

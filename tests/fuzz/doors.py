@@ -4,7 +4,6 @@ Each returns "agreed" or "refused"; anything else is an error of the library.
 """
 
 import itertools
-import math
 
 import torch
 
@@ -13,179 +12,13 @@ from flowrl_kernels import (
     LinearFlowRLLoss,
     LogPartition,
     flowrl_loss,
-    linear_logprob,
-    logprob,
     policy_gradient_loss,
-    reference,
     residual_loss,
     value_loss,
 )
 from flowrl_kernels.presets import PRESETS
 
-from .draws import FLOATS, IDS, attempt, close, finite
-
-BUDGET = {torch.float32: 2e-4, torch.float64: 1e-9, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-OUT = {torch.float64: 1e-9, torch.float32: 2e-5}
-
-
-def corrupt(d, arguments, optional=()):
-    """Now and then one argument is something else altogether; True where that cannot be meant."""
-    d.told = arguments
-    if not d.chance(25):
-        return False
-    name = d.of(*arguments)
-    value = arguments[name]
-    wrong = d.wrong() if isinstance(value, torch.Tensor) else d.odd_number()
-    arguments[name] = wrong
-    if not isinstance(value, torch.Tensor):
-        return isinstance(wrong, str | list | dict)
-    if wrong is None:
-        return name not in optional
-    if name in ("normalizer", "temperature"):  # numbers as well as tensors
-        return isinstance(wrong, str | list | dict | torch.nn.Module)
-    return not isinstance(wrong, torch.Tensor)
-
-
-def outcome(out, nonsense):
-    if out is None:
-        return "refused"
-    assert not nonsense, "took what cannot be meant"
-    return "agreed"
-
-
-# ------------------------------------------------------------------------------------------------ primitives
-
-
-def head_of(d, leading, vocabulary, dtype, like):
-    settings = {"ignore_index": d.of(-100, 0, vocabulary - 1, 255)}
-    if d.chance(30):
-        settings["softcap"] = d.of(1.5, 30.0, 1e-3)
-    if d.chance(30):
-        settings["temperature"] = d.of(0.7, 2.0, 1e-2, (torch.rand(leading, generator=d.make) + 0.2))
-    settings["entropy"] = d.chance(50)
-    target = d.ids(leading, vocabulary, d.of(*IDS))
-    if d.chance(40):
-        ignored = torch.rand(leading, generator=d.make) < 0.5
-        target = torch.where(ignored, torch.tensor(settings["ignore_index"]).to(target.dtype), target)
-    counts = target.long() != settings["ignore_index"]
-    return settings, target, counts
-
-
-def of_rows(settings, counts):
-    """The settings for the rows that count alone."""
-    out = {k: v for k, v in settings.items() if k in ("softcap", "temperature", "logit_scale", "entropy")}
-    if isinstance(out.get("temperature"), torch.Tensor):
-        out["temperature"] = out["temperature"][counts].double()
-    return out
-
-
-def compare_rows(out, grads, want, wanted_grads, counts, good, dtype, entropy, exact):
-    size = 1.0 + float(want.logp.detach()[good].abs().max()) if good.any() else 1.0
-    rel = BUDGET[torch.float64 if dtype == torch.float64 else torch.float32]
-    close("logp", out.logp[counts][good], want.logp.detach()[good], rel, floor=rel * size * 0.1)
-    assert (out.logp[~counts] == 0).all(), "logp: not 0 at ignored rows"
-    if entropy:
-        close("entropy", out.entropy[counts][good], want.entropy.detach()[good], rel, floor=rel * 2)
-        assert (out.entropy[~counts] == 0).all()
-    if grads is None or not good.all():
-        return
-    for name, got, wanted in zip(("dhidden", "dweight", "dbias"), grads, wanted_grads):
-        assert not got.isnan().any(), f"{name}: NaN from finite input"
-        if exact and got.numel():
-            close(name, got, wanted, BUDGET[dtype], floor=1e-5)
-
-
-def door_linear_logprob(d):
-    leading = d.of((), (1,), (0,), (5,), (2, 3), (3, 0), (9,))
-    hidden_size, vocabulary, dtype = d.of(1, 2, 7), d.of(1, 2, 9, 130), d.of(*FLOATS)
-    settings, target, counts = head_of(d, leading, vocabulary, dtype, None)
-    hidden = d.spice(d.junk(d.normal((*leading, hidden_size), dtype), counts), options=(math.nan, math.inf))
-    weight, bias = d.normal((vocabulary, hidden_size), dtype), d.normal((vocabulary,), dtype) if d.chance(50) else None
-    weight = d.spice(weight, percent=5, options=(math.nan,))
-    settings["logit_scale"] = d.of(1.0, 0.5, -1.0)
-    settings["impl"] = d.of("auto", "chunked", "reference")
-    if settings["impl"] != "reference" and d.chance(20):
-        settings["epsilon"] = d.of(0.01, 0.5)
-    arguments = {"hidden": hidden, "weight": weight, "target": target, "bias": bias, **settings}
-    nonsense = corrupt(d, arguments, ("bias",))
-    changed = any(arguments[k] is not v for k, v in {"hidden": hidden, "weight": weight, "target": target}.items())
-    leaves = [t for t in (hidden, weight, bias) if t is not None]
-
-    def call():
-        given = dict(arguments)
-        fresh = {}
-        for name in ("hidden", "weight", "bias"):
-            t = given[name]
-            if isinstance(t, torch.Tensor) and t.is_floating_point():
-                fresh[name] = given[name] = t.detach().requires_grad_()
-        out = linear_logprob(given.pop("hidden"), given.pop("weight"), given.pop("target"), **given)
-        grads = None
-        if out.logp.requires_grad and len(fresh) == len(leaves):
-            total = out.logp.sum() if out.entropy is None else out.logp.sum() + 0.5 * out.entropy.sum()
-            grads = torch.autograd.grad(total, list(fresh.values()))
-        return out, grads
-
-    got = attempt(call, arguments)
-    if outcome(got, nonsense) == "refused":
-        return "refused"
-    if changed or any(arguments[k] is not v for k, v in settings.items()) or arguments["bias"] is not bias:
-        return "agreed"  # an odd setting that was taken: that it ended well is all we ask
-    out, grads = got
-    x = hidden.detach()[counts].double().reshape(-1, hidden_size).requires_grad_()
-    w, b = weight.detach().double().requires_grad_(), None if bias is None else bias.detach().double().requires_grad_()
-    want = reference.linear_logprob(x, w, target.long()[counts].reshape(-1), b, **of_rows(settings, counts))
-    if not finite(weight, bias):
-        return "agreed"
-    good = x.detach().isfinite().all(-1)
-    wanted = None
-    if grads is not None and len(x):
-        total = want.logp.sum() if want.entropy is None else want.logp.sum() + 0.5 * want.entropy.sum()
-        dx, *rest = torch.autograd.grad(total, [t for t in (x, w, b) if t is not None])
-        whole = torch.zeros(hidden.shape, dtype=torch.float64)
-        whole[counts] = dx
-        wanted = [whole, *rest]
-    exact = settings.get("epsilon", 0.0) == 0.0
-    compare_rows(
-        out, grads if wanted else None, want, wanted, counts, good, dtype, settings["entropy"] is True, exact
-    )  # fmt: skip
-    return "agreed"
-
-
-def door_logprob(d):
-    leading, vocabulary, dtype = d.of((), (1,), (0,), (5,), (2, 3)), d.of(1, 2, 9, 130), d.of(*FLOATS)
-    settings, target, counts = head_of(d, leading, vocabulary, dtype, None)
-    logits = d.spice(d.junk(d.normal((*leading, vocabulary), dtype, 3.0), counts), options=(math.nan, -math.inf))
-    settings["impl"] = d.of("auto", "chunked", "reference")
-    arguments = {"logits": logits, "target": target, **settings}
-    nonsense = corrupt(d, arguments)
-
-    def call():
-        given = dict(arguments)
-        z = given.pop("logits")
-        if isinstance(z, torch.Tensor) and z.is_floating_point():
-            z = z.detach().requires_grad_()
-        out = logprob(z, given.pop("target"), **given)
-        return out, torch.autograd.grad(out.logp.sum(), z) if out.logp.requires_grad else None
-
-    got = attempt(call, arguments)
-    if outcome(got, nonsense) == "refused":
-        return "refused"
-    if any(arguments[k] is not v for k, v in {"logits": logits, "target": target, **settings}.items()):
-        return "agreed"
-    out, grads = got
-    z = logits.detach()[counts].double().reshape(-1, vocabulary).requires_grad_()
-    want = reference.logprob(z, target.long()[counts].reshape(-1), **of_rows(settings, counts))
-    good = z.detach().isfinite().all(-1)
-    wanted = None
-    if len(z):
-        whole = torch.zeros(logits.shape, dtype=torch.float64)
-        whole[counts] = torch.autograd.grad(want.logp.sum(), z)[0]
-        wanted = [whole]
-    compare_rows(out, grads if wanted else None, want, wanted, counts, good, dtype, settings["entropy"] is True, True)
-    return "agreed"
-
-
-# ------------------------------------------------------------------------------------------------ losses
+from .draws import BUDGET, FLOATS, OUT, attempt, close, corrupt, finite, outcome
 
 
 def tokens_of(d):
@@ -217,7 +50,8 @@ def tokens_of(d):
 def flow_settings(d):
     if d.chance(50):
         name = d.of(*sorted(PRESETS))
-        return {"preset": name}, PRESETS[name].anchor, PRESETS[name].log_z
+        row = PRESETS[name]
+        return {"preset": name}, row.anchor, row.log_z, row.tis
     out = {}
     options = {
         "beta": (15.0, 1.0, 0.0, -2.0), "ratio": ("sum", "mean", None), "anchor": ("ref", "old", None),
@@ -228,7 +62,11 @@ def flow_settings(d):
     for name, values in options.items():
         if d.chance(30):
             out[name] = d.of(*values)
-    return out, out.get("anchor", "ref"), "learned"
+    if out.get("tis") is None and d.chance(80):
+        out.pop("tis_cap", None)
+    if out.get("ratio", "") is None and d.chance(80):
+        out.pop("clip", None)
+    return out, out.get("anchor", "ref"), "learned", out.get("tis")
 
 
 def normalizers(d, num):
@@ -267,8 +105,9 @@ def compare_losses(d, function, arguments, masks, leaves, nonsense, impl, rel=2e
         grads = torch.autograd.grad(loss, fresh, allow_unused=True) if loss.requires_grad else [None] * len(fresh)
         return out, grads
 
-    got = attempt(lambda: call(arguments), [*arguments, "log_z", "groups", "logp_ref", "logp_old", "logp_sampler",
-                                            "normalizer", "horizon", "old_value", "anchor"])  # fmt: skip
+    names = ("log_z", "groups", "logp_ref", "logp_old", "logp_sampler", "normalizer", "horizon", "old_value", "anchor",
+             "tis", "clip", "kl")  # fmt: skip
+    got = attempt(lambda: call(arguments), [*arguments, *names])
     if outcome(got, nonsense is True) == "refused":
         return "refused"
     if nonsense is None:
@@ -280,7 +119,9 @@ def compare_losses(d, function, arguments, masks, leaves, nonsense, impl, rel=2e
     ]
     out, grads = got
     loss = out if isinstance(out, torch.Tensor) else out.loss
-    if not finite(*counted):
+    divisor, place = original.get("normalizer"), next(iter(masks.values()))
+    nothing = isinstance(divisor, torch.Tensor) and bool((divisor == 0).any()) and bool(place.any())  # x / 0
+    if nothing or not finite(*counted):
         if not loss.isfinite() and not isinstance(out, torch.Tensor) and "nonfinite" in out.metrics:
             assert out.metrics["nonfinite"] > 0, "loss is not finite and metrics say that all is well"
         return "agreed"
@@ -300,6 +141,8 @@ def compare_losses(d, function, arguments, masks, leaves, nonsense, impl, rel=2e
         if mine is None:
             assert (theirs == 0).all(), f"d{name}: no gradient where there is one"
             continue
+        if first.dtype != torch.float64 and mine.dtype == torch.float64:
+            mine = mine.float()  # log_z's, beside narrower log-probs: it was computed as theirs
         assert not mine.isnan().any(), f"d{name}: NaN from finite input"
         if masks.get(name) is not None:
             assert (mine[~masks[name]] == 0).all(), f"d{name}: gradient where nothing counts"
@@ -319,7 +162,7 @@ def token_values(d, shape, mask, dtype=None, near=None):
 
 def door_flowrl_loss(d, function=flowrl_loss):
     shape, place, mask, used = tokens_of(d)
-    settings, anchor, log_z = flow_settings(d)
+    settings, anchor, log_z, tis = flow_settings(d)
     num = len(used)
     logp = token_values(d, shape, mask)
     arguments = {
@@ -328,11 +171,11 @@ def door_flowrl_loss(d, function=flowrl_loss):
     }  # fmt: skip
     if log_z == "learned":
         arguments["log_z"] = d.of(d.junk(d.normal((num,), d.of(*FLOATS)), used), None, "group", "through")
-    if d.chance(70):
+    if d.chance(85):
         arguments["logp_old"] = token_values(d, shape, mask, near=logp)
-    if d.chance(40):
+    if d.chance(90 if tis else 5):
         arguments["logp_sampler"] = token_values(d, shape, mask, near=logp)
-    if d.chance(60):
+    if d.chance(80):
         arguments["groups"] = d.ids((num,), 3, d.of(torch.int64, torch.int32, torch.uint8))
     if (divisor := normalizers(d, num)) is not None:
         arguments["normalizer"] = divisor
@@ -371,6 +214,24 @@ def door_residual_loss(d):
     for name, made in options.items():
         if d.chance(30):
             arguments[name] = made()
+    if d.chance(80):  # what goes together
+        row = PRESETS[arguments["preset"]] if "preset" in arguments else None
+        for name in ("scale", "ratio", "clip", "phi", "level", "center") if row else ():
+            arguments.pop(name, None)
+        if row and row.anchor is None:
+            arguments.pop("anchor", None)
+        elif row or "anchor" in arguments:
+            arguments["anchor"] = options["anchor"]()
+        if row and row.log_z == "learned":
+            arguments["log_z"] = options["log_z"]()
+        elif row or "center" in arguments:
+            arguments.pop("log_z", None)
+        if "center" in arguments or (row and row.log_z in ("group", "through")):
+            arguments["groups"] = options["groups"]()
+        if "clip" in arguments and "ratio" not in arguments:
+            arguments["ratio"] = "sum"
+        if arguments.get("ratio") or row:
+            arguments["logp_old"] = options["logp_old"]()
     before = dict(arguments)
     nonsense = corrupt(d, arguments, ("anchor", "logp_old", "groups", "log_z", "mask", "cu_seqlens", "normalizer"))
     if not nonsense and any(arguments[k] is not v for k, v in before.items()):
@@ -433,7 +294,7 @@ def linear_call(hidden, weight, target, logp_ref, reward, log_z=..., *, single_p
 
 def door_LinearFlowRLLoss(d):
     shape, place, mask, used = tokens_of(d)
-    settings, anchor, log_z = flow_settings(d)
+    settings, anchor, log_z, tis = flow_settings(d)
     num, hidden_size, vocabulary, dtype = len(used), d.of(1, 3, 8), d.of(2, 9, 130), d.of(*FLOATS)
     like = d.normal(shape, torch.float32, 0.5, -2.0)
     arguments = {
@@ -446,9 +307,11 @@ def door_LinearFlowRLLoss(d):
     }  # fmt: skip
     if log_z == "learned":
         arguments["log_z"] = d.of(d.junk(d.normal((num,)), used), None)
-    if d.chance(60):
+    if d.chance(85):
         arguments["logp_old"] = token_values(d, shape, mask, torch.float32, near=like)
-    if d.chance(60):
+    if d.chance(90 if tis else 5):
+        arguments["logp_sampler"] = token_values(d, shape, mask, torch.float32, near=like)
+    if d.chance(80):
         arguments["groups"] = d.ids((num,), 3)
     if d.chance(30):
         arguments["bias"] = d.normal((vocabulary,), dtype)
@@ -457,10 +320,11 @@ def door_LinearFlowRLLoss(d):
     if (divisor := normalizers(d, num)) is not None:
         arguments["normalizer"] = divisor
     before = dict(arguments)
-    nonsense = corrupt(d, arguments, ("log_z", "logp_ref", "logp_old", "groups", "mask", "cu_seqlens", "bias"))
+    nonsense = corrupt(d, arguments, ("log_z", "logp_ref", "logp_old", "logp_sampler", "groups", "mask",
+                                     "cu_seqlens", "bias"))  # fmt: skip
     if not nonsense and any(arguments[k] is not v for k, v in before.items()):
         nonsense = None
-    masks = dict.fromkeys(("logp_ref", "logp_old"), mask) | {"reward": used, "log_z": used}
+    masks = dict.fromkeys(("logp_ref", "logp_old", "logp_sampler"), mask) | {"reward": used, "log_z": used}
     masks["hidden"] = mask[..., None].expand(*shape, hidden_size)
     leaves = ("hidden", "weight", "bias", "log_z")
     return compare_losses(d, linear_call, arguments, masks, leaves, nonsense, True, rel=2e-4)
@@ -498,8 +362,6 @@ def door_LogPartition(d):
 
 
 DOORS = {
-    "linear_logprob": door_linear_logprob,
-    "logprob": door_logprob,
     "flowrl_loss": door_flowrl_loss,
     "FlowRLLoss": door_FlowRLLoss,
     "LinearFlowRLLoss": door_LinearFlowRLLoss,

@@ -144,3 +144,32 @@ def close(name, got, want, rel, floor=1e-6):
         error = (got.double() - want)[inside].abs().max()
         tiny = float(torch.finfo(got.dtype).tiny)
         assert error <= rel * size + floor + tiny, f"{name}: off by {float(error):.3e}, largest {float(size):.3e}"
+
+
+BUDGET = {torch.float32: 2e-4, torch.float64: 1e-9, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+OUT = {torch.float64: 1e-9, torch.float32: 2e-5}
+
+
+def corrupt(d, arguments, optional=()):
+    """Now and then one argument is something else altogether; True where that cannot be meant."""
+    d.told = arguments
+    if not d.chance(25):
+        return False
+    name = d.of(*arguments)
+    value = arguments[name]
+    wrong = d.wrong() if isinstance(value, torch.Tensor) else d.odd_number()
+    arguments[name] = wrong
+    if not isinstance(value, torch.Tensor):
+        return isinstance(wrong, str | list | dict)
+    if wrong is None:
+        return name not in optional
+    if name in ("normalizer", "temperature"):  # numbers as well as tensors
+        return isinstance(wrong, str | list | dict | torch.nn.Module)
+    return not isinstance(wrong, torch.Tensor)
+
+
+def outcome(out, nonsense):
+    if out is None:
+        return "refused"
+    assert not nonsense, "took what cannot be meant"
+    return "agreed"

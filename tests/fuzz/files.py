@@ -1,9 +1,8 @@
 """The doors that read text: the configuration as TOML and as flags, and files of prompts."""
 
-import contextlib
 import dataclasses
-import io
 import json
+import math
 import tempfile
 import typing
 from functools import cache
@@ -112,23 +111,18 @@ def door_toml(d):
 
 
 def door_flags(d):
-    """Flags over the defaults: the value, or exit 2 with the flag named."""
+    """Flags over the defaults: the value, or a refusal that names the flag."""
     section, name, kind = d.of(*fields())
     value = value_of(d, kind)
     flag = f"--{section}.{name}" + ("x" if d.chance(10) else "")
     words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
     d.told = f"{flag} {words}"
-    said, code = io.StringIO(), None
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            config = config_file.override(Config(), [flag, *words])
-    except SystemExit as end:
-        code = end.code
-    if code is not None:
-        assert code == 2, f"exit {code}"
-        told = said.getvalue()
-        assert section in told or any(w in told for w in words), f"refused without a word about {flag}: {told[:300]}"
+    # a word with a dash in front may be taken for a flag of its own, and is then what is named
+    names = [flag, *(repr(w) for w in words if w.startswith("-")), "unrecognized arguments"]
+    config = attempt(lambda: config_file.override(Config(), [flag, *words]), names)
+    if config is None:
         return "refused"
+    assert not flag.endswith(name + "x"), "took an option that there is not"
     got = getattr(getattr(config, section), name)
     shown = list(got) if isinstance(got, tuple) else [got]
     for word, mine in zip(words, shown):
@@ -166,7 +160,11 @@ def means(row, system):
     """The problem of a row, or None where it has none."""
     if not isinstance(row, dict) or row.get("prompt") is None or row.get("answer") is None:
         return None
-    prompt = row["prompt"]
+    prompt, answer = row["prompt"], row["answer"]
+    if isinstance(answer, float) and not math.isfinite(answer):
+        return None
+    if isinstance(answer, str | list | dict) and not (answer.strip() if isinstance(answer, str) else answer):
+        return None
     if isinstance(prompt, str):
         if not prompt.strip():
             return None
@@ -177,6 +175,8 @@ def means(row, system):
     if not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
     ):
+        return None
+    if prompt[-1]["role"] == "assistant" or not all(m["role"] in ("system", "user", "assistant") for m in prompt):
         return None
     chat = [{"role": m["role"], "content": m["content"]} for m in prompt]
     if system and chat[0]["role"] != "system":
@@ -212,6 +212,28 @@ def door_jsonl(d):
     return "agreed"
 
 
+def door_json(d):
+    """A JSON array, alone or under "data": the problems it means, or a refusal that names the file."""
+    rows = [row_of(d) for _ in range(d.int(0, 3))]
+    under = d.chance(30) and rows and all(isinstance(row, dict) for row in rows)
+    text = json.dumps({"data": rows} if under else rows, ensure_ascii=d.chance(50), indent=d.of(None, 1))
+    data, torn = text.encode("utf-8", "surrogatepass"), d.chance(20)
+    if torn:
+        data = d.of(data[:-1], data + b"]", data + b"\xff\xfe", b"\xff\xfe" + data, data[: len(data) // 2] + b"\x00")
+    d.told = repr(data)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "data.json"
+        file.write_bytes(data)
+        names = [str(file), *[f"{file}:{i}" for i in range(99)]]
+        problems = attempt(lambda: read_problems(str(file), "prompt", "answer"), names)
+    wanted = [means(row, "") for row in rows]
+    valid = bool(wanted) and None not in wanted and not torn
+    assert (problems is not None) == valid, "taken" if problems else "refused rows that mean something"
+    if valid:
+        assert repr([(p.prompt, p.answer) for p in problems]) == repr(wanted)
+    return "agreed" if valid else "refused"
+
+
 def door_parquet(d):
     """The same from parquet, where pyarrow is installed."""
     import pyarrow
@@ -243,5 +265,6 @@ DOORS = {
     "config: TOML": door_toml,
     "config: flags": door_flags,
     "data: JSONL": door_jsonl,
+    "data: JSON": door_json,
     "data: parquet": door_parquet,
 }

@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 
-from . import advantage_doors, doors, files
+from . import advantage_doors, doors, files, primitive_doors
 from .draws import Draw, describe
 
-DOORS = {**doors.DOORS, **advantage_doors.DOORS, **files.DOORS}
+DOORS = {**primitive_doors.DOORS, **doors.DOORS, **advantage_doors.DOORS, **files.DOORS}
 SLOW = {"config: flags": 0.25, "LinearFlowRLLoss": 0.7}  # share of the inputs that the others get
 MISSING = {"data: parquet": "pyarrow"}
 
