@@ -8,27 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flowrl_kernels.trainer import losses, parallel
+from flowrl_kernels.trainer import algorithms, losses, parallel
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.packing import MicroBatch
 from flowrl_kernels.trainer.parallel import World
 
 if TYPE_CHECKING:
     from flowrl_kernels.trainer.loop import Rollouts
-
-
-# what each policy-gradient algorithm makes of a response's reward before tokens come in
-SHAPES = {
-    "grpo": "zscore",
-    "dapo": "zscore",
-    "dr_grpo": "centred",
-    "gspo": "zscore",
-    "cispo": "zscore",
-    "ppo": "raw",
-    "reinforce_pp": "raw",
-    "raft": "good",
-    "reinforce_rej": "raw",
-}
 
 
 @dataclass
@@ -46,7 +32,7 @@ def shape(config: Config, rollouts: Rollouts, world: World) -> Shaped:
     """
     from flowrl_kernels import advantages
 
-    a, r = config.algorithm, config.rollout
+    a, r, algorithm = config.algorithm, config.rollout, algorithms.of(config)
     local = [
         (number, float("nan") if reward is None else reward, len(response), float(logp.sum()))
         for number, reward, response, logp in zip(rollouts.numbers, rollouts.reward, rollouts.responses, rollouts.logp)
@@ -65,27 +51,29 @@ def shape(config: Config, rollouts: Rollouts, world: World) -> Shaped:
     mixed = advantages.group_normalize(value, members, scale=False).abs() > 1e-9
     equal = torch.ones_like(keep)
     equal[group[keep][mixed]] = False  # indexed by group: True where all its rewards are the same
-    how = a.reward if a.name == "flowrl" else SHAPES[a.name]
+    how = a.reward if algorithm.reward == "configured" else algorithm.reward
     if how in ("zscore", "centred"):
         value = advantages.group_normalize(value, members, scale=how == "zscore")
+    elif how == "left out":
+        value = advantages.leave_one_out(value, members)
     elif how == "good":
         value = advantages.raft(value)
     shaped = torch.full_like(reward, float("nan")).masked_scatter(keep, value)
     if how == "good":
         keep &= shaped > 0
-    if a.filter_groups or a.name in ("dapo", "reinforce_rej"):
+    if a.filter_groups or algorithm.mixed:
         keep &= ~equal[group]
     mine = torch.tensor(rollouts.numbers)
     return Shaped(keep[mine].tolist(), {"reward": shaped[mine].float(), "group": group[mine]})
 
 
 def finish(config: Config, batches: list[MicroBatch], world: World) -> None:
-    """What needs log-probs or values: the group's log Z, PPO's and REINFORCE++'s advantages per token."""
-    a = config.algorithm
-    if a.name == "flowrl":
+    """What needs log-probs or values: the group's log Z, advantages per token."""
+    algorithm = algorithms.of(config)
+    if algorithm.residual:
         if losses.log_z_kind(config) == "group":
             group_log_z(config, batches)
-    elif a.name in ("ppo", "reinforce_pp"):
+    elif algorithm.tokens != "all":
         token_advantages(config, batches, world)
     else:
         for batch in batches:

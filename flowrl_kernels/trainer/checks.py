@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-from flowrl_kernels.trainer import losses
+from flowrl_kernels.trainer import algorithms, losses
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.evaluate import chosen
 from flowrl_kernels.trainer.packing import SHORT_ROW, plan
@@ -17,17 +17,6 @@ PACKAGES = {
     "log.tensorboard": ("tensorboard", "tensorboard"),
     "log.wandb": ("wandb", "wandb"),
     "model.liger": ("liger_kernel", "liger"),
-}
-CENTRED = ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "reinforce_rej")  # a group of one gives an advantage of 0
-# defaults of fields that one algorithm reads; elsewhere a value of one's own would do nothing
-OF_ALGORITHMS = {
-    "kl": (0.0, ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "ppo", "reinforce_pp", "raft", "reinforce_rej")),
-    "entropy": (0.0, ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "ppo", "reinforce_pp", "raft", "reinforce_rej")),
-    "dual_clip": (0.0, ("grpo", "dapo", "dr_grpo", "gspo", "ppo", "reinforce_pp", "reinforce_rej")),
-    "gamma": (1.0, ("ppo", "reinforce_pp")),
-    "gae_lambda": (1.0, ("ppo",)),
-    "value_clip": (0.2, ("ppo",)),
-    "tis_cap": (0.0, ("flowrl",)),
 }
 
 
@@ -40,13 +29,13 @@ def check_algorithm(config: Config) -> None:
     Raises:
         ValueError: naming the key, what was wanted and what came.
     """
-    a, samples = config.algorithm, config.rollout.samples
-    for name, (default, readers) in OF_ALGORITHMS.items():
+    a, samples, algorithm = config.algorithm, config.rollout.samples, algorithms.of(config)
+    for name, default in algorithms.OWN.items():
         value = getattr(a, name)
-        if value != default and a.name not in readers:
+        if value != default and name not in algorithm.reads:
             raise ValueError(f"algorithm.{name}: wanted {default!r}, {a.name} does not use it; got {value!r}")
-    if a.clip is not None and a.name == "raft":
-        raise ValueError(f"algorithm.clip: wanted none, raft has no ratio to clip; got {a.clip!r}")
+    if a.clip is not None and algorithm.ratio == "none":
+        raise ValueError(f"algorithm.clip: wanted none, {a.name} has no ratio to clip; got {a.clip!r}")
     if a.clip is not None and not a.clip[0] < a.clip[1]:
         raise ValueError(f"algorithm.clip: wanted a range [low, high] with low < high; got {list(a.clip)!r}")
     if a.overlong_buffer > config.rollout.max_new_tokens:
@@ -54,12 +43,12 @@ def check_algorithm(config: Config) -> None:
         raise ValueError(
             f"algorithm.overlong_buffer: wanted at most rollout.max_new_tokens = {most}; got {a.overlong_buffer}"
         )
-    if a.name == "flowrl":
+    if algorithm.residual:
         losses.log_z_kind(config)  # the preset's name, and what goes with it
         why = f"algorithm.reward = {a.reward!r}" if a.reward != "raw" else ""
         why = f"log Z by the group's mean ({a.preset})" if losses.log_z_kind(config) in ("group", "through") else why
     else:
-        why = a.name if a.name in CENTRED else ""
+        why = a.name if algorithm.compares else ""
     if a.filter_groups or a.unlikeliness > 0:
         why = why or ("algorithm.filter_groups" if a.filter_groups else "algorithm.unlikeliness")
     if samples < 2 and why:

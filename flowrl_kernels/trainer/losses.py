@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.presets import Row, named
+from flowrl_kernels.trainer import algorithms
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.packing import MicroBatch
 from flowrl_kernels.trainer.policy import Policy
@@ -74,25 +75,25 @@ def has_optimum(config: Config) -> bool:
 
 def whole_groups(config: Config) -> bool:
     """Whether the loss takes the group's mean itself, with its gradient: then a group shares a micro-batch."""
-    return config.algorithm.name == "flowrl" and log_z_kind(config) == "through"
+    return algorithms.of(config).residual and log_z_kind(config) == "through"
 
 
 def kl_in_reward(config: Config) -> bool:
-    """REINFORCE++ pays its KL penalty per token, in the return; the others add it to the loss."""
-    return config.algorithm.name == "reinforce_pp" and config.algorithm.kl > 0
+    """Whether the KL penalty is paid per token, in the return; else it is added to the loss."""
+    return algorithms.of(config).kl == "return" and config.algorithm.kl > 0
 
 
 def needs(config: Config) -> Needs:
     """What the configured algorithm needs."""
-    a = config.algorithm
+    a, algorithm = config.algorithm, algorithms.of(config)
     several = a.epochs > 1 or 0 < a.minibatch_prompts < config.rollout.prompts
-    if a.name == "flowrl":
+    if algorithm.residual:
         r, kind = row(config), log_z_kind(config)
         own = r.anchor == "old" or r.tis is not None or r.gate is not None or r.drop is not None
         old = several or own or r.token_weight or a.tis_cap > 0 or kind == "group"
         return Needs(reference=r.anchor == "ref", old=old, log_z=kind == "learned", value=False)
-    ppo = a.name == "ppo"
-    return Needs(reference=a.kl > 0, old=several or ppo or kl_in_reward(config), log_z=False, value=ppo)
+    old = several or algorithm.critic or kl_in_reward(config)
+    return Needs(reference=a.kl > 0, old=old, log_z=False, value=algorithm.critic)
 
 
 class Scores(NamedTuple):
@@ -155,7 +156,7 @@ def make_loss(config: Config) -> Callable[..., Head]:
 
     tokens, sequences: of the whole update over all ranks and micro-batches; the normalisers.
     """
-    return flow_loss(config) if config.algorithm.name == "flowrl" else gradient_loss(config)
+    return flow_loss(config) if algorithms.of(config).residual else gradient_loss(config)
 
 
 def flow_loss(config: Config) -> Callable[..., Head]:
@@ -163,8 +164,6 @@ def flow_loss(config: Config) -> Callable[..., Head]:
     from flowrl_kernels.modules import LinearFlowRLLoss
 
     a, kind, chosen = config.algorithm, log_z_kind(config), row(config)
-    if kind in ("group", "through") and config.rollout.samples < 2:
-        raise ValueError(f"rollout.samples: log Z by the group's mean needs at least 2; got {config.rollout.samples}")
     settings: dict[str, Any] = {"beta": chosen.beta, "preset": a.preset or None, "impl": config.parallel.impl}
     if a.clip is not None or a.tis_cap > 0:  # the paper's row with fields of one's own
         settings["preset"] = None
@@ -212,27 +211,13 @@ def bounds(clip: tuple[float, float]) -> tuple[float | None, float | None]:
     return (low if low > 0 else None), (high if high != float("inf") else None)
 
 
-# ratio, bounds of the ratio, how tokens become a scalar
-ROWS: dict[str, tuple[str, tuple[float | None, float | None], str]] = {
-    "grpo": ("token", (0.8, 1.2), "seq-mean-token-mean"),  # arXiv 2402.03300
-    "dapo": ("token", (0.8, 1.28), "token-mean"),  # arXiv 2503.14476
-    "dr_grpo": ("token", (0.8, 1.2), "seq-mean-token-sum-norm"),  # arXiv 2503.20783
-    "gspo": ("sequence", (1 - 3e-4, 1 + 4e-4), "seq-mean-token-mean"),  # arXiv 2507.18071
-    "cispo": ("detached", (None, 1.28), "token-mean"),  # arXiv 2506.13585
-    "ppo": ("token", (0.8, 1.2), "token-mean"),  # arXiv 1707.06347
-    "reinforce_pp": ("token", (0.8, 1.2), "token-mean"),  # arXiv 2501.03262
-    "raft": ("none", (None, None), "token-mean"),  # arXiv 2304.06767
-    "reinforce_rej": ("token", (0.8, 1.2), "token-mean"),  # arXiv 2504.11343
-}
-
-
 def gradient_loss(config: Config) -> Callable[..., Head]:
-    """The clipped policy gradients; PPO adds the value loss, whose head has an optimiser group of its own."""
+    """The clipped policy gradients; a critic adds its value loss, and has an optimiser group of its own."""
     from flowrl_kernels.policy_gradient import policy_gradient_loss, value_loss
 
-    a = config.algorithm
-    ratio, clip, how = ROWS[a.name]
-    clip = clip if a.clip is None else bounds(a.clip)
+    a, algorithm = config.algorithm, algorithms.of(config)
+    clip, how = algorithm.clip if a.clip is None else bounds(a.clip), algorithm.aggregate
+    assert how is not None
     kl = a.kl if a.kl > 0 and not kl_in_reward(config) else None
 
     def loss(batch: MicroBatch, *, tokens: int, sequences: int) -> Head:
@@ -247,7 +232,7 @@ def gradient_loss(config: Config) -> Callable[..., Head]:
                 token.get("old", now.logp.detach()),
                 token["advantage"],
                 cu_seqlens=batch.cu_seqlens,
-                ratio=ratio,
+                ratio=algorithm.ratio,
                 clip=clip,
                 dual_clip=a.dual_clip or None,
                 kl=kl,

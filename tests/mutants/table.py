@@ -26,6 +26,7 @@ def of(file, *functions):
 FORMULAS = "test_value_and_both_gradients_equal_the_formulas"
 LOOP, LOSSES, ADVANTAGE = "trainer/loop.py", "trainer/losses.py", "trainer/advantage.py"
 KINDS, FOLDER = "test_loss_kinds.py", "trainer/test_run_folder.py"
+ALGORITHMS = "trainer/algorithms.py"
 SINGLE = "paper, one update, log Z at its own rate"
 
 ROWS = [
@@ -35,9 +36,9 @@ ROWS = [
     ("overlong pays", ADVANTAGE, "reward = reward - a.overlong_penalty", "reward = reward + a.overlong_penalty",
      golden("dapo")),
     ("unlikeliness off", ADVANTAGE, "if a.unlikeliness > 0:", "if False:", golden("grpo, unlikeliness, dual clip")),
-    ("dapo clips at 1.2", LOSSES, '"dapo": ("token", (0.8, 1.28)', '"dapo": ("token", (0.8, 1.2)', golden("dapo")),
-    ("dapo averages sequences", LOSSES, '(0.8, 1.28), "token-mean"),  # arXiv 2503.14476',
-     '(0.8, 1.28), "seq-mean-token-mean"),', golden("dapo")),
+    ("dapo clips at 1.2", ALGORITHMS, '(0.8, 1.28)', '(0.8, 1.2)', golden("dapo")),
+    ("dapo averages sequences", ALGORITHMS, '(0.8, 1.28),          "token-mean"', '(0.8, 1.28), "seq-mean-token-mean"',
+     golden("dapo")),
     ("KL weight 0", LOSSES, "kl = a.kl if a.kl > 0 and not kl_in_reward(config) else None", "kl = None",
      golden("grpo")),
     ("value loss times 0", LOSSES, "total = total + value", "total = total + value * 0", golden("ppo")),
@@ -46,12 +47,14 @@ ROWS = [
     ("a shard without mass", "ops/vocab_parallel.py", ".masked_fill(mass == 0, 0.0)", "",
      of("test_vocab_parallel_mass.py", "test_a_shard_without_mass_leaves_the_entropy_alone")),
     # --- trainer: losses
-    ("grpo averages tokens", LOSSES, '(0.8, 1.2), "seq-mean-token-mean"),  # arXiv 2402.03300',
-     '(0.8, 1.2), "token-mean"),', golden("grpo")),
+    ("grpo averages tokens", ALGORITHMS, '(0.8, 1.2),           "seq-mean-token-mean"', '(0.8, 1.2), "token-mean"',
+     golden("grpo")),
     ("dr_grpo divides by 1", LOSSES, "horizon=config.rollout.max_new_tokens", "horizon=1", golden("dr_grpo")),
-    ("gspo by tokens", LOSSES, '"gspo": ("sequence"', '"gspo": ("token"', golden("gspo")),
-    ("cispo like ppo", LOSSES, '"cispo": ("detached"', '"cispo": ("token"', golden("cispo")),
-    ("raft with a ratio", LOSSES, '"raft": ("none", (None, None)', '"raft": ("token", (0.8, 1.2)', golden("raft")),
+    ("gspo by tokens", ALGORITHMS, '"sequence", (1 -', '"token", (1 -', golden("gspo")),
+    ("cispo like ppo", ALGORITHMS, '"detached", (None', '"token", (None', golden("cispo")),
+    ("raft with a ratio", ALGORITHMS, '"good",       "none",     UNCLIPPED', '"good", "token", (0.8, 1.2)',
+     golden("raft")),
+    ("rloo keeps its own reward", ALGORITHMS, '"2402.14740", "left out"', '"2402.14740", "centred"', golden("rloo")),
     ("value clip off", LOSSES, "clip=a.value_clip or None", "clip=None", golden("ppo")),
     ("dual clip off", LOSSES, "dual_clip=a.dual_clip or None", "dual_clip=None",
      golden("grpo, unlikeliness, dual clip")),
@@ -79,7 +82,8 @@ ROWS = [
      golden("flowrl paper")),
     ("group log Z by the sum", ADVANTAGE, '(row.beta * batch.per_sequence["reward"] - total)',
      '(row.beta * batch.per_sequence["reward"] + total)', golden("flowrl paper, group's log Z, own clip")),
-    ("dr_grpo divides by the deviation", ADVANTAGE, '"dr_grpo": "centred"', '"dr_grpo": "zscore"', golden("dr_grpo")),
+    ("dr_grpo divides by the deviation", ALGORITHMS, '"2503.20783", "centred"', '"2503.20783", "zscore"',
+     golden("dr_grpo")),
     # --- trainer: the loop and what it stands on
     ("old is the reference", LOOP, 'score(run, run.policy, batches, "old")',
      'score(run, run.reference, batches, "old")', golden("grpo")),
@@ -317,7 +321,7 @@ ROWS = [
      of("trainer/test_start.py", "test_training_prompts_past_the_context_are_left_out_and_evaluated_ones_refused")),
     ("a response past the context", "trainer/checks.py", "if left is not None and max(r.max_prompt_tokens, 1) > left:",
      "if False:", of("trainer/test_start.py", "test_a_response_alone_longer_than_the_context_is_refused")),
-    ("settings that nothing reads", "trainer/checks.py", "if value != default and a.name not in readers:", "if False:",
+    ("settings that nothing reads", "trainer/checks.py", "if value != default and name not in algorithm.reads:", "if False:",
      of("trainer/test_start.py", "test_a_setting_that_cannot_work_is_refused_by_name")),
     ("nothing is rolled back", "trainer/run_folder.py", 'if found.mode in ("resume", "restart"):\n        return',
      "if True:\n        return", of(FOLDER, "test_a_start_that_ends_half_way_brings_the_old_run_back")),

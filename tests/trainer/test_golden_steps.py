@@ -28,7 +28,14 @@ SETTINGS = tiny.flags(f"""
     algorithm.epochs 2  algorithm.minibatch_prompts 2  parallel.max_tokens 24
     optim.lr 0.01  optim.warmup 1  optim.weight_decay 0.1  optim.max_grad_norm 0.7
 """)
-SHAPES = {"dr_grpo": "centred", "ppo": "raw", "reinforce_pp": "raw", "raft": "raw", "reinforce_rej": "raw"}
+SHAPES = {
+    "dr_grpo": "centred",
+    "rloo": "left out",
+    "ppo": "raw",
+    "reinforce_pp": "raw",
+    "raft": "raw",
+    "reinforce_rej": "raw",
+}
 FILTERED = ("dapo", "reinforce_rej")
 BETA, LOG_Z = {"paper": 15.0, "tb": 1.0}, "learned"
 
@@ -56,6 +63,7 @@ CASES = {
     "ppo": ("algorithm.name ppo  algorithm.gamma 0.9  algorithm.gae_lambda 0.8  algorithm.value_clip 0.01 "
             "critic.lr 0.02  algorithm.kl 0.1  optim.lr 0.002", MISSING),
     "reinforce_pp": ("algorithm.name reinforce_pp  algorithm.kl 0.3  algorithm.gamma 0.95", MISSING),
+    "rloo": ("algorithm.name rloo  algorithm.kl 0.1  algorithm.entropy 0.02", MISSING),
     "raft": ("algorithm.name raft  algorithm.entropy 0.02", MISSING),
     "reinforce_rej": ("algorithm.name reinforce_rej  algorithm.kl 0.1", MIXED),
 }  # fmt: skip
