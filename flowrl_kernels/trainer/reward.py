@@ -34,15 +34,16 @@ _BUILT_IN = {
     "math": "flowrl_kernels.trainer.tasks.dataset:math_reward",
     "exact": "flowrl_kernels.trainer.tasks.dataset:exact_reward",
     "countdown": "flowrl_kernels.trainer.tasks.countdown:countdown_reward",
+    "code": "flowrl_kernels.trainer.tasks.code:code_reward",
 }
 
 
 def find_reward(name: str) -> Reward:
-    """The reward called "math", "exact", "countdown", or named as module:function.
+    """The reward called "math", "exact", "countdown", "code", or named as module:function.
 
     Raises ValueError naming what could not be imported or found.
     """
-    wanted = "task.reward must be math, exact, countdown or module:function"
+    wanted = "task.reward must be math, exact, countdown, code or module:function"
     module_name, _, function = _BUILT_IN.get(name, name).partition(":")
     if not module_name or not function:
         raise ValueError(f"{wanted}, got {name!r}")
@@ -52,6 +53,10 @@ def find_reward(name: str) -> Reward:
             found = getattr(found, part)
         if name == "math":
             importlib.import_module("math_verify")
+        if name == "code":
+            importlib.import_module(module_name).require_sandbox()
+    except RuntimeError as error:
+        raise ValueError(f"task.reward = {name!r} needs a sandbox, and none can run here: {error}") from error
     except (ImportError, AttributeError) as error:
         hint = " (pip install math-verify)" if name == "math" else ""
         raise ValueError(f"{wanted}, got {name!r}: {error}{hint}") from error
@@ -75,8 +80,9 @@ class Scorer:
     them.
 
     counts: {"raised", "timed_out", "unscorable"} since the last `take_counts`; unscorable counts every None,
-    the other two say why. last_error: the latest reason, for the log. Raises ValueError for a reward that
-    cannot be imported, RuntimeError where workers do not start.
+    the other two say why. A program (reward "code") that fails counts in those two as well and is worth 0.
+    last_error: the latest reason, for the log. Raises ValueError for a reward that cannot be imported,
+    RuntimeError where workers do not start.
     """
 
     def __init__(self, cfg: TaskConfig, task: Task):
@@ -91,6 +97,8 @@ class Scorer:
         # rewards travel by name, tasks by value
         self._spec: str | Task = cfg.reward or task
         self._workers: list[_Worker | None] = [None] * cfg.reward_workers
+        if cfg.reward == "code":  # its own deadline comes first: a program that runs on is wrong, not unscorable
+            self._timeout += importlib.import_module("flowrl_kernels.trainer.tasks.code").GRACE_SECONDS
         self._failed_starts = 0
         self.counts = {"raised": 0, "timed_out": 0, "unscorable": 0}
         self.last_error: str | None = None
@@ -175,6 +183,9 @@ class Scorer:
             assert job is not None
             if kind == "raised":
                 self._lose("raised", value)
+            elif kind == "failed":
+                result[job], why, reason = value
+                self._lose(why, reason)
             else:
                 result[job] = value
 
@@ -263,6 +274,8 @@ def work() -> None:
             else:
                 value = reward(problem.prompt, response, problem.answer)
             answer: tuple[str, Any] = ("ok", _checked(value))
+            if hasattr(value, "why"):
+                answer = ("failed", (_checked(value), value.why, value.reason))
         except Exception as error:
             answer = ("raised", f"{type(error).__name__}: {error}")
         pipe.send(answer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ class FileTask:
     alphabet: None = None
     max_prompt_tokens: None = None
     max_response_tokens: None = None
+    solved: float = 0.5  # a reward above this counts as solved
     trusted: bool = True  # exact comparison; other rewards run in their own processes
 
     @classmethod
@@ -39,11 +40,16 @@ class FileTask:
         """Read the files of `cfg`. Raises ValueError naming the setting, or the file and line."""
         if not cfg.train and not cfg.valid and not cfg.test:
             raise ValueError('task.name = "file" needs task.train, or task.test to evaluate; all are empty')
+        read_answer = None
+        if cfg.reward == "code":
+            from flowrl_kernels.trainer.tasks.code import row_reader
+
+            read_answer = row_reader(cfg)
         rows = {
-            split: read_problems(source, cfg.prompt_key, cfg.answer_key, cfg.system) if source else []
+            split: read_problems(source, cfg.prompt_key, cfg.answer_key, cfg.system, read_answer) if source else []
             for split, source in (("train", cfg.train), ("valid", cfg.valid), ("test", cfg.test))
         }
-        return cls(rows)
+        return cls(rows, solved=1 - 1e-9 if cfg.reward == "code" else 0.5)
 
     def problems(self, split: str) -> Sequence[Problem]:
         return self.rows[check_split(split)]
@@ -52,7 +58,7 @@ class FileTask:
         return exact_reward(problem.prompt, response, problem.answer)
 
     def correct(self, reward: float) -> bool:
-        return reward > 0.5
+        return reward > self.solved
 
     def canonical(self, problem: Problem, response: str) -> str | None:
         return None
@@ -70,22 +76,30 @@ class FileTask:
         return None
 
 
-def read_problems(source: str, prompt_key: str, answer_key: str, system: str = "") -> list[Problem]:
+def read_problems(
+    source: str,
+    prompt_key: str,
+    answer_key: str,
+    system: str = "",
+    read_answer: Callable[[Mapping[str, Any], str], Any] | None = None,
+) -> list[Problem]:
     """Read one split: a .jsonl or .parquet file, a folder saved by `datasets`, or a `datasets` name.
 
     A prompt is text or a list of chat messages; with `system`, every prompt becomes chat messages behind that
-    system message. Raises FileNotFoundError for a path that is not there, ValueError for a malformed row,
-    named by file and line (JSONL) or row, RuntimeError where a reader is not installed.
+    system message. read_answer: makes the answer of a whole row, (row, where) -> answer, instead of its
+    `answer_key`. Raises FileNotFoundError for a path that is not there, ValueError for a malformed row, named
+    by file and line (JSONL) or row, RuntimeError where a reader is not installed.
     """
     problems: list[Problem] = []
     for where, row in _rows(source):
         if not isinstance(row, Mapping):
             raise ValueError(f"{where}: wanted an object with {prompt_key!r}, {answer_key!r}, got {row!r:.80}")
-        for key in (prompt_key, answer_key):
+        for key in (prompt_key,) if read_answer else (prompt_key, answer_key):
             if row.get(key) is None:
                 columns = ", ".join(map(repr, row))
                 raise ValueError(f"{where}: no {key!r} in this row (it has {columns or 'nothing'})")
-        problems.append(Problem(len(problems), _prompt(row[prompt_key], system, where), row[answer_key]))
+        answer = read_answer(row, where) if read_answer else row[answer_key]
+        problems.append(Problem(len(problems), _prompt(row[prompt_key], system, where), answer))
     if not problems:
         raise ValueError(f"{source}: no rows")
     return problems
