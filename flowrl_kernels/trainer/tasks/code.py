@@ -138,6 +138,7 @@ class Judged:
         self._until = math.inf
         self._why = self._reason = ""
         self.passed = self.failed = 0
+        self.seconds = 0.0  # from the program's start until nothing of it is left
 
     def reward(self) -> float:
         try:
@@ -152,10 +153,14 @@ class Judged:
                 else:
                     self._programs(box)
             except Ended as ended:
-                self._fail("timed_out" if ended.why == "time" else "raised", f"the program ended: {ended.why}")
+                if ended.why == "time":
+                    self._fail("timed_out", f"no end within {self._tests.deadline:g} s, killed")
+                else:
+                    self._fail("raised", f"the sandbox was ended: {ended.why}")
         finally:
             for box in self._boxes:
                 box.close()
+            self.seconds = time.monotonic() - (self._until - self._tests.deadline)
         total = len(self._tests.inputs) or self.passed + self.failed
         share = self.passed / total if total else 0.0
         reward = share if self._tests.partial else float(share == 1)
