@@ -12,7 +12,7 @@ ARGS ?=
 LAUNCH := $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train compare countdown test test-integrations lint matrix bench bench-report csrc clean
+.PHONY: setup train compare countdown test nightly hostile test-integrations lint matrix bench bench-report csrc clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,14 @@ countdown: setup
 
 test: setup lint
 	$(PY) -m pytest -n 2
+
+# What is too long for every push: the tests marked so.
+nightly: setup lint
+	$(PY) -m pytest -n 2 -m nightly
+
+# 2,000 programs that mean harm, each with a second to do it. HOSTILE="--seed 3" runs others.
+hostile: setup
+	$(PY) -m tests.sandbox.run_hostile --programs 2000 --workers 4 --deadline 1 $(HOSTILE)
 
 # pip, in the environment that is being made: patient, and once more after a broken download.
 define PIP

@@ -184,8 +184,8 @@ class Scorer:
             if kind == "raised":
                 self._lose("raised", value)
             elif kind == "failed":
-                result[job], why, reason = value
-                self._lose(why, reason)
+                result[job], why, self.last_error = value
+                self.counts[why] += 1
             else:
                 result[job] = value
 

@@ -4,6 +4,7 @@ A canary is a secret in world-readable files, in the environment of whoever runs
 listening socket; a program that gets at it prints it, and printing it is what its test rewards. So a reward
 above 0 is an escape, whatever way it took. `outside` runs a program without a sandbox, to show that it works.
 """
+# ruff: noqa: E501 (one line of a program is one thing it tries)
 
 from __future__ import annotations
 

@@ -29,7 +29,10 @@ class Trap:
 
     def __init__(self) -> None:
         self.secret = "CANARY-" + secrets.token_hex(16)
-        self.folders = [Path(tempfile.mkdtemp(prefix="canary-")), Path(tempfile.mkdtemp(prefix="canary-", dir=Path.home()))]
+        self.folders = [
+            Path(tempfile.mkdtemp(prefix="canary-")),
+            Path(tempfile.mkdtemp(prefix="canary-", dir=Path.home())),
+        ]
         for folder in self.folders:
             folder.chmod(0o777)
             (folder / "secret").write_text(self.secret)

@@ -181,15 +181,16 @@ class Sandbox:
             if self._init is not None:
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._init[1], signal.SIGKILL)
-            else:
-                for pid in _children(self._process.pid):
-                    with suppress(OSError):
-                        os.kill(pid, signal.SIGKILL)
-            try:
-                self._process.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            until = time.monotonic() + END_SECONDS
+            while self._process.returncode is None:
+                if self._init is None:  # still starting: its first process may be there by now
+                    for pid in _children(self._process.pid):
+                        with suppress(OSError):
+                            os.kill(pid, signal.SIGKILL)
+                if time.monotonic() > until:
+                    self._process.kill()
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(0.02 if self._init is None else END_SECONDS)
         if self._init is not None:
             os.close(self._init[1])
             self._init = None

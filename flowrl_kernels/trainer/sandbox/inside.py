@@ -15,6 +15,7 @@ import builtins
 import functools
 import io
 import json
+import operator
 import os
 import random
 import resource
@@ -223,6 +224,23 @@ def _be_the_program(job: dict[str, Any], fds: tuple[int, int, int]) -> None:
 # serve: calls
 
 
+_METHODS: dict[str, Any] = {
+    "__call__": lambda target, *args, **kwargs: target(*args, **kwargs),
+    "__getattr__": getattr,
+    "__setattr__": setattr,
+    "__iter__": iter,
+    "__next__": next,
+    "__len__": len,
+    "__getitem__": operator.getitem,
+    "__setitem__": operator.setitem,
+    "__delitem__": operator.delitem,
+    "__str__": str,
+    "__repr__": repr,
+    "__enter__": lambda target: type(target).__enter__(target),
+    "__exit__": lambda target, *error: type(target).__exit__(target, None, None, None),
+}
+
+
 class Server:
     """Answers calls to what a program defined; what is no plain value stays here and travels as a number."""
 
@@ -237,17 +255,7 @@ class Server:
         target = self.kept[call["object"]]
         args = decode(call["args"], self.kept.__getitem__)
         kwargs = decode(call["kwargs"], self.kept.__getitem__)
-        if call["method"] == "__getattr__":
-            value = getattr(target, *args)
-        elif call["method"] == "__call__":
-            value = target(*args, **kwargs)
-        elif call["method"] in ("__iter__", "__str__", "__repr__"):
-            plainly: dict[str, Any] = {"__iter__": iter, "__str__": str, "__repr__": repr}
-            value = plainly[call["method"]](target)
-        elif call["method"] == "__setattr__":
-            value = setattr(target, *args)  # type: ignore[func-returns-value]
-        else:
-            value = getattr(target, call["method"])(*args, **kwargs)
+        value = _METHODS[call["method"]](target, *args, **kwargs)
         # arguments that the call may have changed in place go back with the value
         return {"value": encode(value, self.keep), "args": encode(args, self.keep)}
 
@@ -322,9 +330,8 @@ def _forward(method: str) -> Any:
 
 
 # nothing that hands over what the test expects: no comparison, no arithmetic, no `in` (which iterates instead)
-_FORWARDED = ("call", "iter", "next", "len", "getitem", "setitem", "delitem", "str", "repr", "enter", "exit", "setattr")
-for _method in _FORWARDED:
-    setattr(Remote, f"__{_method}__", _forward(f"__{_method}__"))
+for _method in _METHODS.keys() - {"__getattr__"}:
+    setattr(Remote, _method, _forward(_method))
 
 
 class Tests:

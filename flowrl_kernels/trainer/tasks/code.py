@@ -299,7 +299,7 @@ def _close(printed: str, wanted: str, tolerance: float) -> bool:
         return False
     if a == b:
         return True
-    return tolerance > 0 and math.isclose(float(a), float(b), rel_tol=tolerance, abs_tol=tolerance)
+    return abs(a - b) <= Decimal(tolerance) * max(abs(a), abs(b), Decimal(1))
 
 
 def same_value(value: Any, wanted: Any, tolerance: float = 0.0) -> bool:
@@ -317,7 +317,7 @@ def _same(value: Any, wanted: Any, tolerance: float) -> bool:
     if isinstance(value, float) or isinstance(wanted, float):
         if not all(isinstance(x, int | float) for x in (value, wanted)):
             return False
-        return value == wanted or (tolerance > 0 and math.isclose(value, wanted, rel_tol=tolerance, abs_tol=tolerance))
+        return math.isclose(value, wanted, rel_tol=tolerance, abs_tol=tolerance)
     return bool(value == wanted)
 
 

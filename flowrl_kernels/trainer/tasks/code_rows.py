@@ -55,11 +55,21 @@ def read_tests(row: Mapping[str, Any], where: str, answer_key: str = "answer") -
     Raises ValueError naming the place and what is wrong.
     """
     try:
-        fields = {**row, **_answer(row.get(answer_key))}
+        fields = {**row, **_answer(_walk(row, answer_key))}
         tests = _tests(fields)
         return replace(tests, seconds=_seconds(fields.get("time_limit")), tolerance=_tolerance(fields))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _walk(row: Mapping[str, Any], key: str) -> Any:
+    """A column, or the end of a dotted way into one: reward_model.ground_truth."""
+    found: Any = row.get(key)
+    if found is None and "." in key:
+        found = row
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+    return found
 
 
 def _answer(value: Any) -> dict[str, Any]:
