@@ -36,6 +36,7 @@ from flowrl_kernels.trainer.sandbox.plain import MAX_FRAME, decode, encode, fram
 # what most programs import, so that it is there already
 WARM = "bisect collections copy dataclasses decimal fractions functools heapq itertools math operator re string typing"
 _FILE_NAME = "program.py"
+_FDS = 1 << 16  # more than a process has open
 _TAIL = 2000  # bytes of a program's stderr that are kept
 
 
@@ -67,11 +68,9 @@ class Channel:
 
 def main(number: int, paths: list[str]) -> None:
     """Get warm, say so, take one job."""
-    for fd in range(3, 256):
-        if fd != number:
-            with suppress(OSError):
-                os.close(fd)
-    channel = Channel(number)
+    os.dup2(number, 3)
+    os.closerange(4, _FDS)
+    channel = Channel(3)
     for name in WARM.split():
         __import__(name)
     sys.path.extend(paths)
@@ -131,7 +130,7 @@ def _run(job: dict[str, Any], stdin: str, seconds: float, most: int) -> dict[str
     for fd in (theirs_in, theirs_out, theirs_err):
         os.close(fd)
     ended = os.pidfd_open(child)
-    waiting, printed, errors = memoryview(stdin.encode()), bytearray(), b""
+    waiting, printed, errors = memoryview(stdin.encode("utf-8", "replace")), bytearray(), b""
     for fd in (ours_in, ours_out, ours_err):
         os.set_blocking(fd, False)
     poll = select.poll()
@@ -193,7 +192,7 @@ def _be_the_program(job: dict[str, Any], fds: tuple[int, int, int]) -> None:
         os.setsid()
         for number, fd in enumerate(fds):
             os.dup2(fd, number)
-        os.closerange(3, 256)
+        os.closerange(3, _FDS)
         limit(job["limits"])
         sys.stdin = sys.__stdin__ = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8")  # type: ignore[misc]
         sys.stdout = sys.__stdout__ = io.TextIOWrapper(  # type: ignore[misc]
@@ -261,7 +260,9 @@ class Server:
 
 
 def serve(channel: Channel, job: dict[str, Any]) -> None:
-    """Load the program, tell what it defined, answer calls until the host goes away."""
+    """Load the program, tell what it defined (of `only`, if that names something), answer calls until the host
+    goes away.
+    """
     limit(job["limits"])
     server = Server()
     try:
@@ -269,6 +270,8 @@ def serve(channel: Channel, job: dict[str, Any]) -> None:
         names: dict[str, Any] = {}
         modules: dict[str, str] = {}
         for name, value in list(vars(module).items()):
+            if job["only"] and name not in job["only"]:
+                continue
             if isinstance(value, types.ModuleType):
                 modules[name] = value.__name__
             elif not name.startswith("__"):
@@ -406,14 +409,21 @@ class _Count(ast.NodeTransformer):
 
 
 def tests(channel: Channel, job: dict[str, Any]) -> None:
-    """Run the test code; send how many checks passed and failed."""
+    """Take what the program's sandbox said after loading it, run the test code on that, and send how many checks
+    passed and failed.
+    """
     limit(job["limits"])
+    loaded = channel.receive()
     run = Tests(channel)
+    if "names" not in loaded:
+        reason = str(loaded.get("raised"))[:_TAIL]
+        channel.send({"passed": 0, "failed": 1, "error": f"the program does not load: {reason}", "unsupported": ""})
+        return
     unittest.main = lambda *args, **kwargs: None  # type: ignore[assignment]  # the cases are run below
     try:
         space = _module("tests", job["prelude"]).__dict__
-        theirs = {name: decode(value, run.remote) for name, value in job["names"].items()}
-        for name, module in job["modules"].items():  # never the program's own: it would judge itself
+        theirs = {name: decode(value, run.remote) for name, value in loaded["names"].items()}
+        for name, module in loaded["modules"].items():  # never the program's own: it would judge itself
             if name not in space and module.partition(".")[0] in (*sys.stdlib_module_names, "numpy"):
                 with suppress(ImportError):
                     theirs[name] = __import__(module, fromlist=["*"])

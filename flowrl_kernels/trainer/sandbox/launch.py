@@ -115,7 +115,13 @@ def view() -> View:
 
 def user(slot: int) -> int:
     """A user that nobody else has, for the sandbox in `slot` of this process: limits count by user."""
-    return _FIRST_USER + (os.getpid() * 64 + slot % 64) % _USERS
+    first, count = _FIRST_USER, _USERS
+    # in a container that has fewer users, from the upper half of the largest range it has
+    ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    start, _, size = max(ranges, key=lambda r: r[2])
+    if not start <= first <= start + size - count:
+        first, count = start + size // 2, max(1, size // 2)
+    return first + (os.getpid() * 64 + slot % 64) % count
 
 
 # Run as root before bubblewrap: shows what the sandbox will see under names that any user can reach, in a mount

@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 MAX_DEPTH = 100
-MAX_FRAME = 64 << 20
+MAX_FRAME = 16 << 20
 _EXACT = 2**53  # larger integers travel as hexadecimal: linear to read, and JSON readers keep them
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 GRACE_SECONDS = 90.0  # beyond the program's deadline, for its sandbox to get warm and to be taken down
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n`]*$")
 _PYTHON = ("python", "py", "python3", "")
+_MOST_VALUE = 4 << 20  # bytes of what a call returns, as JSON
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
 # what LeetCode's judge, and so LiveCodeBench's, has imported before a solution
 _LEETCODE = """from typing import *
@@ -188,7 +189,7 @@ class Judged:
         self._start(box, "programs", source=self._source)
         self._pool.fill()
         for given, wanted in zip(self._tests.inputs, self._tests.outputs):
-            most = max(self._limits.output, 2 * len(wanted.encode()))
+            most = max(self._limits.output, 2 * len(wanted.encode("utf-8", "replace")))
             seconds = max(0.0, self._until_of_one() - time.monotonic())
             box.send({"stdin": given, "seconds": seconds, "output": most}, self._until, self._watched)
             # JSON escapes: up to six bytes for one
@@ -206,23 +207,18 @@ class Judged:
             if self.failed and not self._tests.partial:
                 return
 
-    def _load(self, box: Sandbox) -> dict[str, Any]:
-        self._start(box, "serve", source=self._source)
-        self._pool.fill()
-        loaded = self._receive(box, self._until)
-        if not isinstance(loaded.get("names"), dict):
-            self._fail("raised", f"the program does not load: {_raised(loaded)}")
-            return {}
-        return loaded
-
     def _calls(self, box: Sandbox) -> None:
-        loaded = self._load(box)
-        if not loaded:
+        self._start(box, "serve", source=self._source, only=[self._tests.entry_point, "Solution"])
+        self._pool.fill()
+        loaded = self._receive(box, self._until, _MOST_VALUE)
+        names = loaded.get("names")
+        if not isinstance(names, dict):
+            self._fail("raised", f"the program does not load: {_raised(loaded)}")
             return
-        target = loaded["names"].get(self._tests.entry_point)
+        target = names.get(self._tests.entry_point)
         until = self._until_of_one()
-        if target is None and "Solution" in loaded["names"]:
-            made = self._call(box, loaded["names"]["Solution"], "__call__", [], until)
+        if target is None and "Solution" in names:
+            made = self._call(box, names["Solution"], "__call__", [], until)
             target = self._call(box, made.get("value"), "__getattr__", [self._tests.entry_point], until).get("value")
         if not isinstance(target, dict) or "object" not in target:
             self._fail("raised", f"the program defines no {self._tests.entry_point}")
@@ -231,7 +227,7 @@ class Judged:
             answer = self._call(box, target, "__call__", encode(given), self._until_of_one())
             try:
                 good = "value" in answer and same_value(decode(answer["value"]), wanted, self._tests.tolerance)
-            except (ValueError, TypeError, RecursionError, OverflowError):
+            except (ValueError, TypeError, RecursionError, ArithmeticError):
                 good = False
             if good:
                 self.passed += 1
@@ -243,7 +239,7 @@ class Judged:
     def _call(self, box: Sandbox, target: Any, method: str, args: Any, until: float) -> dict[str, Any]:
         number = target.get("object") if isinstance(target, dict) else None
         box.send({"object": number, "method": method, "args": args, "kwargs": {"dict": []}}, until, self._watched)
-        return self._receive(box, until)
+        return self._receive(box, until, _MOST_VALUE)
 
     def _receive(self, box: Sandbox, until: float, most: int = MAX_FRAME) -> dict[str, Any]:
         message = box.receive(until, self._watched, most)
@@ -253,21 +249,19 @@ class Judged:
 
     def _asserts(self, box: Sandbox, judge: Sandbox) -> None:
         """`judge` runs the tests; each of their calls goes through here to `box` and back."""
-        loaded = self._load(box)
-        if not loaded:
-            return
         tests = self._tests
+        self._start(box, "serve", source=self._source, only=[])
+        self._pool.fill()
         prelude = tests.prompt if parses(tests.prompt) else ""
         job = {"prelude": prelude, "tests": tests.tests, "entry_point": tests.entry_point, "module": tests.module}
-        names = {name: value for name, value in loaded["names"].items() if name.isidentifier()}
-        modules = {k: v for k, v in dict(loaded.get("modules") or {}).items() if isinstance(v, str)}
-        self._start(judge, "tests", **job, partial=tests.partial, names=names, modules=modules)
+        self._start(judge, "tests", **job, partial=tests.partial)
+        judge.send_bytes(box.receive_bytes(self._until, self._watched), self._until, self._watched)
         while True:
             message = self._receive(judge, self._until)
             if "call" not in message:
                 break
             box.send(message["call"], self._until, self._watched)
-            judge.send(self._receive(box, self._until_of_one()), self._until, self._watched)
+            judge.send_bytes(box.receive_bytes(self._until_of_one(), self._watched), self._until, self._watched)
         if message["unsupported"]:
             raise ValueError(f"these tests cannot be put to a program in a sandbox: {message['unsupported']}")
         self.passed += message["passed"]
@@ -309,6 +303,8 @@ def same_value(value: Any, wanted: Any, tolerance: float = 0.0) -> bool:
 
 
 def _same(value: Any, wanted: Any, tolerance: float) -> bool:
+    if type(value).__name__ == "ndarray":
+        value = value.tolist()
     if isinstance(value, list | tuple) and isinstance(wanted, list | tuple):
         return len(value) == len(wanted) and all(_same(a, b, tolerance) for a, b in zip(value, wanted))
     if isinstance(value, dict) and isinstance(wanted, dict):
