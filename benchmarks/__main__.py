@@ -146,9 +146,10 @@ def _list_absent(document: dict) -> None:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["report"]:
-        from benchmarks.report import write
+        from benchmarks import pages, plots
 
-        return write(RESULTS, ROOT / "docs" / "benchmarks.md")
+        plots.draw_committed(RESULTS, ROOT / "docs" / "images")
+        return pages.write(RESULTS, ROOT / "docs" / "benchmarks")
     if arguments[:1] == ["end-to-end"]:
         from benchmarks.end_to_end import main as end_to_end
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can prove, each mode in under nine minutes (docs/benchmarks.md has what each part takes):
+# What only a GPU can prove, each mode in under nine minutes (docs/benchmarks/running.md has what each part takes):
 #   benchmarks/gpu_check.sh check OUTDIR   gpu-marked tests, then compute-sanitizer on the `sanitize` ones
 #   benchmarks/gpu_check.sh bench OUTDIR   the real shapes: the bars first, then every peer that is installed
 #   benchmarks/gpu_check.sh tune  OUTDIR   times the free settings of the kernels' tile table, the bounded backward's

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flowrl_kernels.nn import FlowRLLoss, LinearFlowRLLoss, LogPartition
     from flowrl_kernels.types import LogProb, LossOutput
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _ROOMS = {
     "backends": "dispatch",

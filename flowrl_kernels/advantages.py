@@ -5,25 +5,28 @@ All of them are plain torch over [B] or the tokens' layout, detached, in float64
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from flowrl_kernels import checks
-from flowrl_kernels.reference.residual import Segments, group_mean
+from flowrl_kernels.reference.residual import Grouped, Segments, group_mean, grouped
 
 
-def _per_group(reward: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """reward [B] in float64, its group's mean [B], its group's size [B]."""
+def _per_group(reward: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, Grouped]:
+    """reward [B] in float64, its group's mean [B], its group's size [B], and the groups in order."""
     checks.floating("reward", reward, dims=1)
     checks.integers("groups", groups, tuple(reward.shape))
-    value = reward.detach().double()
+    value, own = reward.detach().double(), grouped(groups)
     one = torch.ones_like(value)
-    size = (groups[:, None] == groups[None, :]).double() @ one
-    return value, group_mean(value, groups, one), size
+    return value, own.mean(value, one), own.total(one), own
 
 
 def group_normalize(reward: Tensor, groups: Tensor, *, eps: float = 1e-6, scale: bool = True) -> Tensor:
-    """(r - mean) / (std + eps) within each group (GRPO, arXiv 2402.03300); std unbiased, a group of one gives 0.
+    """(r - mean) / (std + eps) within each group (GRPO, arXiv 2402.03300); std unbiased.
+
+    A group of one gives 0: it says nothing about what is better (verl gives the raw reward there).
 
     Args:
         reward: [B] floats.
@@ -31,17 +34,17 @@ def group_normalize(reward: Tensor, groups: Tensor, *, eps: float = 1e-6, scale:
         eps: added to the standard deviation.
         scale: False leaves out the division (Dr.GRPO, arXiv 2503.20783).
     """
-    value, mean, size = _per_group(reward, groups)
+    value, mean, size, own = _per_group(reward, groups)
     centred = torch.where(size > 1, value - mean, 0.0)
     if scale:
-        variance = group_mean(centred.square(), groups, torch.ones_like(value)) * size / (size - 1).clamp_min(1.0)
+        variance = own.mean(centred.square(), size) * size / (size - 1).clamp_min(1.0)
         centred = centred / (variance.sqrt() + eps)
     return centred.to(reward.dtype)
 
 
 def leave_one_out(reward: Tensor, groups: Tensor) -> Tensor:
     """r minus the mean of the group's other members (RLOO, arXiv 2402.14740); a group of one gives 0. [B]"""
-    value, mean, size = _per_group(reward, groups)
+    value, mean, size, _ = _per_group(reward, groups)
     return torch.where(size > 1, (value - mean) * size / (size - 1).clamp_min(1.0), 0.0).to(reward.dtype)
 
 
@@ -52,8 +55,8 @@ def raft(reward: Tensor) -> Tensor:
 
 def reinforce_rej(reward: Tensor, groups: Tensor, *, tolerance: float = 1e-9) -> Tensor:
     """r, or 0 where all rewards of the group are equal (Reinforce-Rej, arXiv 2504.11343). [B]"""
-    value, mean, _ = _per_group(reward, groups)
-    spread = group_mean((value - mean).abs(), groups, torch.ones_like(value))
+    value, mean, size, own = _per_group(reward, groups)
+    spread = own.mean((value - mean).abs(), size)
     return torch.where(spread > tolerance, value, 0.0).to(reward.dtype)
 
 
@@ -62,15 +65,14 @@ def unlikeliness_reward(reward: Tensor, logp_old_mean: Tensor, groups: Tensor, *
 
     logp_old_mean: [B] length-normalised log-prob of each response under the behaviour policy. Normalise afterwards.
     """
-    value, _, size = _per_group(reward, groups)
+    value, _, size, own = _per_group(reward, groups)
     checks.floating("logp_old_mean", logp_old_mean, dims=1)
     if logp_old_mean.shape != reward.shape:
         checks.fail("logp_old_mean", f"shape {tuple(reward.shape)} as reward has", checks.shape(logp_old_mean))
-    same = groups[:, None] == groups[None, :]
-    likelier = logp_old_mean[:, None] > logp_old_mean[None, :]
-    index = torch.arange(len(value), device=value.device)
-    tie = (logp_old_mean[:, None] == logp_old_mean[None, :]) & (index[:, None] > index[None, :])
-    rank = (same & (likelier | tie)).sum(1)
+    by_logp = logp_old_mean.sort(stable=True).indices  # ties go by place
+    order = by_logp[groups.long()[by_logp].sort(stable=True).indices]
+    place = torch.arange(len(order), device=order.device) - own.offsets[own.which[order]]
+    rank = torch.empty_like(order).scatter_(0, order, place)
     return (value * (1.0 - strength * rank / size)).to(reward.dtype)
 
 
@@ -129,6 +131,8 @@ def gae(
         value: the layout of `mask`: V of the state before each token.
         mask: [B, T], or [N] with `cu_seqlens`. Holes are stepped over.
         gamma, lam: discount and trace decay per token.
+        token_reward: the layout of `mask`: what each token is paid besides, or None.
+
     Returns:
         (advantage, returns), the layout of `mask`.
     """
@@ -145,12 +149,14 @@ def gae(
 
 def discounted(reward: Tensor, segments: Segments, gamma: float) -> Tensor:
     """Returns-to-go of token rewards. The layout of `reward`."""
-    return _scan(reward, torch.zeros_like(reward), segments, gamma, 1.0)
+    return _scan(reward, None, segments, gamma, 1.0)
 
 
 def last_token(reward: Tensor, segments: Segments) -> Tensor:
     """Each sequence's reward [B] at its last counting token, 0 elsewhere."""
     mask = segments.mask
+    if mask.numel() == 0:
+        return reward.new_zeros(mask.shape)
     position = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
     counted = torch.where(mask, position, -1)
     if segments.cu_seqlens is None:
@@ -163,31 +169,37 @@ def last_token(reward: Tensor, segments: Segments) -> Tensor:
     return torch.where(mask & (position == last), segments.spread(reward), 0.0)
 
 
-def _scan(reward: Tensor, value: Tensor, segments: Segments, gamma: float, lam: float) -> Tensor:
-    """A backward recursion over the counting tokens: one step per position, all sequences at once."""
+def _scan(reward: Tensor, value: Tensor | None, segments: Segments, gamma: float, lam: float) -> Tensor:
+    """A_t = r_t + gamma V_t+1 - V_t + gamma lam A_t+1 over the counting tokens, those between stepped over."""
     mask = segments.mask
-    if segments.cu_seqlens is not None:
-        owner = segments.owner()
-        start = segments.cu_seqlens[owner.clamp_max(len(segments.cu_seqlens) - 2)]
-        place = torch.arange(len(mask), device=mask.device) - start
-        longest = int(segments.cu_seqlens.diff().max()) if len(segments.cu_seqlens) > 1 else 0
-        shape = (len(segments.cu_seqlens) - 1, longest)
+    ends = torch.zeros_like(mask)
+    if segments.cu_seqlens is None:
+        ends[:, -1:] = True
+    else:
+        edges = mask.new_zeros(len(mask) + 1)
+        ends = edges.index_fill(0, segments.cu_seqlens[1:], True)[1:]
+    step = torch.where(mask, reward, 0.0)
+    if value is not None:
+        # the next counting token's: the first one at t + 1 or later
+        near = _recurrence(torch.where(mask, value, 0.0), (~mask & ~ends).double())
+        step = step + torch.where(mask, gamma * torch.where(ends, 0.0, _shifted(near, 1)) - value, 0.0)
+    carry = torch.where(mask, step.new_full((), gamma * lam), 1.0)
+    return torch.where(mask, _recurrence(step, torch.where(ends, 0.0, carry)), 0.0)
 
-        def padded(x: Tensor) -> Tensor:
-            return x.new_zeros(shape).index_put_((owner, place), x)
 
-        out = _scan(padded(reward), padded(value), Segments(padded(mask), None), gamma, lam)
-        return out[owner, place]
-    advantage = torch.zeros_like(reward)
-    running = reward.new_zeros(reward.shape[0])
-    following = reward.new_zeros(reward.shape[0])
-    for t in range(reward.shape[1] - 1, -1, -1):
-        on = mask[:, t]
-        step = reward[:, t] + gamma * following - value[:, t] + gamma * lam * running
-        running = torch.where(on, step, running)
-        following = torch.where(on, value[:, t], following)
-        advantage[:, t] = torch.where(on, running, 0.0)
-    return advantage
+def _recurrence(x: Tensor, a: Tensor) -> Tensor:
+    """y_t = x_t + a_t y_t+1 along the last dimension, in log2(T) steps; nothing crosses an a of 0, NaN neither."""
+    reach = 1
+    while reach < x.shape[-1]:
+        x = x + torch.where(a != 0, a * _shifted(x, reach), 0.0)
+        a = a * _shifted(a, reach)
+        reach *= 2
+    return x
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """x_t+by at t, 0 beyond the end."""
+    return torch.nn.functional.pad(x[..., by:], (0, by))
 
 
 def _segments(mask: Tensor, cu_seqlens: Tensor | None, reward: Tensor, **per_token: Tensor | None) -> Segments:
@@ -207,16 +219,20 @@ def _segments(mask: Tensor, cu_seqlens: Tensor | None, reward: Tensor, **per_tok
 def optimal_value(reference_rewards: Tensor, *, temperature: float = 0.5) -> Tensor:
     """V* = t log mean exp(r / t) over rollouts of the reference, [B, K] -> [B] (A*-PO, arXiv 2505.20686)."""
     r = reference_rewards.detach().double()
-    mean = torch.logsumexp(r / temperature, -1) - torch.log(torch.tensor(float(r.shape[-1])))
+    temperature = checks.positive("temperature", temperature)
+    mean = torch.logsumexp(r / temperature, -1) - math.log(r.shape[-1])
     return (temperature * mean).to(reference_rewards.dtype)
 
 
 def qrpo_target(reward: Tensor, reference_rewards: Tensor, *, beta: float) -> Tensor:
-    """Quantile of r [B] among rewards of the reference [B, K], less beta log Z, log Z = log beta + 1/beta
-    (QRPO, arXiv 2507.08068, identity transform). [B]"""
+    """Quantile of r [B] among rewards of the reference [B, K], less beta log Z (QRPO, arXiv 2507.08068). [B]
+
+    The quantile of the reference's own rewards is uniform, so Z = E exp(u / beta) = beta (e^(1/beta) - 1). The authors
+    leave out the 1 (their eq. 11, log Z = log beta + 1/beta), which is the same below beta 0.05 and .46 off at 1.
+    """
     beta = checks.positive("beta", beta)
     quantile = (reference_rewards <= reward[:, None]).double().mean(1)
-    log_z = torch.log(torch.tensor(beta, dtype=torch.float64)) + 1.0 / beta
+    log_z = math.log(beta) + 1.0 / beta + math.log(-math.expm1(-1.0 / beta))
     return (quantile - beta * log_z).to(reward.dtype)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32,
+)  # fmt: skip
 
 
 def fail(name: str, wanted: str, got: Any) -> None:
@@ -57,10 +60,44 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         fail(name, f"the device of {other_name}, {other.device}", value.device)
 
 
-def positive(name: str, value: float) -> float:
+def number(name: str, value: Any, wanted: str = "a finite number") -> float:
+    """A finite float from a number of Python or numpy, or a tensor of one element (on a device: waits for it)."""
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            fail(
+                name,
+                f"{wanted}, or a tensor without requires_grad (its gradient is not computed)",
+                "requires_grad=True",
+            )
+        if value.numel() != 1:
+            fail(name, wanted, shape(value))
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError(f"{name}: wanted {wanted}; got {value.dtype}")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: wanted {wanted}; got {value!r} of type {type(value).__name__}")
     value = float(value)
-    if not value > 0.0 or value == float("inf"):
+    if value != value or value in (float("inf"), float("-inf")):
+        fail(name, wanted, value)
+    return value
+
+
+def positive(name: str, value: Any) -> float:
+    value = number(name, value, "a finite number above 0")
+    if not value > 0.0:
         fail(name, "a finite number above 0", value)
+    return value
+
+
+def integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{name}: wanted an integer; got {value!r} of type {type(value).__name__}")
+    return int(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: wanted True or False; got {value!r} of type {type(value).__name__}")
     return value
 
 

@@ -19,12 +19,11 @@ from torch import Tensor
 
 logger = logging.getLogger("flowrl_kernels")
 
-IMPLS = ("reference", "chunked", "triton", "cuda")
+IMPLS = ("reference", "chunked", "triton")
 # stems with a launcher module in each room; the reference is a plain function and serves every stem
 STEMS = {
     "chunked": ("linear_logprob", "linear_residual", "logprob", "residual", "context_parallel"),
     "triton": ("linear_logprob", "linear_residual", "logprob", "residual"),
-    "cuda": (),
 }
 
 
@@ -76,7 +75,8 @@ def _cuda() -> Backend:
 def backends() -> dict[str, Backend]:
     """What is available on this machine and why the rest is not.
 
-    Returns a dict from the names ``impl=`` takes to ``Backend(available, reason)``.
+    Returns a dict to ``Backend(available, reason)`` from the names ``impl=`` takes, and from "cuda": the compiled
+    library that the bounded backward of "triton" takes its routing from. It holds no operator, so no ``impl``.
     """
     everywhere = Backend(True, "plain torch, any device")
     return {"reference": everywhere, "chunked": everywhere, "triton": _triton(), "cuda": _cuda()}
@@ -126,7 +126,8 @@ def resolve(stem: str, impl: str, tensor: Tensor) -> str:
             _log_choice(stem, choice, tensor.device.type)
         return choice
     if impl not in IMPLS:
-        raise ValueError(f"{source}: wanted one of 'auto', {', '.join(map(repr, IMPLS))}; got {impl!r}")
+        why = " (the CUDA library routes for 'triton' and holds no operator of its own)" if impl == "cuda" else ""
+        raise ValueError(f"{source}: wanted one of 'auto', {', '.join(map(repr, IMPLS))}; got {impl!r}{why}")
     if (reason := _refusal(stem, impl, tensor)) is not None:
         raise RuntimeError(f"{source}={impl!r} was asked for and cannot run: {reason}")
     return impl

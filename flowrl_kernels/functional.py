@@ -43,15 +43,17 @@ def linear_logprob(
         target: [...] integer token ids in [0, V); `ignore_index` marks rows to leave out. Any other value gives NaN.
         bias: [V] or None.
         temperature: a number above 0, or [...] per token. The sampling temperature: log-probs are taken after it.
-        logit_scale: multiplies the product (Cohere-type heads).
+        logit_scale: a finite number; multiplies the product (Cohere-type heads). A learned one is refused, like a
+            learned temperature or softcap: no gradient is computed for them (multiply `hidden` by it instead).
         softcap: `cap * tanh(z / cap)` before the temperature (Gemma-type heads), or None.
         ignore_index: the target value of rows that give logp 0, entropy 0 and no gradient.
         entropy: also return the entropy of each row, in nats, differentiable.
         epsilon: 0 for the exact backward. Above 0, the backward may leave out softmax mass as long as the relative
             L1 error of dlogits (non-target entries, before the tail correction) stays at most epsilon (docs/maths.md).
-        report: fp32 [3] on the same device, filled by a bounded backward with (bound reached, share of tiles
-            computed, 1 if it returned to the exact path).
-        main_grad: fp32 [V, H]; the weight's gradient is added to it and `weight.grad` stays untouched.
+        report: fp32 [3] on the same device, filled by the backward with (bound reached, share of tiles computed, 1 if
+            a bounded one returned to the exact path); (0, 1, 0) at epsilon 0. Refused where no backward would fill it.
+        main_grad: fp32 [V, H]; the weight's gradient is added to it and `weight.grad` stays untouched. Refused beside
+            a weight that wants no gradient. Under no_grad both are taken and left as they are.
         kept: (ids [K], offsets [N+1]), the token ids a sampler kept per row (top-k, top-p), packed: log-probs are
             renormalised over them, in O(K H). The target counts as kept. Runs in torch on any device, whatever `impl`.
         vocab_parallel: a ProcessGroup over which the rows of `weight` (and `bias`) are split, in rank order. Targets
@@ -64,18 +66,35 @@ def linear_logprob(
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
         RuntimeError: the implementation that `impl` names cannot run here.
+        NotImplementedError: a second derivative, forward mode or a torch.func transform of "chunked", "triton", kept
+            or vocab_parallel. "reference" is plain torch and has them.
     """
+    ignore_index, entropy = checks.integer("ignore_index", ignore_index), checks.flag("entropy", entropy)
     head = checked_head(hidden, weight, target, bias, temperature, softcap, ignore_index, whole=vocab_parallel is None)
+    logit_scale, epsilon = checks.number("logit_scale", logit_scale), checks.number("epsilon", epsilon)
     if not 0.0 <= epsilon < 1.0:
         checks.fail("epsilon", "a number in [0, 1)", epsilon)
     flat, weight, ids, rows_temperature, softcap, leading = head
     _accumulator("report", report, (3,), flat)
     _accumulator("main_grad", main_grad, tuple(weight.shape), flat)
+    if torch.is_grad_enabled():
+        if main_grad is not None and not weight.requires_grad:
+            checks.fail("main_grad", "a weight that requires a gradient beside it", "a frozen weight")
+        trained = any(t is not None and t.requires_grad for t in (flat, weight, bias))
+        if report is not None and not trained:
+            checks.fail("report", "an input that requires a gradient: the backward fills it", "frozen inputs")
     chosen = dispatch.resolve("linear_logprob", impl, flat)
     if vocab_parallel is not None:
         checks.process_group("vocab_parallel", vocab_parallel)
-    if (kept is not None or vocab_parallel is not None) and (epsilon > 0.0 or main_grad is not None):
-        checks.fail("kept" if kept is not None else "vocab_parallel", "neither epsilon nor main_grad beside it", "both")
+    exact_only = "kept" if kept is not None else "vocab_parallel"
+    if kept is not None or vocab_parallel is not None:
+        for name, given in (
+            ("epsilon", epsilon > 0.0),
+            ("report", report is not None),
+            ("main_grad", main_grad is not None),
+        ):
+            if given:
+                checks.fail(exact_only, "neither epsilon, report nor main_grad beside it", name)
     # autocast has had its say: inside, it would round the very products that must stay in fp32
     with torch.autocast(flat.device.type, enabled=False):
         if kept is not None:
@@ -84,8 +103,8 @@ def linear_logprob(
             listed = _kept(kept, flat, weight.shape[0])
             from flowrl_kernels.ops.kept import KeptLogProb
 
-            logp, ent = KeptLogProb.apply(
-                flat, weight, ids, *listed, bias, rows_temperature, float(logit_scale), softcap, ignore_index, entropy
+            logp, ent = KeptLogProb.call(
+                flat, weight, ids, *listed, bias, rows_temperature, logit_scale, softcap, ignore_index, entropy
             )
             return _shaped(logp, ent, leading)
         if vocab_parallel is not None:
@@ -93,14 +112,14 @@ def linear_logprob(
                 raise RuntimeError("impl='reference' knows no vocab_parallel: use 'chunked' or 'triton'")
             from flowrl_kernels.ops.vocab_parallel import VocabParallel
 
-            logp, ent = VocabParallel.apply(
-                flat, weight, ids, bias, rows_temperature, float(logit_scale), softcap, ignore_index, entropy,
+            logp, ent = VocabParallel.call(
+                flat, weight, ids, bias, rows_temperature, logit_scale, softcap, ignore_index, entropy,
                 vocab_parallel, chosen,
             )  # fmt: skip
             return _shaped(logp, ent, leading)
         if chosen == "reference":
-            if epsilon > 0.0 or main_grad is not None:
-                raise RuntimeError("impl='reference' is plain autograd: it takes neither epsilon nor main_grad")
+            if epsilon > 0.0 or main_grad is not None or report is not None:
+                raise RuntimeError("impl='reference' is plain autograd: it takes neither epsilon, report nor main_grad")
             logp, ent = reference.linear_logprob(
                 flat, weight, ids, bias, rows_temperature, logit_scale, softcap, ignore_index, entropy
             )
@@ -108,8 +127,8 @@ def linear_logprob(
             from flowrl_kernels.ops.linear_logprob import linear_logprob as op
 
             logp, ent, _, _ = op(
-                flat, weight, ids, bias, rows_temperature, float(logit_scale),
-                softcap, ignore_index, entropy, float(epsilon), report, main_grad, chosen,
+                flat, weight, ids, bias, rows_temperature, logit_scale,
+                softcap, ignore_index, entropy, epsilon, report, main_grad, chosen,
             )  # fmt: skip
     return _shaped(logp, ent if entropy else None, leading)
 
@@ -144,14 +163,17 @@ def logprob(
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
         RuntimeError: the implementation that `impl` names cannot run here.
+        NotImplementedError: a second derivative, forward mode or a torch.func transform of "chunked" or "triton".
     """
+    ignore_index, entropy = checks.integer("ignore_index", ignore_index), checks.flag("entropy", entropy)
+    inplace_backward = checks.flag("inplace_backward", inplace_backward)
     checks.floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         checks.fail("logits", "shape [..., V] with V of at least 1", checks.shape(logits))
     leading = tuple(logits.shape[:-1])
-    checks.integers("target", target, leading)
+    target = checks.integers("target", target, leading).long()
     checks.same_device("target", target, "logits", logits)
-    rows_temperature = _temperature(temperature, leading, logits)
+    rows_temperature = _temperature(temperature, leading, logits, target != ignore_index)
     softcap = None if softcap is None else checks.positive("softcap", softcap)
     _check_targets(target, logits.shape[-1], ignore_index)
     chosen = dispatch.resolve("logprob", impl, logits)
@@ -181,7 +203,7 @@ class Head(NamedTuple):
 
     hidden: Tensor  # [N, H] contiguous
     weight: Tensor  # [V, H] contiguous
-    target: Tensor  # [N]
+    target: Tensor  # [N] int64
     temperature: Tensor  # [N] or [1]
     softcap: float | None
     leading: tuple[int, ...]
@@ -214,7 +236,7 @@ def checked_head(
         raise TypeError(f"weight: wanted the dtype of hidden, {hidden.dtype}; got {weight.dtype}")
     checks.same_device("weight", weight, "hidden", hidden)
     leading = tuple(hidden.shape[:-1])
-    checks.integers("target", target, leading)
+    target = checks.integers("target", target, leading).long()  # narrow integers cannot hold every id nor -100
     checks.same_device("target", target, "hidden", hidden)
     vocab_size = weight.shape[0]
     if bias is not None:
@@ -222,7 +244,7 @@ def checked_head(
         if bias.shape[0] != vocab_size:
             checks.fail("bias", f"shape ({vocab_size},) as weight has rows", checks.shape(bias))
         checks.same_device("bias", bias, "hidden", hidden)
-    rows_temperature = _temperature(temperature, leading, hidden)
+    rows_temperature = _temperature(temperature, leading, hidden, target != ignore_index)
     softcap = None if softcap is None else checks.positive("softcap", softcap)
     if whole:
         _check_targets(target, vocab_size, ignore_index)
@@ -242,8 +264,8 @@ def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, weight
 
 
-def _temperature(value: float | Tensor, leading: tuple[int, ...], like: Tensor) -> Tensor:
-    """[N] or [1], fp32 (float64 beside float64)."""
+def _temperature(value: float | Tensor, leading: tuple[int, ...], like: Tensor, counted: Tensor) -> Tensor:
+    """[N] or [1], fp32 (float64 beside float64); 1 in rows that do not count, which may hold anything."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
         return torch.full((1,), checks.positive("temperature", value), dtype=dtype, device=like.device)
@@ -257,9 +279,12 @@ def _temperature(value: float | Tensor, leading: tuple[int, ...], like: Tensor) 
     if value.dim() != 0 and tuple(value.shape) != leading:
         checks.fail("temperature", f"a number or shape {leading}", checks.shape(value))
     checks.same_device("temperature", value, "the inputs", like)
+    if value.dim() > 0:
+        value = torch.where(counted, value, 1.0)
     if (value.device.type == "cpu" or dispatch.check_enabled()) and not torch.compiler.is_compiling():
-        if value.numel() and not bool((value > 0).all()):
-            checks.fail("temperature", "values above 0", f"a minimum of {float(value.min())}")
+        wrong = ~((value > 0) & value.isfinite())
+        if bool(wrong.any()):
+            checks.fail("temperature", "finite values above 0", float(value[wrong][0]))
     return value.to(dtype).reshape(-1).contiguous()
 
 
@@ -279,14 +304,13 @@ def _accumulator(name: str, value: Any, wanted: tuple[int, ...], like: Tensor) -
 def _kept(kept: Any, hidden: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     if not (isinstance(kept, tuple) and len(kept) == 2):
         checks.fail("kept", "a pair (ids [K], offsets [N+1])", type(kept).__name__)
-    ids, offsets = kept
-    checks.integers("kept ids", ids)
-    checks.integers("kept offsets", offsets, (hidden.shape[0] + 1,))
+    ids = checks.integers("kept ids", kept[0]).long()
+    offsets = checks.integers("kept offsets", kept[1], (hidden.shape[0] + 1,)).long()
     if ids.dim() != 1:
         checks.fail("kept ids", "shape [K]", checks.shape(ids))
     for name, value in (("kept ids", ids), ("kept offsets", offsets)):
         checks.same_device(name, value, "hidden", hidden)
-    if hidden.device.type == "cpu" or dispatch.check_enabled():
+    if (hidden.device.type == "cpu" or dispatch.check_enabled()) and not torch.compiler.is_compiling():
         bounds = offsets.tolist()
         if bounds[0] != 0 or bounds[-1] != len(ids) or bounds != sorted(bounds):
             checks.fail("kept offsets", f"rising boundaries from 0 to {len(ids)}", bounds)

@@ -28,7 +28,7 @@ def segments_of(
 
     Looks at values only where that costs no sync.
     """
-    look = not torch.compiler.is_compiling() and (tokens.device.type == "cpu" or dispatch.check_enabled())
+    look = can_look(tokens)
     if mask is not None:
         checks.plain("mask", mask)
         if mask.shape != tokens.shape:
@@ -59,15 +59,28 @@ def segments_of(
     return Segments(mask.to(torch.bool), cu_seqlens.long())
 
 
+def can_look(tensor: Tensor) -> bool:
+    """Whether values can be read without waiting for a device, or waiting was asked for."""
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or dispatch.check_enabled())
+
+
 def normalizer_of(value: Any, like: Tensor, pair: bool = False) -> Tensor | None:
-    """float64, [] or (where `pair`) [2]."""
+    """float64, [] or (where `pair`) [2].
+
+    A tensor may hold 0, which is what a part of a batch without tokens counts. One that is negative is refused where it
+    can be read, and elsewhere becomes NaN, which no later step can hide.
+    """
     if value is None:
         return None
     wanted = "a number or a tensor of one" + (", or two of them: sequences and tokens" if pair else "")
     if isinstance(value, Tensor):
         if value.numel() != 1 and not (pair and value.shape == (2,)):
             checks.fail("normalizer", wanted, checks.shape(value))
-        value = checks.plain("normalizer", value).detach().to(like.device, torch.float64)
+        value = checks.plain("normalizer", value).detach()
+        if can_look(value) and not bool((value >= 0).all() & (value < torch.inf).all()):
+            checks.fail("normalizer", "finite numbers of at least 0", value.tolist())
+        value = value.to(like.device, torch.float64)
+        value = torch.where(value >= 0, value, torch.nan)
         return value if value.shape == (2,) else value.reshape(())
     if isinstance(value, (tuple, list)):
         if not pair or len(value) != 2:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from flowrl_kernels.ops import linear_residual as op
 from flowrl_kernels.reference.residual import Segments
 from flowrl_kernels.types import LossOutput
 
+logger = logging.getLogger("flowrl_kernels")
 ROW_BLOCK = 256  # rows that a forward takes together, on every backend or a multiple of it
 
 
@@ -59,8 +62,14 @@ def linear_residual(
         return None  # the boundaries' values are not known to a traced graph
     else:
         edges = segments.cu_seqlens.tolist()
-    bounds = chunk_bounds(edges, w.shape[0], hidden.device.type, independent(settled))
+    rows = edges
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # rows that count; elsewhere one would wait
+        counted = torch.nn.functional.pad(segments.mask.cumsum(0), (1, 0))
+        rows = counted[segments.cu_seqlens].tolist() if segments.cu_seqlens is not None else edges
+    most, separate = op.chunk_tokens(w.shape[0], hidden.device.type), independent(settled)
+    bounds = chunk_bounds(rows, most, separate, alone=separate and hidden.dtype != torch.float16)
     if bounds is None or segments.cu_seqlens is None:
+        _say_why(separate)
         return None
     row = settled.row
     per_token = [None if t is None else t.reshape(-1) for t in (settled.anchor, settled.old, settled.sampler)]
@@ -71,7 +80,7 @@ def linear_residual(
         loss, d, weights, metrics, *_ = op.linear_residual(
             flat, w, bias, settled.log_z, ids, temperature, float(head["logit_scale"]), softcap, *per_token,
             settled.reward, segments.mask, segments.cu_seqlens, settled.groups,
-            [edges[i] for i in bounds], bounds, normalizer, row.dumps(), wants, chosen,
+            most, [edges[i] for i in bounds], bounds, normalizer, row.codes(), row.packed_numbers(), wants, chosen,
         )  # fmt: skip
     return losses.output(loss, d, weights, metrics)
 
@@ -84,18 +93,34 @@ def independent(settled: losses.Settled) -> bool:
     return not (centred or counted or row.surrogate is not None)
 
 
-def chunk_bounds(edges: list[int], vocab_size: int, device: str, split: bool) -> list[int] | None:
-    """Sequence indices at which chunks begin, and B; None if a chunk would outgrow the buffer of logits."""
-    limit = op.chunk_tokens(vocab_size, device)
+@cache
+def _say_why(separate: bool) -> None:
+    if not torch.compiler.is_compiling():
+        why = "a float16 sequence" if separate else "a batch of sequences that depend on each other"
+        logger.info("LinearFlowRLLoss takes two passes (8NHV): %s does not fit the buffer of logits", why)
+
+
+def chunk_bounds(edges: list[int], limit: int, split: bool, alone: bool = False) -> list[int] | None:
+    """Sequence indices at which chunks begin, and B; None if a chunk would outgrow `limit` rows.
+
+    edges: rows before each sequence, and in all. split: whether there may be several chunks. alone: a sequence of more
+    than `limit` rows makes a chunk by itself.
+    """
     full = limit // ROW_BLOCK * ROW_BLOCK if split and limit > ROW_BLOCK else limit  # whole row blocks: less padding
     if len(edges) < 2:
         return None
     bounds = [0]
     for i in range(1, len(edges)):
-        if edges[i] - edges[i - 1] > limit:
+        long = edges[i] - edges[i - 1] > limit
+        if long and not alone:
             return None
         if edges[i] - edges[bounds[-1]] > full and i - 1 > bounds[-1]:
             bounds.append(i - 1)
-    bounds.append(len(edges) - 1)
-    fits = all(edges[high] - edges[low] <= limit for low, high in itertools.pairwise(bounds))
+        if long:
+            bounds.append(i)
+    if bounds[-1] != len(edges) - 1:
+        bounds.append(len(edges) - 1)
+    fits = all(
+        edges[high] - edges[low] <= limit or (alone and high - low == 1) for low, high in itertools.pairwise(bounds)
+    )
     return bounds if fits and (split or len(bounds) == 2) else None

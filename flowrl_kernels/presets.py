@@ -6,13 +6,27 @@ FlowRL code follow its commits, with exact means where the code adds 1e-8 to the
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
-from functools import cache
+import math
+import numbers
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from flowrl_kernels import checks
+
+# what the fields that are words may be; an operator carries the places in these lists
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "level": ("sequence", "token"),
+    "anchor": ("ref", "old", None),
+    "log_z": ("learned", "group", "through", None),
+    "ratio": ("sum", "mean", None),
+    "phi": ("square", "exp", "exp_half", "cosh", "abs"),
+    "tis": ("token", "mean", "sequence", None),
+    "gate": ("clip_logp", "select", None),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,20 +70,50 @@ class Row:
     surrogate: float | None = None
     beta: float = 15.0
 
-    def dumps(self) -> str:
-        """The row as the string an operator can carry (a traced graph can build it, json it cannot)."""
-        return repr(
-            (
-                self.level, self.anchor, self.log_z, self.scale, self.ratio, self.clip, self.token_weight, self.phi,
-                self.tis, self.tis_cap, self.gate, self.gate_clip, self.drop, self.surrogate, self.beta,
-            )
-        )  # fmt: skip
+    def codes(self) -> list[int]:
+        """The fields that are words or flags, as an operator carries them: places in CHOICES, then token_weight."""
+        return [wanted.index(getattr(self, name)) for name, wanted in CHOICES.items()] + [int(self.token_weight)]
+
+    def numbers(self) -> list[float]:
+        """The fields that are numbers; NaN stands for None."""
+        low, high = self.clip
+        drop_low, drop_high = (None, None) if self.drop is None else self.drop
+        fields = (self.scale, low, high, self.tis_cap, *self.gate_clip, drop_low, drop_high, self.surrogate, self.beta)
+        return [math.nan if value is None else value for value in fields]
+
+    def packed_numbers(self) -> Tensor:
+        """`numbers` as a float64 tensor on the CPU: a traced graph takes another beta without being traced again."""
+        return torch.tensor(self.numbers(), dtype=torch.float64, device="cpu")
 
 
-@cache
-def loads(text: str) -> Row:
-    """The row behind a string made by `Row.dumps`."""
-    return Row("", *ast.literal_eval(text))
+def row_of(codes: list[int], values: list[float]) -> Row:
+    """The row behind `Row.codes` and `Row.numbers`, without its source."""
+    words: dict[str, Any] = {name: wanted[i] for (name, wanted), i in zip(CHOICES.items(), codes)}
+    scale, low, high, tis_cap, gate_low, gate_high, drop_low, drop_high, surrogate, beta = (
+        None if math.isnan(value) else value for value in values
+    )
+    if tis_cap is None or gate_low is None or gate_high is None or beta is None:
+        raise ValueError(f"row: wanted numbers for tis_cap, gate_clip and beta; got {values}")
+    return Row(
+        "", scale=scale, clip=(low, high), tis_cap=tis_cap, gate_clip=(gate_low, gate_high),
+        drop=None if drop_low is None or drop_high is None else (drop_low, drop_high), surrogate=surrogate, beta=beta,
+        token_weight=bool(codes[-1]), **words,
+    )  # fmt: skip
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as a float: a Python or numpy number, or a tensor of one that can be read without waiting.
+
+    Raises:
+        TypeError, ValueError: it is not one.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad:
+            return float(value)
+        checks.fail(name, "a number (of a tensor: its .item(), for no gradient reaches it)", checks.shape(value))
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name}: wanted a number; got {value!r}")
+    return float(value)
 
 
 CLIPS: dict[str, tuple[float | None, float | None]] = {

@@ -13,6 +13,7 @@ import json
 import re
 import subprocess
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -168,8 +169,8 @@ def linear_logprob(dtype, h=3584, v=152064, bias=False, softcap=None, entropy=Tr
     b = torch.empty(v, dtype=dtype) if bias else None
     out = op.linear_logprob_fwd(hidden, weight, target, b, temperature, 1.0, softcap, entropy, stats)
     op.linear_logprob_bwd(
-        out[1], out[1] if entropy else None, hidden, weight, target, b, temperature, 1.0, softcap,
-        out[1], out[2], out[3], 0.0, None, None, True, True, bias,
+        out[0], out[0] if entropy else None, hidden, weight, target, b, temperature, 1.0, softcap,
+        *out, 0.0, None, None, True, True, bias,
     )  # fmt: skip
 
 
@@ -182,7 +183,7 @@ def bounded(dtype, h=3584, v=152064, more=False) -> None:
     b = torch.empty(v, dtype=dtype) if more else None
     op.linear_logprob_bwd(
         grad, None, hidden, weight, torch.empty(n, dtype=torch.int64), b, torch.empty(1), 1.0, None,
-        grad, grad, torch.empty(-(-v // 128), n, dtype=torch.float16), 0.01, None,
+        grad, torch.empty(2, n), grad, torch.empty(-(-v // 128), n, dtype=torch.float16), 0.01, None,
         torch.empty(v, h) if more else None, True, True, more,
     )  # fmt: skip
 
@@ -196,7 +197,7 @@ def logprob(dtype, v=152064, softcap=None, entropy=True) -> None:
         torch.empty(1),
     )
     out = op.logprob_fwd(logits, target, temperature, softcap, entropy)
-    op.logprob_bwd(out[1], out[1] if entropy else None, logits, target, temperature, softcap, out[1], out[2], False)
+    op.logprob_bwd(out[0], out[0] if entropy else None, logits, target, temperature, softcap, *out, False)
 
 
 def residual(dtype, preset="paper", packed=False) -> None:
@@ -225,7 +226,8 @@ def linear_residual(dtype, h=3584, v=152064, softcap=None) -> None:
     ref, old, each = torch.empty(n), torch.empty(n), torch.empty(sequences)
     op.linear_residual_fwd(
         named("paper"), hidden, weight, target, None, torch.empty(1), 1.0, softcap, ref, old, None, each, each, mask,
-        torch.empty(sequences + 1, dtype=torch.int64), None, [0, n], [0, sequences], torch.empty(1), True, True, False,
+        torch.empty(sequences + 1, dtype=torch.int64), None, n, [0, n], [0, sequences], torch.empty(1), True, True,
+        False,
     )  # fmt: skip
 
 
@@ -318,28 +320,64 @@ def save(table: dict[str, list[Entry]]) -> None:
     TABLE.write_text(markdown(table))
 
 
+PINNED = "3.7.1"
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
+
+
+def _summary(entries: list[Entry]) -> list[str]:
+    """One line an architecture: how many kernels, and how near the machine's limits they come."""
+    columns = [
+        "",
+        "kernels",
+        "with matrix instructions",
+        "most shared memory, of the limit",
+        "most registers",
+        "spilling",
+    ]
+    rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for arch, limit in SHARED_LIMIT.items():
+        own = [e for e in entries if e.arch == arch]
+        shared = max(e.shared for e in own)
+        spilled = sum(bool(e.spills) for e in own)
+        cells = [arch, len(own), sum(bool(e.mma) for e in own), f"{shared / 1024:.0f} of {limit / 1024:.0f} KB"]
+        rows.append("| " + " | ".join(map(str, [*cells, max(e.registers for e in own), spilled or "none"])) + " |")
+    return rows
+
+
 def markdown(table: dict[str, list[Entry]]) -> str:
     versions = sorted(table)
     text = [
         "# Compile matrix",
         "",
-        "Written by `make matrix` (`python -m tests.compile_matrix --write`); every row is in "
-        "`tests/compile_matrix.json`. Compiled without a GPU, so this says what the machine code is, not how fast it "
-        "runs. Shape: N = 8192, H = 3584 (3583 where odd), V = 152064 (151937 where odd); residual 256 x 8192. "
-        "`make test` compiles bfloat16 " + ", ".join(f"`{case}`" for case, dtype, _ in QUICK if dtype == "bf16") + ".",
+        _filled(
+            "What the Triton kernels compile to, without a GPU: this says what the machine code is, not how fast it "
+            "runs. Written by `make matrix` (`python -m tests.compile_matrix --write`); every row is in "
+            "`tests/compile_matrix.json`. Shape: N = 8192, H = 3584 (3583 where odd), V = 152064 (151937 where odd); "
+            "residual 256 x 8192. `make test` compiles bfloat16 "
+            + ", ".join(f"`{case}`" for case, dtype, _ in QUICK if dtype == "bf16")
+            + "."
+        ),
         "",
-        "A cell reads: registers a thread, shared memory, spills where there are any (NVIDIA: bytes of a thread's "
-        "stack frame, which is where they go, if the code loads from there; AMD: vector registers). `float16` compiles "
-        "like `bfloat16` and is in the JSON only. float32 multiplies without tensor cores; on gfx942 with its float32 "
-        "matrix instructions.",
+        f"Under triton {PINNED}, which `constraints.txt` pins:",
         "",
-        "| limit | " + " | ".join(SHARED_LIMIT) + " |",
-        "|---|" + "---|" * len(SHARED_LIMIT),
-        "| shared memory a block, KB | " + " | ".join(f"{v / 1024:.0f}" for v in SHARED_LIMIT.values()) + " |",
+        *_summary(table[PINNED]),
+        "",
+        "## Every kernel",
+        "",
+        _filled(
+            "A cell reads: registers a thread, shared memory, spills where there are any (NVIDIA: bytes of a "
+            "thread's stack frame, which is where they go, if the code loads from there; AMD: vector registers). "
+            "`float16` compiles like `bfloat16` and is in the JSON only. float32 multiplies without tensor cores; on "
+            "gfx942 with its float32 matrix instructions."
+        ),
     ]
     for arch in TARGETS:
         columns = ["kernel", "case", "dtype", "matrix instructions", *(f"triton {v}" for v in versions)]
-        text += ["", f"## {arch}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        text += ["", f"### {arch}", "", '<details markdown="1">', f"<summary>kernels on {arch}</summary>", ""]
+        text += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         cells: dict[tuple, dict[str, str]] = {}
         for version in versions:
             for e in table[version]:
@@ -349,6 +387,7 @@ def markdown(table: dict[str, list[Entry]]) -> str:
                     cells.setdefault(key, {})[version] = f"{e.registers}, {e.shared / 1024:.0f} KB{spilled}"
         for key, row in sorted(cells.items()):
             text.append("| " + " | ".join(key) + " | " + " | ".join(row.get(v, "") for v in versions) + " |")
+        text += ["", "</details>"]
     return "\n".join(text) + "\n"
 
 

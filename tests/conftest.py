@@ -1,5 +1,6 @@
 """Small machines first: one thread per process, so that results do not depend on how many workers share the cores."""
 
+import poison as poisons
 import pytest
 import torch
 
@@ -10,6 +11,12 @@ torch.set_num_threads(1)
 def _no_environment(monkeypatch):
     monkeypatch.delenv("FLOWRL_IMPL", raising=False)
     monkeypatch.delenv("FLOWRL_CHECK", raising=False)
+
+
+@pytest.fixture(params=list(poisons.VALUES))
+def poison(request):
+    """poison(tensor, mask): a copy with junk in every slot that does not count (tests/poison.py)."""
+    return poisons.poison(poisons.VALUES[request.param])
 
 
 def pytest_collection_modifyitems(items):

@@ -201,9 +201,11 @@ def test_the_values_that_relatives_take_from_the_reference_policy():
     assert float(got[0]) == pytest.approx(0.5 * math.log((1 + 2 * math.exp(2) + math.exp(4)) / 4))
     assert float(got[1]) == pytest.approx(5.0)
     quantiles = advantages.qrpo_target(torch.tensor([1.0, 4.0], dtype=torch.float64), rewards, beta=0.1)
-    log_z = math.log(0.1) + 10.0  # log of the integral of exp(q / beta) over [0, 1], up to exp(-1 / beta)
-    assert float(quantiles[0]) == pytest.approx(0.75 - 0.1 * log_z)
-    assert float(quantiles[1]) == pytest.approx(0.0 - 0.1 * log_z)
+    log_z = math.log(0.1) + 10.0  # the authors' simplification: up to exp(-1 / beta) = 4.5e-5 right
+    assert float(quantiles[0]) == pytest.approx(0.75 - 0.1 * log_z, abs=5e-6)
+    assert float(quantiles[1]) == pytest.approx(0.0 - 0.1 * log_z, abs=5e-6)
+    one = advantages.qrpo_target(torch.tensor([9.0], dtype=torch.float64), rewards[:1], beta=1.0)
+    assert float(one) == pytest.approx(1.0 - math.log(math.e - 1.0))  # Z = integral of e^q over [0, 1]
     exact = math.log(sum(math.exp((i + 0.5) / 1e5 / 0.1) for i in range(100000)) / 1e5)
     assert log_z == pytest.approx(exact, abs=1e-4)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import inputs, measure, oracle, report, run
+from benchmarks import inputs, measure, oracle, pages, plots, report, run
 from benchmarks.cases import CASES, Case, choose
 from benchmarks.peers import Outcome, Peer, always, load
 from benchmarks.peers.eager import forward as eager_forward
@@ -287,14 +288,20 @@ def test_the_command_writes_json_and_the_report_turns_it_into_tables(tmp_path, m
     assert {"commit", "dirty", "seed", "load_at_start", "ceilings"} <= set(document)
     case = document["cases"][0]
     assert len(case["implementations"]["ours-chunked"]["step"]["repeats_s"]) >= 3
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    assert report.write(tmp_path, page) == 0
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "| ours-chunked |" in text
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    for name in pages.PAGES:
+        (folder / name).write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert pages.write(tmp_path, folder) == 0
+    for name in pages.PAGES:
+        text = (folder / name).read_text()
+        assert text.startswith("before\n")
+        assert text.endswith("after\n")
+        assert "old" not in text
+    assert "| ours-chunked |" in (folder / "tables.md").read_text()
+    assert "| `tiny`: " in (folder / "fastest.md").read_text()
+    (folder / "exact.md").write_text("no marks\n")
+    assert pages.write(tmp_path, folder) == 1
 
 
 def test_a_sweep_is_one_table_for_each_quantity_with_what_varies_across():
@@ -305,7 +312,7 @@ def test_a_sweep_is_one_table_for_each_quantity_with_what_varies_across():
         | {"implementations": {"ours": ours, "peer": {"status": "failed"}, "absent": {"status": "unavailable"}}}
         for n in (256, 512)
     ]
-    text = "\n".join(report._sweep(cases))
+    text = "\n".join(report.sweep(cases))
     assert "### tiny\n" in text
     assert "| forward + backward | N 256 | N 512 |" in text
     assert "| ours | 20.00 ±10.00 ms | 20.00 ±10.00 ms |" in text
@@ -314,10 +321,77 @@ def test_a_sweep_is_one_table_for_each_quantity_with_what_varies_across():
     assert "absent" not in text
 
 
-def test_the_page_holds_what_the_committed_json_says():
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
+@pytest.mark.parametrize("name", pages.PAGES)
+def test_the_page_holds_what_the_committed_json_says(name):
+    page = (ROOT / "docs" / "benchmarks" / name).read_text()
     held = page.split(report.BEGIN)[1].split(report.END)[0].strip()
-    assert held == report.generate(ROOT / "benchmarks" / "results").strip(), "run `python -m benchmarks report`"
+    assert held == pages.generate(ROOT / "benchmarks" / "results", name).strip(), "run `make bench-report`"
+
+
+def test_a_case_ranks_what_could_stand_in_our_place_the_least_first(tmp_path):
+    def entry(seconds, status="ok"):
+        step = {"median_s": seconds, "min_s": seconds, "max_s": seconds}
+        return {"status": status, "step": step, "memory": {"extra": 2e6 / seconds}, "errors": {"logp_max_abs": seconds}}
+
+    made = {
+        "ours-chunked": entry(2.0),
+        "eager": entry(4.0),
+        "torch.compile": entry(1.0),
+        "F.linear_cross_entropy-mean": entry(0.5),  # a mean: no log-prob for a token
+        "trl-chunked": entry(0.1, "failed"),
+    }
+    document = {
+        "machine": {"cpu": "a cpu", "threads": 2, "device": "cpu", "gpu": None},
+        "started": "2026-01-01T00:00:00", "commit": "0" * 40, "dirty": False,
+        "cases": [dataclasses.replace(TINY, group="contract").record() | {"implementations": made}],
+    }  # fmt: skip
+    (tmp_path / "one.json").write_text(json.dumps(document))
+    fastest = pages.generate(tmp_path, "fastest.md")
+    assert "| torch.compile 1.00 ±0.00 s<br>**ours-chunked** 2.00 ±0.00 s<br>eager 4.00 ±0.00 s |" in fastest
+    assert "`ours-chunked` takes **0.5** of eager's time" in fastest
+    fits = pages.generate(tmp_path, "fits.md")
+    assert "| eager 500 kB<br>**ours-chunked** 1 MB<br>torch.compile 2 MB |" in fits
+    assert "| torch.compile 1<br>**ours-chunked** 2<br>eager 4 |" in pages.generate(tmp_path, "exact.md")
+
+
+def test_every_picture_of_the_pages_is_drawn_from_the_committed_json():
+    committed = {path.name for path in (ROOT / "docs" / "images").glob("*.png")}
+    drawn = set(plots.pictures(ROOT / "benchmarks" / "results"))
+    assert drawn | {"cost.png"} <= committed
+    shown = set(
+        re.findall(r"\.\./images/([\w.-]+)", "".join(p.read_text() for p in (ROOT / "docs/benchmarks").glob("*.md")))
+    )
+    assert shown == drawn
+
+
+def test_a_sweep_draws_time_memory_and_both_together_with_the_same_bytes_each_time(tmp_path):
+    def entry(n):
+        return {"status": "ok", "step": {"median_s": n / 1e3}, "memory": {"extra": n * 1e6}}
+
+    cases = [
+        dataclasses.replace(TINY, n=n, group="scaling").record()
+        | {"implementations": {"ours-chunked": entry(n), "eager": entry(2 * n), "trl-chunked": {"status": "failed"}}}
+        for n in (256, 512)
+    ]
+    machine = {"cpu": "a cpu", "threads": 2, "device": "cpu", "gpu": None}
+    document = {"machine": machine, "started": "2026-01-01T00:00:00", "cases": cases}
+    made = plots.draw(document, tmp_path, "run")
+    assert [path.name for path in made] == ["run-time.png", "run-memory.png", "run-cost.png"]
+    before = [path.read_bytes() for path in made]
+    assert [path.read_bytes() for path in plots.draw(document, tmp_path, "run")] == before
+    assert plots.draw({**document, "cases": cases[:1]}, tmp_path, "one") == []
+    (tmp_path / "one.json").write_text(json.dumps(document))
+    drawn = plots.draw_committed(tmp_path, tmp_path / "images")
+    assert [path.name for path in drawn] == ["one-time.png", "one-memory.png", "cost.png"]
+
+
+def test_labels_keep_their_order_and_their_distance():
+    assert plots._apart([0.0, 100.0], 10.0) == [0.0, 100.0]
+    assert plots._apart([50.0, 50.0], 10.0) == [45.0, 55.0]
+    assert plots._apart([0.0, 1.0, 2.0], 10.0) == [-9.0, 1.0, 11.0]
+    made = plots._apart([0.0, 4.0, 5.0, 90.0], 10.0)
+    assert all(b - a >= 10.0 - 1e-9 for a, b in itertools.pairwise(made))
+    assert made[-1] == 90.0
 
 
 @pytest.mark.parametrize("mode", ["check", "tune", "bench"])

@@ -13,7 +13,7 @@ from flowrl_kernels.testing import peaked_inputs
 
 def test_every_backend_says_what_it_is_or_why_not():
     known = flowrl_kernels.backends()
-    assert set(known) == set(dispatch.IMPLS)
+    assert set(known) == {*dispatch.IMPLS, "cuda"}
     assert all(backend.reason for backend in known.values())
     assert known["chunked"].available
 
@@ -38,9 +38,16 @@ def test_an_unknown_implementation_is_refused_by_name():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the request would succeed")
 def test_an_explicit_request_that_cannot_run_raises_with_the_reason():
     hidden, weight, target = peaked_inputs(2, 4, 10)
-    for impl in ("triton", "cuda"):
-        with pytest.raises(RuntimeError, match=f"impl='{impl}' was asked for and cannot run: ."):
-            linear_logprob(hidden, weight, target, impl=impl)
+    with pytest.raises(RuntimeError, match="impl='triton' was asked for and cannot run: ."):
+        linear_logprob(hidden, weight, target, impl="triton")
+
+
+def test_the_cuda_library_is_no_implementation_and_the_refusal_says_what_it_is():
+    hidden, weight, target = peaked_inputs(2, 4, 10)
+    with pytest.raises(
+        ValueError, match="impl: wanted one of 'auto', 'reference', 'chunked', 'triton'; got 'cuda' .*routes"
+    ):
+        linear_logprob(hidden, weight, target, impl="cuda")
 
 
 def test_importing_the_package_loads_neither_triton_nor_a_library():

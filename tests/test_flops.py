@@ -38,10 +38,11 @@ def forward(op, data, stats):
 
 def backward(op, data, kept, epsilon=0.0, report=None, needs=(True, True)):
     hidden, weight, target, grad = data
-    _, lse, ent, stats = kept
+    logp, lse, ent, stats = kept
     return op.linear_logprob_bwd(
-        grad, None, hidden, weight, target, None, ONE, 1.0, None, lse, ent, stats, epsilon, report, None, *needs, False
-    )
+        grad, None, hidden, weight, target, None, ONE, 1.0, None, logp, lse, ent, stats, epsilon, report, None,
+        *needs, False,
+    )  # fmt: skip
 
 
 def check_two_passes(op, data, count):
@@ -78,7 +79,8 @@ def test_one_pass_does_six_and_four_for_a_frozen_head(data, needs, expected):
     done, _ = counted(
         lambda: linear_residual.linear_residual_fwd(
             named("paper"), hidden, weight, target, None, ONE, 1.0, None, logp, logp, None, each, each,
-            torch.ones(N, dtype=torch.bool), edges, None, [0, N // 2, N], [0, 2, 4], torch.full((), 4.0), *needs, False,
+            torch.ones(N, dtype=torch.bool), edges, None, N, [0, N // 2, N], [0, 2, 4], torch.full((), 4.0), *needs,
+            False,
         )
     )  # fmt: skip
     assert done == pytest.approx(expected, rel=0.05)

@@ -67,3 +67,29 @@ def test_bad_lists_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             linear_logprob(hidden, weight, target, kept=kept)
+
+
+def test_an_id_that_is_listed_twice_counts_once_in_any_order_and_an_empty_list_keeps_the_target():
+    hidden, weight, target = peaked_inputs(3, 8, 40)
+    target[0] = 5
+    once = (torch.tensor([5, 7, 9, 1, 2]), torch.tensor([0, 3, 5, 5]))
+    twice = (torch.tensor([9, 5, 7, 5, 9, 9, 2, 1, 2]), torch.tensor([0, 6, 9, 9]))
+    results = []
+    for kept in (once, twice):
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = linear_logprob(x, w, target, kept=kept, entropy=True)
+        results.append((out.logp, out.entropy, *torch.autograd.grad(out.logp.sum() + out.entropy.sum(), (x, w))))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    z = hidden[0].double() @ weight[[5, 7, 9]].double().T
+    assert abs(float(results[1][0][0].detach() - torch.log_softmax(z, -1)[0])) < 2e-5
+    assert results[1][0][2] == 0  # the target alone: certain
+
+
+def test_ids_outside_make_their_row_nan_where_looking_would_cost_a_sync():
+    from flowrl_kernels.ops.kept import KeptLogProb
+
+    hidden, weight, target = peaked_inputs(4, 8, 40)
+    target[3] = 40
+    ids, offsets = torch.tensor([1, 2, 99, 3, -7, 4]), torch.tensor([0, 2, 4, 5, 6])
+    logp, _ = KeptLogProb.call(hidden, weight, target, ids, offsets, None, torch.ones(1), 1.0, None, -100, False)
+    assert logp.isnan().tolist() == [False, True, True, True]

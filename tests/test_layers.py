@@ -36,8 +36,9 @@ ALLOWED = {
         "dispatch",
     },
     "testing": {"reference", "types"},
+    "hf": set(),
 }
-PUBLIC = {"functional", "losses", "nn", "advantages", "types", "checks", "dispatch", "presets", "__init__"}
+PUBLIC = {"functional", "losses", "nn", "advantages", "types", "checks", "dispatch", "presets", "hf", "__init__"}
 
 
 def imported_rooms(path):

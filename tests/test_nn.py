@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flowrl_kernels import FlowRLLoss, LinearFlowRLLoss, flowrl_loss, linear_logprob
+from flowrl_kernels.presets import PRESETS
 from flowrl_kernels.testing import assert_grad_close, cu_seqlens_of, peaked_inputs, ragged_mask
 
 B, T, H, V = 5, 7, 16, 200
@@ -31,22 +32,31 @@ def flat(data):
     return {k: v[inside] if v.shape[:2] == (B, T) else v for k, v in tensors.items()}, cu_seqlens_of(lengths), inside
 
 
+def anchored(data, settings):
+    return data["ref"] if PRESETS[settings.get("preset", "paper")].anchor == "ref" else None
+
+
+def second(data, settings):
+    return data["sampler"] if PRESETS[settings.get("preset", "paper")].tis else None
+
+
 def two_steps(data, settings, head, impl):
     logp = linear_logprob(
         data["hidden"], data["weight"], data["target"].masked_fill(~data["mask"], -100), impl=impl, **head
     ).logp
     return flowrl_loss(
-        logp, data["ref"], data["reward"], data["z"], logp_old=data["old"], logp_sampler=data["sampler"],
-        mask=data["mask"], groups=data["groups"], normalizer=(4.0, 20.0), **settings,
+        logp, anchored(data, settings), data["reward"], data["z"], logp_old=data["old"],
+        logp_sampler=second(data, settings), mask=data["mask"], groups=data["groups"], normalizer=(4.0, 20.0),
+        **settings,
     )  # fmt: skip
 
 
 def one_step(data, settings, head, impl, cu_seqlens=None, **options):
     module = LinearFlowRLLoss(impl=impl, **settings, **options)
     return module(
-        data["hidden"], data["weight"], data["target"], data["ref"], data["reward"], data["z"], logp_old=data["old"],
-        logp_sampler=data["sampler"], mask=data["mask"], cu_seqlens=cu_seqlens, groups=data["groups"],
-        normalizer=(4.0, 20.0), **head,
+        data["hidden"], data["weight"], data["target"], anchored(data, settings), data["reward"], data["z"],
+        logp_old=data["old"], logp_sampler=second(data, settings), mask=data["mask"], cu_seqlens=cu_seqlens,
+        groups=data["groups"], normalizer=(4.0, 20.0), **head,
     )  # fmt: skip
 
 

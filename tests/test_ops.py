@@ -18,12 +18,12 @@ def test_linear_logprob_passes_opcheck(entropy, epsilon):
         hidden.requires_grad_(), weight.requires_grad_(), target, bias, torch.ones(1), 1.0, None, -100, entropy,
         epsilon, None, None, "chunked",
     )  # fmt: skip
-    torch.library.opcheck(linear_op, arguments)
+    torch.library.opcheck(linear_op.overload, arguments)
 
 
 def test_logprob_passes_opcheck():
     logits, target = torch.randn(5, 40, requires_grad=True), torch.arange(5)
-    torch.library.opcheck(logits_op, (logits, target, torch.ones(5), 20.0, -100, True, False, "chunked"))
+    torch.library.opcheck(logits_op.overload, (logits, target, torch.ones(5), 20.0, -100, True, False, "chunked"))
 
 
 def test_both_primitives_compile_without_a_graph_break():

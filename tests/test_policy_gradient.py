@@ -93,10 +93,11 @@ def compare(data, *, per_token=False, aggregate_by="token-mean", **settings):
     flat, cu_seqlens, inside = packed(data)
     for batch, layout in ((data, {"mask": data["mask"]}), (flat, {"mask": flat["mask"], "cu_seqlens": cu_seqlens})):
         logp = batch["logp"].clone().requires_grad_()
-        extra = {"horizon": T} if "cu_seqlens" in layout else {}
+        extra = {"horizon": T} if "cu_seqlens" in layout and aggregate_by == "seq-mean-token-sum-norm" else {}
         out = policy_gradient_loss(
-            logp, batch["old"], batch["per_token" if per_token else "advantage"], logp_ref=batch["ref"],
-            aggregate=aggregate_by, **layout, **{**extra, **settings},
+            logp, batch["old"], batch["per_token" if per_token else "advantage"],
+            logp_ref=batch["ref"] if settings.get("kl") else None, aggregate=aggregate_by, **layout,
+            **{**extra, **settings},
         )  # fmt: skip
         assert abs(float((out.loss - wanted).detach())) < 1e-12 * max(1, abs(float(wanted.detach())))
         (got,) = torch.autograd.grad(out.loss, logp)
@@ -211,7 +212,12 @@ def test_what_is_masked_out_changes_nothing_even_if_it_is_nan(method):
     for batch in (data, dirty):
         logp = batch["logp"].clone().requires_grad_()
         out = policy_gradient_loss(
-            logp, batch["old"], batch["per_token"], mask=batch["mask"], logp_ref=batch["ref"], **METHODS[method]
+            logp,
+            batch["old"],
+            batch["per_token"],
+            mask=batch["mask"],
+            logp_ref=batch["ref"] if METHODS[method].get("kl") else None,
+            **METHODS[method],
         )
         results.append((out.loss.detach(), *torch.autograd.grad(out.loss, logp)))
     assert torch.equal(results[0][0], results[1][0])
@@ -225,8 +231,8 @@ def test_nothing_to_learn_from_gives_zero_and_no_nan(method, how):
         data = {k: v[:rows] for k, v in make().items()}
         logp = data["logp"].clone().requires_grad_()
         out = policy_gradient_loss(
-            logp, data["old"], data["advantage"], mask=torch.zeros_like(data["mask"]), logp_ref=data["ref"],
-            aggregate=how, **METHODS[method],
+            logp, data["old"], data["advantage"], mask=torch.zeros_like(data["mask"]),
+            logp_ref=data["ref"] if METHODS[method].get("kl") else None, aggregate=how, **METHODS[method],
         )  # fmt: skip
         (got,) = torch.autograd.grad(out.loss, logp)
         assert out.loss == 0
@@ -240,8 +246,8 @@ def test_a_log_ratio_of_500_leaves_everything_finite(method, move):
     data = make(dtype=torch.float32)
     logp = data["logp"].clone().requires_grad_()
     out = policy_gradient_loss(
-        logp, data["logp"] - move, data["advantage"], mask=data["mask"], logp_ref=data["logp"] - move,
-        **METHODS[method],
+        logp, data["logp"] - move, data["advantage"], mask=data["mask"],
+        logp_ref=data["logp"] - move if METHODS[method].get("kl") else None, **METHODS[method],
     )  # fmt: skip
     (got,) = torch.autograd.grad(out.loss, logp)
     assert out.loss.dtype == torch.float32
@@ -321,11 +327,18 @@ def test_the_value_loss_equals_the_loop(how, clip):
     wanted = aggregate(tokens, how, None)
     (gradient,) = torch.autograd.grad(wanted, leaf)
     dirty = value.masked_fill(~mask, math.nan).requires_grad_()
+    old = None if clip is None else old
     got = value_loss(dirty, returns.masked_fill(~mask, math.nan), old_value=old, clip=clip, mask=mask, aggregate=how)
     assert abs(float((got - wanted).detach())) < 1e-12
     assert_grad_close(torch.autograd.grad(got, dirty)[0], gradient, rel=1e-12)
-    flat, cu_seqlens, _ = packed({"mask": mask, "v": value, "r": returns, "o": old})
+    flat, cu_seqlens, _ = packed({"mask": mask, "v": value, "r": returns, "o": value if old is None else old})
     again = value_loss(
-        flat["v"], flat["r"], old_value=flat["o"], clip=clip, mask=flat["mask"], cu_seqlens=cu_seqlens, aggregate=how
+        flat["v"],
+        flat["r"],
+        old_value=flat["o"] if clip else None,
+        clip=clip,
+        mask=flat["mask"],
+        cu_seqlens=cu_seqlens,
+        aggregate=how,
     )
     assert abs(float((again - wanted).detach())) < 1e-12

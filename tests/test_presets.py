@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowrl_kernels import FlowRLLoss, flowrl_loss, residual_loss
-from flowrl_kernels.presets import CLIPS, PRESETS, loads, named
+from flowrl_kernels.presets import CLIPS, PRESETS, named, row_of
 
 MAKE = torch.Generator().manual_seed(0)
 LOGP, REF, OLD, SAMPLER = (-torch.rand(4, 5, generator=MAKE, dtype=torch.float64) for _ in range(4))
@@ -15,18 +15,18 @@ GROUPS = torch.tensor([0, 0, 1, 1])
 
 
 def loss(log_z=..., **arguments):
+    row = PRESETS.get(arguments.get("preset") or "paper", PRESETS["paper"])
     if log_z is ...:
-        row = PRESETS[arguments.get("preset") or "paper"]
         log_z = LOG_Z if row.log_z == "learned" else row.log_z
-    return flowrl_loss(
-        LOGP, REF, REWARD, log_z, logp_old=OLD, logp_sampler=SAMPLER, groups=GROUPS, **arguments
-    ).loss  # fmt: skip
+    ref = REF if arguments.get("anchor", row.anchor) == "ref" else None
+    sampler = SAMPLER if arguments.get("tis", row.tis) else None
+    return flowrl_loss(LOGP, ref, REWARD, log_z, logp_old=OLD, logp_sampler=sampler, groups=GROUPS, **arguments).loss
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_row_survives_the_trip_through_an_operator(name):
     row = PRESETS[name]
-    assert dataclasses.replace(loads(row.dumps()), source=row.source) == row
+    assert dataclasses.replace(row_of(row.codes(), row.numbers()), source=row.source) == row
     assert len(row.source) > 10
 
 

@@ -85,10 +85,29 @@ def test_rows_whose_sequences_depend_on_each_other_need_one_chunk(monkeypatch, c
             assert_grad_close(got, expected, rel=1e-5)
 
 
-def test_a_sequence_longer_than_the_buffer_takes_two_passes(monkeypatch, counted):
+def test_a_sequence_longer_than_the_buffer_makes_its_own_logits_twice_and_no_others(monkeypatch, counted):
+    again = []
+    whole = room.linear_logprob_bwd
+    monkeypatch.setattr(room, "linear_logprob_bwd", lambda *a: again.append(len(a[0])) or whole(*a))
     monkeypatch.setattr(operator, "chunk_tokens", lambda *_: 11)
-    run(True, batch())
+    head = {"bias": torch.linspace(-1, 1, 1300).requires_grad_(), "temperature": torch.linspace(0.5, 2, 32)}
+    one, one_grads = run(True, batch(), head=head)
+    assert counted == [[0, 2, 3, 4, 6]]
+    assert again == [12]
+    two, two_grads = run(False, batch(), head=head)
+    assert torch.equal(one.loss, two.loss)
+    assert all(torch.equal(one.metrics[k], two.metrics[k]) for k in two.metrics)
+    for got, expected in zip(one_grads, two_grads):
+        assert_grad_close(got, expected, rel=1e-5)
+
+
+def test_a_long_sequence_in_float16_takes_two_passes_and_the_log_says_so(monkeypatch, counted, caplog):
+    linear_loss._say_why.cache_clear()
+    monkeypatch.setattr(operator, "chunk_tokens", lambda *_: 11)
+    with caplog.at_level("INFO", logger="flowrl_kernels"):
+        run(True, batch(torch.float16))
     assert not counted
+    assert "two passes" in caplog.text
 
 
 def test_padded_input_gives_what_packed_input_gives(counted):
@@ -140,22 +159,40 @@ def test_the_operator_keeps_the_contract_and_compiles():
         torch.testing.assert_close(a, b)
 
 
-def test_a_second_backward_is_refused_once_the_gradients_were_scaled_in_place():
-    hidden, weight, target, ref, old, reward, log_z = batch()
-    x, w = hidden.requires_grad_(), weight.requires_grad_()
-    out = LinearFlowRLLoss()(x, w, target, ref, reward, log_z, logp_old=old, cu_seqlens=cu_seqlens_of(LENGTHS))
-    unscaled = torch.autograd.grad(out.loss, (x, w), retain_graph=True)
-    again = [g.clone() for g in torch.autograd.grad(out.loss, (x, w), retain_graph=True)]
-    assert all(torch.equal(a, b) for a, b in zip(unscaled, again))
-    (out.loss * 3.0).backward(retain_graph=True)
-    assert_grad_close(w.grad, 3.0 * again[1], rel=1e-6)
-    with pytest.raises(RuntimeError, match="single_pass=False"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_later_backward_leaves_earlier_gradients_alone(dtype):
+    hidden, weight, target, ref, old, reward, log_z = batch(dtype)
+    x, w, z = (t.requires_grad_() for t in (hidden, weight, log_z))
+    out = LinearFlowRLLoss()(x, w, target, ref, reward, z, logp_old=old, cu_seqlens=cu_seqlens_of(LENGTHS))
+    first = torch.autograd.grad(out.loss, (x, w, z), retain_graph=True)
+    kept = [g.clone() for g in first]
+    thrice = torch.autograd.grad(3.0 * out.loss, (x, w, z), retain_graph=True)
+    for g in first:
+        g.add_(1.0)  # an optimiser may write into what it was given
+    for scale, want in ((2.0, 2.0), (1.0, 3.0), (1.0, 4.0)):
+        (scale * out.loss).backward(retain_graph=True)
+        for leaf, one, three in zip((x, w, z), kept, thrice):
+            assert_grad_close(three, 3.0 * one.float(), rel=1e-3)
+            assert_grad_close(leaf.grad, want * one.float(), rel=1e-3)
+    out.loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
         out.loss.backward()
 
 
-def test_chunks_end_at_whole_row_blocks_where_the_sequences_allow(monkeypatch):
-    monkeypatch.setattr(operator, "chunk_tokens", lambda *_: 441)
-    assert linear_loss.chunk_bounds(list(range(0, 1025, 64)), 151936, "cpu", True) == [0, 4, 8, 12, 16]
-    assert linear_loss.chunk_bounds([0, 300, 400, 500], 151936, "cpu", True) == [0, 1, 3]
-    assert linear_loss.chunk_bounds([0, 442], 151936, "cpu", True) is None
-    assert linear_loss.chunk_bounds([0, 200, 400], 151936, "cpu", False) == [0, 2]
+def test_the_last_backward_makes_no_copy_of_the_weights_gradient():
+    hidden, weight, target, ref, old, reward, log_z = batch()
+    w = weight.requires_grad_()
+    out = LinearFlowRLLoss()(hidden, w, target, ref, reward, log_z, logp_old=old, cu_seqlens=cu_seqlens_of(LENGTHS))
+    made = next(t for t in out.loss.grad_fn.saved_tensors if t.shape == w.shape)
+    (g,) = torch.autograd.grad(3.0 * out.loss, w, retain_graph=True)
+    assert g.data_ptr() != made.data_ptr()
+    (g,) = torch.autograd.grad(3.0 * out.loss, w)
+    assert g.data_ptr() == made.data_ptr()
+
+
+def test_chunks_end_at_whole_row_blocks_where_the_sequences_allow():
+    assert linear_loss.chunk_bounds(list(range(0, 1025, 64)), 441, True) == [0, 4, 8, 12, 16]
+    assert linear_loss.chunk_bounds([0, 300, 400, 500], 441, True) == [0, 1, 3]
+    assert linear_loss.chunk_bounds([0, 442], 441, True) is None
+    assert linear_loss.chunk_bounds([0, 200, 400], 441, False) == [0, 2]
+    assert linear_loss.chunk_bounds([0, 9, 9, 451, 460], 441, True, alone=True) == [0, 2, 3, 4]

@@ -45,3 +45,66 @@ def worker(rank, world):
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_split_head_equals_the_whole_one(world):
     on_ranks(worker, world)
+
+
+def troubled(rank, world):
+    hidden, weight, target = peaked_inputs(31, 16, V)
+    group = dist.group.WORLD
+    # two heads of one group: rank 0 holds as many rows of either, the others do not
+    for v in (V, V - 20):
+        cuts = [0, 100, v] if world == 2 else [0, 60, 100, 150, v]
+        own = slice(cuts[rank], cuts[rank + 1])
+        ids = target % v
+        out = linear_logprob(hidden, weight[own], ids, vocab_parallel=group)
+        whole = linear_logprob(hidden, weight[:v], ids)
+        torch.testing.assert_close(out.logp, whole.logp, atol=4e-6, rtol=1e-6)
+    # NaN in one rank's rows shows on every rank, in result and gradient
+    own = slice(100 * rank, 100 * rank + 100)
+    for bad in range(world):
+        shard = weight[own].clone()
+        if rank == bad:
+            shard[3, 2] = float("nan")
+        x = hidden.clone().requires_grad_()
+        out = linear_logprob(x, shard, target % 200, entropy=True, vocab_parallel=group)
+        assert out.logp.isnan().all()
+        assert out.entropy.isnan().all()
+        assert torch.autograd.grad(out.logp.sum(), x)[0].isnan().any()
+    # junk in an ignored row does not
+    ids = (target % 200).masked_fill(torch.arange(31) % 3 == 0, -100)
+    dirty = hidden.masked_fill((ids == -100)[:, None], float("nan"))
+    results = []
+    for x in (hidden.clone(), dirty):
+        x, w = x.requires_grad_(), weight[own].clone().requires_grad_()
+        out = linear_logprob(x, w, ids, entropy=True, vocab_parallel=group)
+        results.append((out.logp, out.entropy, *torch.autograd.grad(out.logp.sum() + out.entropy.sum(), (x, w))))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    # a shard that is all -inf, some targets in it
+    bias = torch.zeros(200)
+    bias[:100] = -torch.inf
+    x, w = hidden.clone().requires_grad_(), weight[:200].clone().requires_grad_()
+    whole = linear_logprob(x, w, target % 200, bias=bias, entropy=True)
+    banned = whole.logp == -torch.inf
+    assert banned.any()
+    assert not banned.all()
+    keep = (~banned).float()
+    expected = torch.autograd.grad((whole.logp, whole.entropy), (x, w), (keep, keep))
+    x, w = hidden.clone().requires_grad_(), weight[own].clone().requires_grad_()
+    out = linear_logprob(x, w, target % 200, bias=bias[own], entropy=True, vocab_parallel=group)
+    assert torch.equal(out.logp == -torch.inf, banned)
+    torch.testing.assert_close(out.logp, whole.logp, atol=4e-6, rtol=1e-6)
+    torch.testing.assert_close(out.entropy, whole.entropy, atol=4e-6, rtol=1e-6)
+    got = torch.autograd.grad((out.logp, out.entropy), (x, w), (keep, keep), retain_graph=True)
+    assert_grad_close(got[0], expected[0], rel=1e-5)
+    assert (got[1] == 0).all() if rank == 0 else torch.allclose(got[1], expected[1][own], atol=1e-5)
+    # not differentiable twice, and no more than that
+    first = torch.autograd.grad(out.logp[~banned].sum() * 1.0, x, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="vocab_parallel: a second derivative"):
+        first.sum().backward()
+    # no tokens
+    none = linear_logprob(hidden[:0], weight[own], target[:0], entropy=True, vocab_parallel=group)
+    assert none.logp.shape == none.entropy.shape == (0,)
+
+
+@pytest.mark.distributed
+def test_a_split_head_hides_no_nan_hangs_on_no_second_head_and_takes_a_shard_without_mass():
+    on_ranks(troubled, 2)

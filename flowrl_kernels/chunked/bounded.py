@@ -63,7 +63,8 @@ def bounded_backward(
     bias: Tensor | None,  # [V]
     temperature: Tensor,  # [R, 1] or [1, 1]
     logit_scale: float,
-    lse: Tensor,  # [R]
+    logp: Tensor,  # [R] of the target, from the forward
+    lse_parts: Tensor,  # [2, R, 1] maximum and log of the sum
     tile_lse: Tensor,  # [ceil(V/128), R]
     epsilon: float,
     report: Tensor | None,  # [3]
@@ -71,18 +72,15 @@ def bounded_backward(
     dweight: Tensor | None,  # [V, H] written
     main_grad: Tensor | None,  # [V, H] accumulated into
     dbias: Tensor | None,  # [V] accumulated into
+    inverse: Tensor | None = None,  # [1] what undoes the power of two that `scale` carries for float16
 ) -> bool:
     """Fills the gradients and `report`; False, with only `report` written, if the exact path is the better one."""
     vocab_size = weight.shape[0]
-    has_target = target < vocab_size
-    safe_target = target.clamp_max(vocab_size - 1)
-    target_rows = tiles.operand(weight.index_select(0, safe_target))  # [R, H]
-    target_logit = (x.to(lse.dtype) * target_rows.to(lse.dtype)).sum(1)
-    if bias is not None:
-        target_logit = target_logit + bias.to(lse.dtype)[safe_target]
-    target_logp = target_logit * logit_scale / temperature[:, 0] - lse
-    target_logp = target_logp.masked_fill(~has_target, -torch.inf).clamp_max_(0.0)
-    plan = make_plan(scale[:, 0].abs(), lse, tile_lse, target, target_logp, epsilon)
+    target_rows = tiles.operand(weight.index_select(0, target.clamp_max(vocab_size - 1)))  # [R, H]
+    target_logp = logp.masked_fill(target == vocab_size, -torch.inf).clamp_max(0.0)
+    lse = lse_parts.sum(0)[:, 0]  # the statistics are fp16: nothing there to keep apart
+    live = None if tiles.host_knows(x) else scale[:, 0] != 0
+    plan = make_plan(scale[:, 0].abs(), lse, tile_lse, target, target_logp, epsilon, COLUMNS, live)
     pays = bool(plan.share <= FALL_BACK)  # the one host sync of a bounded backward
     if report is not None:
         exact = report.new_tensor([0.0, 1.0, 1.0])
@@ -90,15 +88,15 @@ def bounded_backward(
     if not pays:
         return False
     _compute(
-        plan.active, scale, x, weight, target, target_logp, target_rows, bias, temperature, logit_scale, lse, tile_lse,
-        dhidden, dweight, main_grad, dbias,
+        plan.active, scale, x, weight, target, target_logp, target_rows, bias, temperature, logit_scale, lse, lse_parts,
+        tile_lse, dhidden, dweight, main_grad, dbias, inverse,
     )  # fmt: skip
     return True
 
 
 def _compute(
-    active, scale, x, weight, target, target_logp, target_rows, bias, temperature, logit_scale, lse, tile_lse,
-    dhidden, dweight, main_grad, dbias,
+    active, scale, x, weight, target, target_logp, target_rows, bias, temperature, logit_scale, lse, lse_parts,
+    tile_lse, dhidden, dweight, main_grad, dbias, inverse,
 ) -> None:  # fmt: skip
     vocab_size = weight.shape[0]
     num_rows, hidden_size = x.shape
@@ -140,7 +138,8 @@ def _compute(
                 x_rows = x[rows]
                 z = tiles.logits_tile(x_rows, w, None if bias is None else bias[start:stop], logit_scale, None)
                 row_temperature = temperature if temperature.numel() == 1 else temperature[rows]
-                p = tiles.divide_by_temperature(z, row_temperature).sub_(lse[rows, None]).exp_()
+                shifted = tiles.divide_by_temperature(z, row_temperature).sub_(lse_parts[0, rows])
+                p = shifted.exp_().mul_(lse_parts[1, rows].neg().exp())
                 local = (target[rows] - start)[:, None]
                 outside = (local < 0) | (local >= stop - start)
                 local = local.clamp(0, stop - start - 1)
@@ -162,6 +161,7 @@ def _compute(
                 part = w.new_zeros(w.shape, dtype=lse.dtype) if part is None else part
                 part -= _per_column(spread[runs], stop - start)
                 tiles.add_rows(part, target[mine] - start, target_gradient[mine] * x[mine].to(lse.dtype))
+                part = part if inverse is None else part.mul_(inverse)
                 if main_grad is not None:
                     main_grad[start:stop] += part
                 else:

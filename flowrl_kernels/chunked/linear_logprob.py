@@ -16,7 +16,7 @@ from flowrl_kernels.types import TILE
 
 def kept_rows(keep: Tensor) -> Tensor | None:
     """Indices of the rows that need work, or None for all. A GPU would have to wait for the count: all there."""
-    if keep.device.type != "cpu" or bool(keep.all()):
+    if not tiles.host_knows(keep) or bool(keep.all()):
         return None
     return keep.nonzero()[:, 0]
 
@@ -32,6 +32,12 @@ def put(rows: Tensor | None, value: Tensor, size: int) -> Tensor:
     return value.new_zeros((size, *value.shape[1:])).index_copy_(0, rows, value)
 
 
+def clean(keep: Tensor, hidden: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that take no part, where they cannot be left out, with nothing in them: they may hold NaN."""
+    hidden = hidden.masked_fill(~keep[:, None], 0.0)
+    return hidden, temperature if temperature.numel() == 1 else temperature.masked_fill(~keep, 1.0)
+
+
 def linear_logprob_fwd(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
@@ -43,10 +49,14 @@ def linear_logprob_fwd(
     entropy: bool,
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Target logit [N], log-sum-exp [N], entropy [N] or [0], tile log-sum-exp [ceil(V/128), N] fp16 or [0, 0]."""
+    """logp [N] (-inf without a target here), log-sum-exp [2, N] as maximum and log of the sum, entropy [N] or [0],
+    tile log-sum-exp [ceil(V/128), N] fp16 or [0, 0]; all 0 in skipped rows."""
     num_tokens, hidden_size = hidden.shape
     vocab_size = weight.shape[0]
-    rows = kept_rows(target >= 0)
+    live = target >= 0
+    rows = kept_rows(live)
+    if rows is None and not tiles.host_knows(hidden):
+        hidden, temperature = clean(live, hidden, temperature)
     hidden, target = take(rows, hidden, target)
     temperature = temperature if temperature.numel() == 1 else take(rows, temperature)[0]
     num_rows = hidden.shape[0]
@@ -65,7 +75,7 @@ def linear_logprob_fwd(
     num_runs = -(-vocab_size // TILE)
     tile_lse = like.new_empty((num_runs, padded) if stats else (0, 0), dtype=torch.float16)
     with tiles.exact_products():
-        for start, stop in tiles.column_tiles(vocab_size, tiles.COLUMNS):
+        for start, stop in tiles.column_tiles(vocab_size, tiles.COLUMNS) if blocks else ():
             columns = tiles.operand(weight[start:stop])
             tile_bias = None if bias is None else bias[start:stop]
             for own, running in zip(blocks, sums):
@@ -79,17 +89,18 @@ def linear_logprob_fwd(
                 if stats:
                     first = start // TILE
                     tile_lse[first : first + runs.shape[1], own] = tiles.round_up_to_half(runs).T
-    lse = torch.cat([s.lse() for s in sums])[:num_rows] if sums else like
+    lse = torch.cat([s.lse() for s in sums], 1)[:, :num_rows] if sums else like.new_zeros((2, 0))
     ent = torch.cat([s.entropy() for s in sums])[:num_rows] if entropy and sums else like
-    target_logit = target_logit[:num_rows]
+    target, tile_lse = target[:num_rows], tile_lse[:, :num_rows]
+    logp = tiles.log_softmax(target_logit[:num_rows], lse).masked_fill(target == vocab_size, -torch.inf)
     if rows is None:
-        skipped = target[:num_rows] < 0
-        target_logit, lse = target_logit.masked_fill(skipped, 0.0), lse.masked_fill(skipped, 0.0)
-        ent = ent.masked_fill(skipped, 0.0) if entropy and sums else ent
-        return target_logit, lse, ent, tile_lse[:, :num_rows].contiguous()
-    stats_out = put(rows, tile_lse[:, :num_rows].T, num_tokens).T.contiguous() if stats else tile_lse
+        skipped = target < 0
+        logp, lse = logp.masked_fill(skipped, 0.0), lse.masked_fill(skipped, 0.0)
+        ent = ent.masked_fill(skipped, 0.0) if entropy else ent
+        return logp, lse, ent, (tile_lse.masked_fill(skipped, 0.0) if stats else tile_lse).contiguous()
+    stats_out = put(rows, tile_lse.T, num_tokens).T.contiguous() if stats else tile_lse
     ent = put(rows, ent, num_tokens) if entropy else ent
-    return put(rows, target_logit, num_tokens), put(rows, lse, num_tokens), ent, stats_out
+    return put(rows, logp, num_tokens), put(rows, lse.T, num_tokens).T.contiguous(), ent, stats_out
 
 
 def linear_logprob_bwd(
@@ -102,7 +113,8 @@ def linear_logprob_bwd(
     temperature: Tensor,  # [N] or [1]
     logit_scale: float,
     softcap: float | None,
-    lse: Tensor,  # [N]
+    logp: Tensor,  # [N]
+    lse: Tensor,  # [2, N]
     entropy: Tensor,  # [N] or [0]
     tile_lse: Tensor,  # [ceil(V/128), N] or [0, 0]
     epsilon: float,
@@ -111,21 +123,34 @@ def linear_logprob_bwd(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    wide_hidden: bool = False,  # hidden's gradient as it was accumulated, not rounded to hidden's dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias; those not needed are None (weight's goes into main_grad if given)."""
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
-    dtype = tiles.accumulator_dtype(hidden.dtype)
+    dtype, out_dtype = tiles.accumulator_dtype(hidden.dtype), hidden.dtype
     active = (target >= 0) & (grad_logp != 0)
     if grad_entropy is not None:
         active |= (target >= 0) & (grad_entropy != 0)
     rows = kept_rows(active)
-    hidden, target, lse, grad_logp = take(rows, hidden, target, lse, grad_logp)
+    if rows is None and not tiles.host_knows(hidden):
+        hidden, temperature = clean(active, hidden, temperature)
+        target, lse = target.masked_fill(~active, vocab_size), lse.masked_fill(~active, torch.inf)  # p = 0 there
+    hidden, target, logp, lse, grad_logp = take(rows, hidden, target, logp, lse.T, grad_logp)
+    lse = lse.T[..., None]  # [2, R, 1]
     temperature = temperature if temperature.numel() == 1 else take(rows, temperature)[0]
     temperature = temperature.to(dtype)[:, None]
     if grad_entropy is not None:
         grad_entropy, entropy = take(rows, grad_entropy, entropy)
     x = tiles.operand(hidden)
-    scale = (grad_logp * logit_scale)[:, None].to(dtype) / temperature  # [N, 1]
+    scale = (grad_logp * logit_scale)[:, None].to(dtype) / temperature  # [R, 1]
+    entropy_scale = None
+    if grad_entropy is not None:
+        entropy_scale = (grad_entropy * logit_scale)[:, None].to(dtype) / temperature
+    inverse = None
+    if x.dtype == torch.float16 and len(x) > 0:  # off the CPU, where dz is rounded to it
+        factor = tiles.fp16_factor(grad_logp, grad_entropy, entropy, temperature[:, 0], logit_scale)
+        scale, inverse = scale * factor, 1.0 / factor
+        entropy_scale = None if entropy_scale is None else entropy_scale * factor
     dhidden = x.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
     dweight = torch.empty_like(weight) if need_weight and main_grad is None else None
     dbias = x.new_zeros(vocab_size, dtype=dtype) if need_bias else None
@@ -133,17 +158,14 @@ def linear_logprob_bwd(
     if epsilon > 0.0 and not exact_only and hidden.shape[0] > 0:
         stats = tile_lse if rows is None else tile_lse.index_select(1, rows)
         done = bounded_backward(
-            scale, x, weight, target, bias, temperature, logit_scale, lse, stats, epsilon, report,
-            dhidden, dweight, main_grad if need_weight else None, dbias,
+            scale, x, weight, target, bias, temperature, logit_scale, logp, lse, stats, epsilon, report,
+            dhidden, dweight, main_grad if need_weight else None, dbias, inverse,
         )  # fmt: skip
     else:
         done = False
         if report is not None:
             report.copy_(report.new_tensor([0.0, 1.0, float(epsilon > 0.0)]))
     if not done:
-        entropy_scale = None
-        if grad_entropy is not None:
-            entropy_scale = (grad_entropy * logit_scale)[:, None].to(dtype) / temperature
         width = max(tiles.COLUMNS, min(8 * tiles.COLUMNS, tiles.BUFFER // max(1, hidden.shape[0]) // TILE * TILE))
         row_step = max(1, tiles.BUFFER // width)
         with tiles.exact_products():
@@ -156,7 +178,7 @@ def linear_logprob_bwd(
                     dz = _dlogits(
                         x[own], w, tile_bias, target[own] - start,
                         temperature if temperature.numel() == 1 else temperature[own],
-                        logit_scale, softcap, lse[own, None], scale[own],
+                        logit_scale, softcap, logp[own, None], lse[:, own], scale[own],
                         None if entropy_scale is None else entropy_scale[own],
                         None if entropy_scale is None else entropy[own, None],
                     )  # fmt: skip
@@ -169,10 +191,15 @@ def linear_logprob_bwd(
                         part = tiles.product(dz.T, x[own])
                         tile_grad = part if tile_grad is None else tile_grad.add_(part)
                 if need_weight:
+                    if tile_grad is not None and inverse is not None:
+                        tile_grad.mul_(inverse)
                     store(dweight, main_grad, start, stop, tile_grad)
+    if inverse is not None:
+        dbias = None if dbias is None else dbias.mul_(inverse)
+        dhidden = None if dhidden is None else dhidden.mul_(inverse)
     dhidden_out = None
     if dhidden is not None:
-        dhidden_out = put(rows, dhidden.to(hidden.dtype), num_tokens)
+        dhidden_out = put(rows, dhidden if wide_hidden else dhidden.to(out_dtype), num_tokens)
     return dhidden_out, dweight, dbias
 
 
@@ -204,7 +231,8 @@ def _dlogits(
     temperature: Tensor,  # [R, 1] or [1, 1]
     logit_scale: float,
     softcap: float | None,
-    lse: Tensor,  # [R, 1]
+    target_logp: Tensor,  # [R, 1]
+    lse: Tensor,  # [2, R, 1]
     scale: Tensor,  # [R, 1]
     entropy_scale: Tensor | None,  # [R, 1]
     entropy: Tensor | None,  # [R, 1]
@@ -212,14 +240,34 @@ def _dlogits(
     """Gradient of the product hidden weight^T in one tile, fp32. [R, C]"""
     z = tiles.logits_tile(x, weight, bias, logit_scale, softcap)
     slope = None if softcap is None else (z / softcap).square_().neg_().add_(1.0)
-    logp = tiles.divide_by_temperature(z, temperature).sub_(lse)
-    if entropy_scale is None:
-        dz = logp.exp_().mul_(-scale)
-    else:
-        p = logp.exp()
-        assert entropy is not None
-        dz = logp.clamp_min_(tiles.FLOOR).add_(entropy).mul_(entropy_scale).add_(scale).mul_(p).neg_()
+    z = tiles.divide_by_temperature(z, temperature)
+    dz = dlogits_(z, local[:, None], target_logp, lse, scale, entropy_scale, entropy)
+    return dz if slope is None else dz.mul_(slope)
+
+
+def dlogits_(
+    z: Tensor,  # [R, C] logits, overwritten
+    local: Tensor,  # [R, 1] target minus the first column
+    target_logp: Tensor,  # [R, 1]
+    lse: Tensor,  # [2, R, 1]
+    scale: Tensor,  # [R, 1]
+    entropy_scale: Tensor | None = None,  # [R, 1]
+    entropy: Tensor | None = None,  # [R, 1]
+) -> Tensor:
+    """scale (1{v=y} - p_v) - entropy_scale p_v (log p_v + H); the target's 1 - p from its own log p. [R, C]"""
     columns = z.shape[1]
     mine = (local >= 0) & (local < columns)
-    dz.scatter_add_(1, local.clamp(0, columns - 1)[:, None], torch.where(mine[:, None], scale, 0.0))
-    return dz if slope is None else dz.mul_(slope)
+    local = local.clamp(0, columns - 1)
+    shifted = z.sub_(lse[0])
+    if entropy_scale is None:
+        dz = shifted.exp_().mul_(-scale * lse[1].neg().exp())  # the sum divides a row's factor, not its elements
+        kept_back = torch.zeros_like(scale)
+    else:
+        assert entropy is not None
+        logp = shifted.sub_(lse[1])
+        p = logp.exp()
+        by_entropy = logp.clamp_min_(tiles.FLOOR).add_(entropy).mul_(entropy_scale)
+        kept_back = -by_entropy.gather(1, local) * p.gather(1, local)
+        dz = by_entropy.add_(scale).mul_(p).neg_()
+    at_target = kept_back - scale * torch.expm1(target_logp)
+    return dz.scatter_(1, local, torch.where(mine, at_target, dz.gather(1, local)))

@@ -2,27 +2,56 @@
 
 A sequence's coefficient is one number that is known after its own forward. So whole sequences are taken together, up
 to a buffer of logits: logits -> logp -> residual -> dlogits in place -> dhidden, dweight. The logits come from the tile
-code of `linear_logprob`, so logp has the same bits.
+code of `linear_logprob`, so logp has the same bits. A chunk of more rows than the buffer holds is one long sequence:
+its logits are made a second time (8NHV for its rows alone). Rows that do not count are left out first.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from flowrl_kernels.chunked import tiles
-from flowrl_kernels.chunked.linear_logprob import accumulate
-from flowrl_kernels.chunked.residual import residual_fwd
+from flowrl_kernels.chunked import residual, tiles
+from flowrl_kernels.chunked.linear_logprob import (
+    accumulate,
+    clean,
+    dlogits_,
+    kept_rows,
+    linear_logprob_bwd,
+    linear_logprob_fwd,
+    put,
+    take,
+)
 from flowrl_kernels.presets import Row
+from flowrl_kernels.reference.residual import Segments
 
 COLUMNS = 8 * tiles.COLUMNS  # of one tile of dlogits
 
 
+class SinglePass(NamedTuple):
+    logp: Tensor  # [N]
+    loss: Tensor
+    residual: Tensor  # [B]
+    weight: Tensor  # [B]
+    metrics: Tensor  # [12]
+    dlog_z: Tensor  # [B]
+    dhidden: Tensor | None  # [N, H], dtype of hidden; fp32 for float16
+    dweight: Tensor | None  # [V, H], dtype of weight; fp32 for float16
+    dbias: Tensor | None  # [V], fp32 (float64 for float64)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What gradients wait in for the incoming one: float16 has no room for a loss scale that is still to come."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def linear_residual_fwd(
     row: Row,
-    hidden: Tensor,  # [N, H] packed response positions
+    hidden: Tensor,  # [N, H] response positions; anything where target is -1
     weight: Tensor,  # [V, H]
-    target: Tensor,  # [N]; -1 skips the row
+    target: Tensor,  # [N]; -1 skips the row, V gives NaN
     bias: Tensor | None,  # [V]
     temperature: Tensor,  # [N] or [1]
     logit_scale: float,
@@ -35,56 +64,97 @@ def linear_residual_fwd(
     mask: Tensor,  # [N] bool
     cu_seqlens: Tensor,  # [B+1] int64
     groups: Tensor | None,  # [B], for one chunk that holds the whole batch
+    most: int,  # rows whose logits are held at once; a chunk of more makes them twice
     edges: list[int],  # the tokens at which chunks begin, and N
     bounds: list[int],  # the sequences at which chunks begin, and B
     normalizer: Tensor | None,  # scalar
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """logp [N] with the gradients of the loss in hidden, weight and bias (None where not needed)."""
+) -> SinglePass:
+    """The loss of the batch with its gradients for an incoming one of 1; those not needed are None."""
     dtype = tiles.accumulator_dtype(hidden.dtype)
-    x = tiles.operand(hidden)
     vocab_size = weight.shape[0]
-    logp = x.new_zeros(hidden.shape[0], dtype=dtype)
-    dhidden = torch.zeros_like(hidden) if need_hidden else None
+    logp = torch.zeros(hidden.shape[0], dtype=dtype, device=hidden.device)
+    dhidden = torch.zeros_like(hidden, dtype=wide(hidden.dtype)) if need_hidden else None
     dweight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
-    dbias = x.new_zeros(vocab_size, dtype=dtype) if need_bias else None
+    dbias = logp.new_zeros(vocab_size) if need_bias else None
+    parts, dlog_z = [], []
     with tiles.exact_products():
         for first, last, low, high in zip(bounds, bounds[1:], edges, edges[1:]):
             own = slice(low, high)
-            scale = temperature if temperature.numel() == 1 else temperature[own]
-            z, lse, picked = _logits(x[own], weight, target[own], bias, scale[:, None], logit_scale, softcap)
-            skipped = target[own] < 0
-            logp[own] = (picked - lse).masked_fill(skipped, 0.0)
+            live = target[own] >= 0
+            rows = kept_rows(live)
+            x, ids = take(rows, hidden[own], target[own])
+            scale = temperature if temperature.numel() == 1 else take(rows, temperature[own])[0]
+            if rows is None and not tiles.host_knows(hidden):  # no count of rows without a wait: all there, but clean
+                x, scale = clean(live, x, scale)
+            twice = len(x) > most
+            z: list[Tensor] = []
+            if twice:
+                own_logp, lse, *_ = linear_logprob_fwd(
+                    x, weight, ids, bias, scale, logit_scale, softcap, False, False
+                )  # fmt: skip
+            elif len(x):
+                z, lse, picked = _logits(tiles.operand(x), weight, ids, bias, scale[:, None], logit_scale, softcap)
+                own_logp = tiles.log_softmax(picked, lse)
+            else:
+                own_logp, lse = logp[:0], logp.new_zeros((2, 0))
+            own_logp = own_logp.masked_fill(ids < 0, 0.0).masked_fill(ids >= vocab_size, torch.nan)
+            logp[own] = put(rows, own_logp, high - low)
             a, o, t = (None if tokens is None else tokens[own] for tokens in (anchor, old, sampler))
-            z_own = None if log_z is None else log_z[first:last]
-            starts = cu_seqlens[first : last + 1] - low
-            *_, dlogp, _ = residual_fwd(
-                row, logp[own], a, o, t, reward[first:last], z_own, mask[own], starts, groups, normalizer
+            partition = None if log_z is None else log_z[first:last]
+            segments = Segments(mask[own], cu_seqlens[first : last + 1] - low)
+            terms, dlogp, dz_own = residual.sequences(
+                row, logp[own], a, o, t, reward[first:last], partition, segments, groups, normalizer
             )
-            g = (dlogp.to(dtype).masked_fill(skipped, 0.0) * logit_scale)[:, None] / scale[:, None].to(dtype)
-            part = x.new_zeros((high - low, hidden.shape[1]), dtype=dtype) if need_hidden else None
-            for tile, (start, stop) in zip(z, tiles.column_tiles(vocab_size, COLUMNS)):
-                dz = _dlogits_(tile, lse, target[own] - start, g, scale[:, None], softcap)
-                if dbias is not None:
-                    dbias[start:stop] += dz.sum(0)
-                dz = dz.to(x.dtype)
-                if part is not None:
-                    accumulate(part, dz, tiles.operand(weight[start:stop]))
-                if dweight is not None:
-                    accumulate(dweight[start:stop], dz.T, x[own])
+            parts.append(terms)
+            dlog_z.append(dz_own)
+            grad = take(rows, dlogp.to(dtype).masked_fill(~live, 0.0))[0]
+            part = None
+            if twice:
+                nothing = logp[:0]
+                part, _, dbias_own = linear_logprob_bwd(
+                    grad, None, x, weight, ids, bias, scale, logit_scale, softcap, own_logp, lse, nothing,
+                    nothing.view(0, 0), 0.0, None, dweight, need_hidden, need_weight, need_bias,
+                )  # fmt: skip
+                if dbias is not None and dbias_own is not None:
+                    dbias += dbias_own
+            elif len(x):
+                g = (grad * logit_scale)[:, None] / scale[:, None].to(dtype)
+                part = _products(z, own_logp, lse, ids, g, scale, softcap, x, weight, need_hidden, dweight, dbias)
             if dhidden is not None and part is not None:
-                dhidden[own] = part
-            del z, tile, dz  # before the next chunk's
-    return logp, dhidden, None if dweight is None else dweight.to(weight.dtype), dbias
+                dhidden[own] = put(rows, part, high - low)
+            del z, part  # before the next chunk's
+    totals = residual.totals(row, residual.joined(parts), normalizer, dtype)
+    dweight = None if dweight is None else dweight.to(wide(weight.dtype))
+    return SinglePass(logp, *totals, torch.cat(dlog_z), dhidden, dweight, dbias)
+
+
+def _products(
+    z: list[Tensor], logp: Tensor, lse: Tensor, ids: Tensor, g: Tensor, scale: Tensor, softcap: float | None,
+    hidden: Tensor, weight: Tensor, need_hidden: bool, dweight: Tensor | None, dbias: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """dhidden [R, H] of a chunk from its logits, which are overwritten; adds to dweight and dbias."""
+    x = tiles.operand(hidden)
+    part = logp.new_zeros(x.shape) if need_hidden else None
+    for tile, (start, stop) in zip(z, tiles.column_tiles(weight.shape[0], COLUMNS)):
+        dz = _dlogits_(tile, logp, lse, ids - start, g, scale[:, None], softcap)
+        if dbias is not None:
+            dbias[start:stop] += dz.sum(0)
+        dz = dz.to(x.dtype)
+        if part is not None:
+            accumulate(part, dz, tiles.operand(weight[start:stop]))
+        if dweight is not None:
+            accumulate(dweight[start:stop], dz.T, x)
+    return part
 
 
 def _logits(
     x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: Tensor, logit_scale: float,
     softcap: float | None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """Logits in tiles [R, COLUMNS], log-sum-exp [R], target logit [R]: bit for bit what `linear_logprob_fwd` makes."""
+    """Logits in tiles [R, COLUMNS], log-sum-exp [2, R], target logit [R]: the bits of `linear_logprob_fwd`."""
     num_rows, vocab_size = x.shape[0], weight.shape[0]
     dtype = tiles.accumulator_dtype(x.dtype)
     block = tiles.row_block(x.shape[1], vocab_size)
@@ -106,8 +176,8 @@ def _logits(
             tiles.divide_by_temperature(part, scale if scale.shape[0] == 1 else scale[own])
             z[start // COLUMNS][own, start % COLUMNS : start % COLUMNS + stop - start] = part[: num_rows - low]
             running.add(part)
-    lse = torch.cat([s.lse() for s in sums])[:num_rows]
-    picked = torch.zeros_like(lse)
+    lse = torch.cat([s.lse() for s in sums], 1)[:, :num_rows]
+    picked = torch.zeros_like(lse[0])
     for tile, (start, stop) in zip(z, tiles.column_tiles(vocab_size, COLUMNS)):
         local = target - start
         here = (local >= 0) & (local < stop - start)
@@ -116,13 +186,11 @@ def _logits(
 
 
 def _dlogits_(
-    z: Tensor, lse: Tensor, target: Tensor, scale: Tensor, temperature: Tensor, softcap: float | None
+    z: Tensor, logp: Tensor, lse: Tensor, target: Tensor, scale: Tensor, temperature: Tensor, softcap: float | None
 ) -> Tensor:
     """Over the logits of a tile: the gradient of the product hidden weight^T. [R, C]"""
     slope = None
     if softcap is not None:
         slope = (z * temperature).div_(softcap).square_().neg_().add_(1.0)
-    dz = z.sub_(lse[:, None]).exp_().mul_(-scale)
-    known = (target >= 0) & (target < z.shape[1])
-    dz.scatter_add_(1, target.where(known, 0)[:, None], torch.where(known[:, None], scale, 0.0))
+    dz = dlogits_(z, target[:, None], logp[:, None], lse[..., None], scale)
     return dz if slope is None else dz.mul_(slope)

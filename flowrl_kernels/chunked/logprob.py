@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.chunked import tiles
+from flowrl_kernels.chunked.linear_logprob import dlogits_, kept_rows
 
 COLUMNS = 8192
 ROWS = 64
@@ -18,8 +19,15 @@ def _scaled(logits: Tensor, softcap: float | None, temperature: Tensor, dtype: t
     return tiles.divide_by_temperature(z, temperature)
 
 
-def _row_temperature(temperature: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+def _row_temperature(temperature: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return (temperature if temperature.numel() == 1 else temperature[rows]).to(dtype)[:, None]
+
+
+def _row_blocks(live: Tensor) -> list[Tensor]:
+    """The rows that take part, ROWS at a time. On a GPU all of them, for the host would have to wait for the count."""
+    rows = kept_rows(live)
+    rows = torch.arange(len(live), device=live.device) if rows is None else rows
+    return list(rows.split(ROWS)) if len(rows) else []
 
 
 def logprob_fwd(
@@ -29,30 +37,32 @@ def logprob_fwd(
     softcap: float | None,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Target logit [N], log-sum-exp [N], entropy [N] or [0]."""
+    """logp [N] (-inf without a target), log-sum-exp [2, N] as maximum and log of the sum, entropy [N] or [0]."""
     num_tokens, vocab_size = logits.shape
     dtype = tiles.accumulator_dtype(logits.dtype)
-    target_logit = logits.new_zeros(num_tokens, dtype=dtype)
-    lse = torch.zeros_like(target_logit)
-    ent = torch.zeros_like(target_logit) if entropy else target_logit.new_empty(0)
-    for low in range(0, num_tokens, ROWS):
-        own = slice(low, min(low + ROWS, num_tokens))
-        running = tiles.Sums(own.stop - low, target_logit, entropy)
+    logp = logits.new_zeros(num_tokens, dtype=dtype)
+    lse = logits.new_zeros((2, num_tokens), dtype=dtype)
+    ent = torch.zeros_like(logp) if entropy else logp.new_empty(0)
+    for own in _row_blocks(target >= 0):
+        running = tiles.Sums(len(own), logp, entropy)
+        row_temperature = _row_temperature(temperature, own, dtype)
+        target_logit = logp.new_zeros(len(own))
         for start, stop in tiles.column_tiles(vocab_size, COLUMNS):
-            row_temperature = _row_temperature(temperature, own, dtype)
             z = _scaled(logits[own, start:stop], softcap, row_temperature, dtype)
             local = target[own] - start
             picked = z.gather(1, local.clamp(0, stop - start - 1)[:, None])[:, 0]
             mine = (local >= 0) & (local < stop - start)
-            target_logit[own] = torch.where(mine, picked, target_logit[own])
+            target_logit = torch.where(mine, picked, target_logit)
             running.add(z)
-        lse[own] = running.lse()
+        lse[:, own] = running.lse()
+        logp[own] = tiles.log_softmax(target_logit, lse[:, own])
         if entropy:
             ent[own] = running.entropy()
     skipped = target < 0
     if entropy:
         ent = ent.masked_fill(skipped, 0.0)
-    return target_logit.masked_fill(skipped, 0.0), lse.masked_fill(skipped, 0.0), ent
+    logp = logp.masked_fill(target == vocab_size, -torch.inf)
+    return logp.masked_fill(skipped, 0.0), lse.masked_fill(skipped, 0.0), ent
 
 
 def logprob_bwd(
@@ -62,7 +72,8 @@ def logprob_bwd(
     target: Tensor,  # [N]
     temperature: Tensor,  # [N] or [1]
     softcap: float | None,
-    lse: Tensor,  # [N]
+    logp: Tensor,  # [N]
+    lse: Tensor,  # [2, N]
     entropy: Tensor,  # [N] or [0]
     inplace: bool,
 ) -> Tensor:
@@ -70,27 +81,21 @@ def logprob_bwd(
     dtype = tiles.accumulator_dtype(logits.dtype)
     dlogits = logits if inplace else torch.empty_like(logits)
     vocab_size = logits.shape[1]
-    for low in range(0, logits.shape[0], ROWS):
-        own = slice(low, low + ROWS)
+    live = (target >= 0) & (grad_logp != 0)
+    if grad_entropy is not None:
+        live |= (target >= 0) & (grad_entropy != 0)
+    for own in _row_blocks(live):
         row_temperature = _row_temperature(temperature, own, dtype)
         scale = grad_logp[own, None].to(dtype) / row_temperature
-        used = target[own, None] >= 0
+        step = None if grad_entropy is None else grad_entropy[own, None].to(dtype) / row_temperature
         for start, stop in tiles.column_tiles(vocab_size, COLUMNS):
             z = _scaled(logits[own, start:stop], softcap, row_temperature, dtype)
             slope = None
             if softcap is not None:
                 slope = (z * row_temperature).div_(softcap).square_().neg_().add_(1.0)
-            logp = z.sub_(lse[own, None])
-            if grad_entropy is None:
-                dz = logp.exp_().mul_(-scale)
-            else:
-                p = logp.exp()
-                step = grad_entropy[own, None].to(dtype) / row_temperature
-                dz = logp.clamp_min_(tiles.FLOOR).add_(entropy[own, None]).mul_(step).add_(scale).mul_(p).neg_()
-            local = target[own, None] - start
-            mine = (local >= 0) & (local < stop - start)
-            dz.scatter_add_(1, local.clamp(0, stop - start - 1), torch.where(mine, scale, 0.0))
-            if slope is not None:
-                dz.mul_(slope)
-            dlogits[own, start:stop] = dz.masked_fill_(~used, 0.0)
-    return dlogits
+            dz = dlogits_(
+                z, target[own, None] - start, logp[own, None], lse[:, own, None], scale, step,
+                None if step is None else entropy[own, None],
+            )  # fmt: skip
+            dlogits[own, start:stop] = (dz if slope is None else dz.mul_(slope)).to(logits.dtype)
+    return dlogits.masked_fill_(~live[:, None], 0.0)

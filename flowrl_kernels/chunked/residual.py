@@ -6,13 +6,14 @@ dL/dlogp_bt = c_b a_b m_bt with c_b = w_b phi'(d_b) / normalizer (docs/maths.md,
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowrl_kernels.presets import Row
 from flowrl_kernels.reference import residual as reference
-from flowrl_kernels.reference.residual import BOUND, Segments
+from flowrl_kernels.reference.residual import BOUND, Segments, Terms
 
 
 def slope(d: Tensor, kind: str) -> Tensor:
@@ -45,7 +46,43 @@ def residual_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, residual [B], weight [B], metrics [12], dlogp (layout of logp), dlog_z [B]; all float64."""
     segments = Segments(mask, cu_seqlens, over_ranks)
-    terms = reference.residual(row, logp, anchor, old, sampler, reward, log_z, segments, groups, normalizer)
+    terms, dlogp, dlog_z = sequences(row, logp, anchor, old, sampler, reward, log_z, segments, groups, normalizer)
+    return *totals(row, terms, normalizer, logp.dtype), dlogp, dlog_z
+
+
+def totals(
+    row: Row, terms: Terms, normalizer: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, residual [B], weight [B], metrics [12] of a batch, in float64. `dtype`: of the log-probs."""
+    loss = reference.total(row, terms, normalizer)
+    given = loss if dtype == torch.float64 else loss.float()
+    return loss, terms.residual, terms.weight, reference.metrics(terms, given)
+
+
+def joined(parts: list[Terms]) -> Terms:
+    """The terms of sequences that were taken a few at a time."""
+    first = parts[0]._asdict()
+    columns = {
+        name: [getattr(part, name) for part in parts] for name, value in first.items() if isinstance(value, Tensor)
+    }
+    whole: dict[str, Any] = {name: torch.cat(column) for name, column in columns.items()}
+    return parts[0]._replace(**whole)
+
+
+def sequences(
+    row: Row,
+    logp: Tensor,
+    anchor: Tensor | None,
+    old: Tensor | None,
+    sampler: Tensor | None,
+    reward: Tensor,
+    log_z: Tensor | None,
+    segments: Segments,
+    groups: Tensor | None,
+    normalizer: Tensor | None,
+) -> tuple[Terms, Tensor, Tensor]:
+    """What each sequence adds to the loss, and the loss's gradients dlogp (layout of logp) and dlog_z [B]."""
+    terms = reference.residual(row, logp, anchor, old, sampler, reward, log_z, segments, groups)
     segments, count = terms.segments, terms.tokens
     length, used = count.clamp_min(1.0), count > 0
     per_sequence, per_token = reference.divisors(normalizer, count)
@@ -68,9 +105,7 @@ def residual_fwd(
         dlogp = segments.spread(torch.where(terms.open, step * a, 0.0))
         if row.surrogate is not None and old is not None:
             dlogp = dlogp + _surrogate(row.surrogate, logp, old, terms.residual, segments) / per_token
-    dlogp = torch.where(segments.mask, dlogp, 0.0)
-    out = reference.metrics(terms, logp, anchor)
-    return terms.loss, terms.residual, terms.weight, out, dlogp, dlog_z
+    return terms, torch.where(segments.mask, dlogp, 0.0), dlog_z
 
 
 def _surrogate(eps: float, logp: Tensor, old: Tensor, d: Tensor, segments: Segments) -> Tensor:

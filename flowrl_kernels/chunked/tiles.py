@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,11 @@ from flowrl_kernels.types import TILE
 COLUMNS = 1024  # vocabulary columns of one forward tile; a multiple of TILE
 BUFFER = 1 << 22  # elements of one backward buffer (16 MB in fp32)
 FLOOR = -1e4  # stands in for -inf where it meets a factor 0; exp(FLOOR) is 0
+
+
+def host_knows(tensor: Tensor) -> bool:
+    """Whether the host can read values without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def row_block(hidden_size: int, vocab_size: int) -> int:
@@ -29,18 +36,59 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class _Switches:
+    """The process's switches for matrix products: the first thread in sets them, the last one out puts them back.
+
+    float32 at float32 precision (no TF32, no bf16 shortcuts), and no 16-bit accumulation: cuBLAS may add split-K
+    partial sums of a 16-bit product in 16 bits, which torch allows by default.
+    """
+
+    REDUCED = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.before: list[tuple[Any, str, Any]] = []
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.before = self._read()
+                for room, name, _ in self.before:
+                    setattr(room, name, "ieee" if name == "fp32_precision" else False)
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                for room, name, value in self.before:
+                    setattr(room, name, value)
+
+    def _read(self) -> list[tuple[Any, str, Any]]:
+        cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        # torch's older switch for all of them raises where these were set
+        before = [(room, "fp32_precision", room.fp32_precision) for room in (cuda, mkldnn)]
+        before.append((cuda, "allow_fp16_accumulation", cuda.allow_fp16_accumulation))
+        for name in self.REDUCED:
+            value, split_k = getattr(cuda, name), getattr(cuda, f"{name}_split_k", None)
+            before.append((cuda, name, value if split_k is None else (value, split_k)))
+        return before
+
+
+_SWITCHES = _Switches()
+
+
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """float32 products at float32 precision, whatever the process allows elsewhere (no TF32, no bf16 shortcuts)."""
-    rooms = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = [room.fp32_precision for room in rooms]  # torch's older switch for all of them raises where these were set
+    """Exact float32 products and fp32 sums of 16-bit ones, whatever the process allows elsewhere.
+
+    The switches are the process's: while any thread is inside, the others' products are exact too.
+    """
+    _SWITCHES.enter()
     try:
-        for room in rooms:
-            room.fp32_precision = "ieee"
         yield
     finally:
-        for room, precision in zip(rooms, before):
-            room.fp32_precision = precision
+        _SWITCHES.leave()
 
 
 def operand(tensor: Tensor) -> Tensor:
@@ -120,12 +168,35 @@ class Sums:
         return shift + run_total.log()
 
     def lse(self) -> Tensor:
-        return self.maximum + self.total.log()
+        """Maximum and log of the sum relative to it, kept apart: their sum would round away a confident row's rest."""
+        return torch.stack([self.maximum, self.total.log()])
 
     def entropy(self) -> Tensor:
         """-sum p log p as log s - u/s: two terms that are never negative."""
         assert self.moment is not None
         return self.total.log() - self.moment / self.total
+
+
+def log_softmax(z: Tensor, lse: Tensor) -> Tensor:
+    """z - lse without rounding at the size of z: z [...] and lse [2, ...]."""
+    return (z - lse[0]) - lse[1]
+
+
+def fp16_factor(
+    grad_logp: Tensor, grad_entropy: Tensor | None, entropy: Tensor, temperature: Tensor, logit_scale: float,
+    live: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """[1] power of two that brings the largest |dz| a row can have just under 4096: fp16 has 5 exponent bits.
+
+    Rows that are not `live` [N] may hold anything in `entropy` and `temperature`.
+    """
+    bound = grad_logp.abs()
+    if grad_entropy is not None:
+        bound = bound + grad_entropy.abs() * (entropy + 1.0)
+    bound = bound * (abs(logit_scale) / temperature)
+    bound = (bound if live is None else torch.where(live, bound, 0.0)).amax().view(1)
+    exponent = (12 - torch.frexp(bound).exponent).clamp(-120, 120)
+    return ((exponent + 127) << 23).to(torch.int32).view(torch.float32)  # exact, which a power function need not be
 
 
 def round_up_to_half(value: Tensor) -> Tensor:

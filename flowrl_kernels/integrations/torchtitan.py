@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.functional import linear_logprob
-from flowrl_kernels.integrations.head import call_head
+from flowrl_kernels.hf.head import call_head
 from flowrl_kernels.losses import flowrl_loss
 
 try:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.functional import linear_logprob
-from flowrl_kernels.integrations.head import refuse_adapter
-from flowrl_kernels.nn import FlowRLLoss, LogPartition
+from flowrl_kernels.hf.head import HeadScales, check_head, head_scales, refuse_adapter
+from flowrl_kernels.nn import LOG_Z_FILE, FlowRLLoss, LogPartition
 
 try:
     import trl
@@ -42,7 +42,6 @@ HEAD_ARGUMENTS = (
     "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
     "outputs",
 )  # fmt: skip
-LOG_Z_FILE = "log_z.safetensors"
 # what a vision-language batch carries besides ids and masks; handed through to TRL's own forward
 MODEL_INPUTS = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
@@ -74,14 +73,19 @@ _check_version()
 class _Head:
     """Stands in for TRL's autograd function for one forward, and knows whether it was asked."""
 
-    def __init__(self, theirs: Any, impl: str):
+    def __init__(self, theirs: Any, impl: str, scales: HeadScales):
         self.theirs = theirs
         self.impl = impl
+        self.scales = scales
         self.used = False
 
     def apply(self, hidden, weight, bias, targets, temperature, chunk_size, softcap=None, logit_scale=1.0, outputs=()):
-        """(log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1), each [N] or None where it was not asked for."""
+        """(log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1), each [N] or None where it was not asked for.
+
+        The scales are those that `check_head` has compared, not TRL's: it does not know every soft cap.
+        """
         self.used = True
+        logit_scale, softcap = self.scales
         logp, entropy = linear_logprob(
             hidden, weight.to(hidden.dtype), targets, bias=bias, temperature=temperature, logit_scale=logit_scale,
             softcap=softcap, entropy="entropy" in outputs, impl=self.impl,
@@ -98,9 +102,9 @@ class _Head:
 
 
 @contextmanager
-def _in_place_of_theirs(impl: str) -> Iterator[_Head]:
+def _in_place_of_theirs(impl: str, scales: HeadScales) -> Iterator[_Head]:
     theirs = getattr(trl_utils, HEAD)
-    head = _Head(theirs.theirs if isinstance(theirs, _Head) else theirs, impl)
+    head = _Head(theirs.theirs if isinstance(theirs, _Head) else theirs, impl, scales)
     setattr(trl_utils, HEAD, head)
     try:
         yield head
@@ -112,8 +116,8 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if is_peft_model(model) else model
 
 
-def _fuse(model: Any, impl: str) -> None:
-    """Give `model`, which has TRL's fused head, ours."""
+def _fuse(model: Any, impl: str, *, check: bool) -> None:
+    """Give `model`, which has TRL's fused head, ours; `check`: after a look at its logits."""
     base = _base(model)
     theirs = base.forward
     if hasattr(theirs, "flowrl_impl"):
@@ -126,12 +130,15 @@ def _fuse(model: Any, impl: str) -> None:
             f"{type(base).__name__} without one, so its log-probs come from logits and nothing could be patched"
         )
     refuse_adapter(base)
+    scales = head_scales(base.config)
+    if check:
+        check_head(base, scales)
 
     @functools.wraps(theirs.__func__)  # generate() reads the model's own signature through the chain
     def forward(self, *args, fused_lm_head=False, **kwargs):
         if not fused_lm_head:
             return theirs(*args, **kwargs)
-        with _in_place_of_theirs(impl) as head:
+        with _in_place_of_theirs(impl, scales) as head:
             output = theirs(*args, fused_lm_head=True, **kwargs)
         if not head.used:
             raise RuntimeError(f"TRL {trl.__version__} did not ask {HEAD} for its log-probs: install trl==1.16.0")
@@ -156,7 +163,7 @@ def patch_logprobs(trainer: Any, *, impl: str = "auto") -> Any:
         the trainer.
 
     Raises:
-        ValueError: no fused head, a PEFT adapter on the head, or patched before.
+        ValueError: no fused head, a head that `linear_logprob` does not know, a PEFT adapter on it, or patched before.
         RuntimeError: DeepSpeed ZeRO-3, which empties the head's weight outside the layer's own forward and backward.
     """
     if is_deepspeed_zero3_enabled():
@@ -167,8 +174,8 @@ def patch_logprobs(trainer: Any, *, impl: str = "auto") -> Any:
     if not hasattr(trainer, "model") or not hasattr(trainer, "accelerator"):
         raise ValueError(f"trainer: wanted a TRL trainer; got {type(trainer).__name__}")
     for model in (trainer.model, getattr(trainer, "ref_model", None)):
-        if model is not None:
-            _fuse(trainer.accelerator.unwrap_model(model), impl)
+        if model is not None:  # the reference is a copy, which accelerate may have wrapped or sharded by now
+            _fuse(trainer.accelerator.unwrap_model(model), impl, check=model is trainer.model)
     return trainer
 
 
@@ -295,12 +302,13 @@ class FlowRLMixin:
         # equal micro-batches: dividing by B times their number gives the gradient of one big batch
         mode = "train" if self_.model.training else "eval"
         steps = self_.current_gradient_accumulation_steps if mode == "train" else 1
+        old = inputs.get("old_per_token_logps")  # left out by TRL where the policy is still the one that sampled
         out = self.flowrl_loss(
             logp,
             inputs["ref_per_token_logps"],
             inputs["advantages"].to(logp.dtype),
             log_z,
-            logp_old=inputs.get("old_per_token_logps"),
+            logp_old=logp.detach() if old is None else old,
             logp_sampler=_sampler_logps(inputs),
             mask=mask,
             normalizer=float(len(mask) * steps),
@@ -325,10 +333,24 @@ class FlowRLMixin:
             self_._metrics[mode][name].append(value)
         self_._metrics[mode]["entropy"].append(entropy_sum / max(count, 1e-9))
 
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's rewards [B over all ranks, functions], of which those without any are remembered."""
+        rewards = super()._calculate_rewards(*args, **kwargs)  # type: ignore[misc]
+        if rewards.isinf().any():
+            raise ValueError("reward_funcs: wanted finite numbers, or None for a completion without one; got inf")
+        self._unscorable = rewards.isnan().all(1)
+        return rewards
+
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        """TRL's rollouts; for the group's log Z also the samples' log-probs and the mean over each prompt's."""
+        """TRL's rollouts; for the group's log Z also the samples' log-probs and the mean over each prompt's.
+
+        A completion for which every reward function returned None (or NaN) has no residual. TRL gives it an advantage
+        of 0, which its losses multiply with; here it is masked out.
+        """
         self_: Any = self
         output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        own = len(output["advantages"])
+        output["unscorable"] = self._unscorable[self_.accelerator.process_index * own :][:own]
         if self_.args.log_z != "group":
             return output
         train = self_.model.training
@@ -404,9 +426,10 @@ class _LogZSteps(TrainerCallback):
 
 
 def _response_mask(inputs: dict[str, Any]) -> Tensor:
-    """bool [B, T]: completion tokens that the policy wrote."""
+    """bool [B, T]: completion tokens that the policy wrote, of completions that have a reward."""
     mask = inputs["completion_mask"]
-    return (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
+    mask = (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
+    return mask & ~inputs["unscorable"][:, None] if "unscorable" in inputs else mask
 
 
 def _sampler_logps(inputs: dict[str, Any]) -> Tensor | None:

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.functional import linear_logprob
-from flowrl_kernels.integrations.head import call_head, head_scales, refuse_adapter
+from flowrl_kernels.hf.head import call_head, check_head, head_scales, refuse_adapter
+from flowrl_kernels.hf.packing import Probe
 from flowrl_kernels.nn import LogPartition, prompt_mean
 from flowrl_kernels.types import LogProb
 
@@ -88,6 +89,7 @@ class FlowRLEngine(FSDPEngineWithLMHead):
         module = super()._build_fsdp_module(module)
         if self.scaler is not None:
             raise ValueError("mixed_precision.param_dtype: wanted bf16 or fp32, for the loss is not rescaled; got fp16")
+        _refuse_leaks(module, self._autocast_dtype)
         if not self.engine_config.forward_only:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.engine_config.seed)  # each rank keeps its shard of one and the same start
@@ -177,7 +179,8 @@ class FlowRLEngine(FSDPEngineWithLMHead):
 def _score_in_forward(module: Any) -> None:
     """Give a causal LM a forward that returns `Scored` where it is handed `shift_labels`."""
     theirs = module.forward
-    scales = head_scales(module.config.get_text_config())
+    scales = head_scales(module.config)
+    check_head(module, scales, "model.path")
 
     @functools.wraps(theirs.__func__)  # verl reads the signature
     def forward(self, *args, shift_labels=None, temperature=1.0, with_entropy=False, prompts=None, **kwargs):
@@ -189,7 +192,7 @@ def _score_in_forward(module: Any) -> None:
         def score(states: Tensor) -> LogProb:
             logp, entropy = linear_logprob(
                 states, head.weight.to(states.dtype), shift_labels, bias=getattr(head, "bias", None),
-                temperature=temperature, entropy=with_entropy, **scales,
+                temperature=temperature, entropy=with_entropy, **scales._asdict(),
             )  # fmt: skip
             return LogProb(logp.clone(), None if entropy is None else entropy.clone())  # FSDP warns about views
 
@@ -198,6 +201,37 @@ def _score_in_forward(module: Any) -> None:
         return Scored(log_probs=out.logp, entropy=out.entropy, prompt_mean=mean)
 
     module.forward = types.MethodType(forward, module)
+
+
+@torch.no_grad()
+def _refuse_leaks(module: Any, dtype: torch.dtype) -> None:
+    """Raises for a model that lets packed sequences see each other: verl's packed rows tell them apart by positions.
+
+    Tried on the sharded module, as training calls it: every rank takes part and finds the same.
+    """
+
+    def forward(ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        labels = (ids + 1) % module.config.get_text_config().vocab_size
+        with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+            out = module(
+                input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, shift_labels=labels
+            )
+        return out.log_probs[..., None].float()
+
+    training, text = module.training, module.config.get_text_config()
+    module.eval()
+    probe = Probe(forward, text.vocab_size, getattr(text, "max_position_embeddings", None), get_device_id())
+    error = probe.error("positions", rows=[[0, 1, 2]])
+    module.train(training)
+    for unit in module.modules():
+        if hasattr(unit, "reshard"):
+            unit.reshard()
+    tolerance = probe.tolerance(dtype)
+    if not error <= tolerance:
+        raise ValueError(
+            f"model.path: {type(module).__name__} gives packed sequences other log-probs than alone (relative "
+            f"difference {error:.2g}, tolerated {tolerance:.0e}): verl's packed layout would train it on its neighbours"
+        )
 
 
 def _prompt_lengths(data: Any) -> Tensor:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flowrl_kernels.chunked.context_parallel import sum_over_ranks
 from flowrl_kernels.dispatch import check_enabled, launchers
+from flowrl_kernels.ops.residual import wide
 from flowrl_kernels.reference import residual as reference
 from flowrl_kernels.reference.residual import Segments
 
@@ -33,9 +33,14 @@ class SumOverRanks(torch.autograd.Function):
         return sum_over_ranks(own, group)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor):
+        _first_order()
         return grad * ctx.factor, None, None
+
+
+def _first_order() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("cp_group: second derivatives over ranks are not computed; go without create_graph")
 
 
 class Residual(torch.autograd.Function):
@@ -47,16 +52,17 @@ class Residual(torch.autograd.Function):
         loss, d, weight, metrics, dlogp, dlog_z = launchers(STEM, impl).residual_fwd(
             group, row, logp, anchor, old, sampler, reward, log_z, mask, cu_seqlens, groups, normalizer
         )
-        ctx.save_for_backward(dlogp.to(logp.dtype), None if log_z is None else dlog_z.to(log_z.dtype))
+        # unrounded, because a loss scale comes later
+        ctx.save_for_backward(dlogp.to(wide(logp)), None if log_z is None else dlog_z.to(wide(logp)))
+        ctx.dtypes = logp.dtype, None if log_z is None else log_z.dtype
         ctx.mark_non_differentiable(d, weight, metrics)
         return loss, d, weight, metrics
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any):
-        dlogp, dlog_z = ctx.saved_tensors
-        dlog_z = None if dlog_z is None else (grad * dlog_z).to(dlog_z.dtype)
-        return (grad * dlogp).to(dlogp.dtype), dlog_z, *(None,) * 11
+        _first_order()
+        grads = (None if t is None else (grad * t).to(dtype) for t, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        return *grads, *(None,) * 11
 
 
 def residual(
@@ -73,10 +79,11 @@ def residual(
         log_z = log_z.detach() + (log_z - log_z.detach()) / dist.get_world_size(group)
     if impl == "reference":
         segments = segments._replace(over_ranks=lambda own: SumOverRanks.apply(own, group, False))
-        terms = reference.residual(row, logp, anchor, old, sampler, reward, log_z, segments, groups, normalizer)
+        terms = reference.residual(row, logp, anchor, old, sampler, reward, log_z, segments, groups)
+        loss = reference.total(row, terms, normalizer)
         with torch.no_grad():
-            metrics = reference.metrics(terms, logp, anchor)
-        return terms.loss, terms.residual, terms.weight, metrics
+            metrics = reference.metrics(terms, loss.to(wide(logp)))
+        return loss, terms.residual, terms.weight, metrics
     return Residual.apply(
         logp, log_z, group, impl, row, anchor, old, sampler, reward, *segments[:2], groups, normalizer
     )

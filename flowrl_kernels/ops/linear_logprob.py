@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.dispatch import launchers
+from flowrl_kernels.ops.operator import operator
 from flowrl_kernels.types import TILE
 
 STEM = "linear_logprob"
@@ -21,13 +22,17 @@ def clean_target(target: Tensor, vocab_size: int, ignore_index: int) -> tuple[Te
     return target.masked_fill(ignored, -1).masked_fill(wrong, vocab_size), ignored, wrong
 
 
-def finish(target_logit: Tensor, lse: Tensor, ignored: Tensor, wrong: Tensor) -> Tensor:
-    """logp = z_y - lse; ignored rows 0; a target outside the vocabulary NaN, which no later step can hide. [N]"""
-    logp = target_logit - lse
+def finish(logp: Tensor, ignored: Tensor, wrong: Tensor) -> Tensor:
+    """Ignored rows 0; a target outside the vocabulary NaN, which no later step can hide. [N]"""
     return logp.masked_fill(wrong, float("nan")).masked_fill(ignored, 0.0)
 
 
-@torch.library.custom_op("flowrl::linear_logprob", mutates_args=())
+def upstream(grad: Tensor | None, like: Tensor, ignored: Tensor) -> Tensor:
+    """A gradient [N] as the launchers read it: dtype of `like`, dense, 0 in ignored rows."""
+    return torch.zeros_like(like) if grad is None else grad.to(like.dtype).masked_fill(ignored, 0.0).contiguous()
+
+
+@operator("flowrl::linear_logprob", mutates_args=())
 def linear_logprob(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
@@ -43,12 +48,16 @@ def linear_logprob(
     main_grad: Tensor | None,  # [V, H], written by the backward
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp [N], entropy [N] or [0], lse [N], tile statistics [ceil(V/128), N] or [0, 0]."""
+    """logp [N], entropy [N] or [0], lse [2, N], tile statistics [ceil(V/128), N] or [0, 0].
+
+    lse is a row's log-sum-exp as its maximum and the log of the sum relative to it: of a confident row, the sum of the
+    two keeps nothing of what is left to the other tokens.
+    """
     clean, ignored, wrong = clean_target(target, weight.shape[0], ignore_index)
-    target_logit, lse, ent, stats = launchers(STEM, impl).linear_logprob_fwd(
+    logp, lse, ent, stats = launchers(STEM, impl).linear_logprob_fwd(
         hidden, weight, clean, bias, temperature, logit_scale, softcap, entropy, epsilon > 0.0
     )
-    return finish(target_logit, lse, ignored, wrong), ent, lse, stats
+    return finish(logp, ignored, wrong), ent, lse, stats
 
 
 @linear_logprob.register_fake
@@ -59,12 +68,12 @@ def _(hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_in
     return (
         hidden.new_empty(num_tokens, dtype=dtype),
         hidden.new_empty(num_tokens if entropy else 0, dtype=dtype),
-        hidden.new_empty(num_tokens, dtype=dtype),
+        hidden.new_empty((2, num_tokens), dtype=dtype),
         hidden.new_empty((runs, num_tokens) if epsilon > 0.0 else (0, 0), dtype=torch.float16),
     )
 
 
-@torch.library.custom_op("flowrl::linear_logprob_bwd", mutates_args=("report", "main_grad"))
+@operator("flowrl::linear_logprob_bwd", mutates_args=("report", "main_grad"))
 def linear_logprob_bwd(
     grad_logp: Tensor | None,  # [N]
     grad_entropy: Tensor | None,  # [N]
@@ -73,6 +82,7 @@ def linear_logprob_bwd(
     target: Tensor,
     bias: Tensor | None,
     temperature: Tensor,
+    logp: Tensor,
     lse: Tensor,
     ent: Tensor,
     stats: Tensor,
@@ -89,12 +99,10 @@ def linear_logprob_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden [N, H], weight [V, H], bias [V]; [0] where not needed or kept in main_grad."""
     clean, ignored, _ = clean_target(target, weight.shape[0], ignore_index)
-    grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp.to(lse.dtype).contiguous()
-    grad_logp = grad_logp.masked_fill(ignored, 0.0)
-    if grad_entropy is not None:
-        grad_entropy = grad_entropy.to(lse.dtype).masked_fill(ignored, 0.0).contiguous()
+    grad_logp = upstream(grad_logp, logp, ignored)
+    grad_entropy = None if grad_entropy is None else upstream(grad_entropy, logp, ignored)
     dhidden, dweight, dbias = launchers(STEM, impl).linear_logprob_bwd(
-        grad_logp, grad_entropy, hidden, weight, clean, bias, temperature, logit_scale, softcap, lse, ent, stats,
+        grad_logp, grad_entropy, hidden, weight, clean, bias, temperature, logit_scale, softcap, logp, lse, ent, stats,
         epsilon, report, main_grad, need_hidden, need_weight, need_bias,
     )  # fmt: skip
     nothing = hidden.new_empty(0)
@@ -108,8 +116,8 @@ def linear_logprob_bwd(
 
 
 @linear_logprob_bwd.register_fake
-def _(grad_logp, grad_entropy, hidden, weight, target, bias, temperature, lse, ent, stats, report, main_grad,
-      logit_scale, softcap, ignore_index, epsilon, need_hidden, need_weight, need_bias, impl):  # fmt: skip
+def _(grad_logp, grad_entropy, hidden, weight, target, bias, temperature, logp, lse, ent, stats, report,
+      main_grad, logit_scale, softcap, ignore_index, epsilon, need_hidden, need_weight, need_bias, impl):  # fmt: skip
     def like(tensor: Tensor | None, wanted: bool) -> Tensor:
         return torch.empty_like(tensor) if wanted and tensor is not None else hidden.new_empty(0)
 
@@ -119,10 +127,10 @@ def _(grad_logp, grad_entropy, hidden, weight, target, bias, temperature, lse, e
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, target, bias, temperature, *settings = inputs
     logit_scale, softcap, ignore_index, ctx.entropy, epsilon, report, main_grad, impl = settings
-    _, ent, lse, stats = output
+    logp, ent, lse, stats = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, stats)
-    ctx.save_for_backward(hidden, weight, target, bias, temperature, lse, ent, stats)
+    ctx.save_for_backward(hidden, weight, target, bias, temperature, logp, lse, ent, stats)
     # what the backward writes, so no saved value: it may change between forward and backward, and twice
     ctx.written = report, main_grad
     ctx.settings = (logit_scale, softcap, ignore_index, epsilon)

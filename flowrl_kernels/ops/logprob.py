@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.dispatch import launchers
-from flowrl_kernels.ops.linear_logprob import clean_target, finish
+from flowrl_kernels.ops.linear_logprob import clean_target, finish, upstream
+from flowrl_kernels.ops.operator import first_backward_only, operator
 
 STEM = "logprob"
 
 
-@torch.library.custom_op("flowrl::logprob", mutates_args=())
+@operator("flowrl::logprob", mutates_args=())
 def logprob(
     logits: Tensor,  # [N, V]
     target: Tensor,  # [N]
@@ -24,10 +25,10 @@ def logprob(
     inplace_backward: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logp [N], entropy [N] or [0], lse [N]."""
+    """logp [N], entropy [N] or [0], lse [2, N]: maximum and log of the sum."""
     clean, ignored, wrong = clean_target(target, logits.shape[1], ignore_index)
-    target_logit, lse, ent = launchers(STEM, impl).logprob_fwd(logits, clean, temperature, softcap, entropy)
-    return finish(target_logit, lse, ignored, wrong), ent, lse
+    logp, lse, ent = launchers(STEM, impl).logprob_fwd(logits, clean, temperature, softcap, entropy)
+    return finish(logp, ignored, wrong), ent, lse
 
 
 @logprob.register_fake
@@ -37,28 +38,29 @@ def _(logits, target, temperature, softcap, ignore_index, entropy, *_):
     return (
         logits.new_empty(num_tokens, dtype=dtype),
         logits.new_empty(num_tokens if entropy else 0, dtype=dtype),
-        logits.new_empty(num_tokens, dtype=dtype),
+        logits.new_empty((2, num_tokens), dtype=dtype),
     )
 
 
-def _gradient(logits, target, temperature, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, inplace, impl):
+def _gradient(
+    logits, target, temperature, logp, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, inplace, impl
+):
     clean, ignored, _ = clean_target(target, logits.shape[1], ignore_index)
-    grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp.to(lse.dtype).contiguous()
-    grad_logp = grad_logp.masked_fill(ignored, 0.0)
-    if grad_entropy is not None:
-        grad_entropy = grad_entropy.to(lse.dtype).masked_fill(ignored, 0.0).contiguous()
+    grad_logp = upstream(grad_logp, logp, ignored)
+    grad_entropy = None if grad_entropy is None else upstream(grad_entropy, logp, ignored)
     return launchers(STEM, impl).logprob_bwd(
-        grad_logp, grad_entropy, logits, clean, temperature, softcap, lse, ent, inplace
+        grad_logp, grad_entropy, logits, clean, temperature, softcap, logp, lse, ent, inplace
     )
 
 
-@torch.library.custom_op("flowrl::logprob_bwd", mutates_args=())
+@operator("flowrl::logprob_bwd", mutates_args=())
 def logprob_bwd(
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
     logits: Tensor,
     target: Tensor,
     temperature: Tensor,
+    logp: Tensor,
     lse: Tensor,
     ent: Tensor,
     softcap: float | None,
@@ -66,7 +68,9 @@ def logprob_bwd(
     impl: str,
 ) -> Tensor:
     """Gradient of the logits in their dtype. [N, V]"""
-    return _gradient(logits, target, temperature, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, False, impl)
+    return _gradient(
+        logits, target, temperature, logp, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, False, impl
+    )
 
 
 @logprob_bwd.register_fake
@@ -74,13 +78,14 @@ def _(grad_logp, grad_entropy, logits, *_):
     return torch.empty_like(logits)
 
 
-@torch.library.custom_op("flowrl::logprob_bwd_", mutates_args=("logits",))
+@operator("flowrl::logprob_bwd_", mutates_args=("logits",))
 def logprob_bwd_(
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
     logits: Tensor,
     target: Tensor,
     temperature: Tensor,
+    logp: Tensor,
     lse: Tensor,
     ent: Tensor,
     softcap: float | None,
@@ -88,7 +93,7 @@ def logprob_bwd_(
     impl: str,
 ) -> None:
     """Writes the gradient over the logits: one [N, V] buffer for both, and no second backward."""
-    _gradient(logits, target, temperature, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, True, impl)
+    _gradient(logits, target, temperature, logp, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, True, impl)
 
 
 @logprob_bwd_.register_fake
@@ -98,10 +103,10 @@ def _(*_) -> None:
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, target, temperature, softcap, ignore_index, ctx.entropy, inplace, impl = inputs
-    _, ent, lse = output
+    logp, ent, lse = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(logits, target, temperature, lse, ent)
+    ctx.save_for_backward(logits, target, temperature, logp, lse, ent)
     ctx.settings, ctx.inplace = (softcap, ignore_index, impl), inplace
 
 
@@ -116,7 +121,7 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
     # autograd's version counter refuses a second backward: the logits it saved are gone
     with torch.no_grad():
         logprob_bwd_(*arguments)
-    return (logits,) + (None,) * 7
+    return first_backward_only(STEM, (logits.detach(),) + (None,) * 7, logits, grad_logp, grad_entropy)
 
 
 logprob.register_autograd(_backward, setup_context=_setup_context)

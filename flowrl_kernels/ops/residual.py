@@ -1,7 +1,9 @@
 """`flowrl::residual`: loss, residual, weight and metrics with the gradient beside them.
 
-The forward returns d loss / d logp and d loss / d log_z for a gradient of 1; the backward multiplies. That costs one
-tensor of the size of logp, and makes retain_graph, double use and torch.compile need nothing more.
+The forward returns d loss / d logp and d loss / d log_z for a gradient of 1, in fp32 whatever logp is, because a loss
+scale comes later; the backward multiplies and rounds once. That costs 4 bytes a token (8 in float64), and makes
+retain_graph, double use and torch.compile need nothing more. Second derivatives are the reference's, made when asked
+for; third ones are refused.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ from torch import Tensor
 
 from flowrl_kernels import presets
 from flowrl_kernels.dispatch import launchers
+from flowrl_kernels.ops.operator import operator
+from flowrl_kernels.reference import residual as reference
+from flowrl_kernels.reference.residual import Segments
 
 NUM_METRICS = 12
 
 
-@torch.library.custom_op("flowrl::residual", mutates_args=())
+@operator("flowrl::residual", mutates_args=())
 def residual(
     logp: Tensor,  # [B, T] or [N]
     log_z: Tensor | None,  # [B]
@@ -29,49 +34,109 @@ def residual(
     cu_seqlens: Tensor | None,  # int64 [B+1]
     groups: Tensor | None,  # [B]
     normalizer: Tensor | None,  # scalar, or [2]: sequences and tokens
-    row: str,
+    codes: list[int],  # of the row: `presets.Row.codes`
+    numbers: Tensor,  # of the row: `presets.Row.packed_numbers`
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, residual [B], weight [B], metrics [12], dlogp (layout and dtype of logp), dlog_z [B]."""
-    loss, d, weight, metrics, dlogp, dlog_z = launchers("residual", impl).residual_fwd(
-        presets.loads(row), logp, anchor, old, sampler, reward, log_z, mask, cu_seqlens, groups, normalizer
+    """loss, residual [B], weight [B], metrics [12], dlogp (layout of logp), dlog_z [B]; fp32, or float64 as logp."""
+    out = launchers("residual", impl).residual_fwd(
+        presets.row_of(codes, numbers.tolist()),
+        logp,
+        anchor,
+        old,
+        sampler,
+        reward,
+        log_z,
+        mask,
+        cu_seqlens,
+        groups,
+        normalizer,
     )
-    dtype = _dtype(logp)
-    dlog_z = dlog_z.to(dtype if log_z is None else log_z.dtype)
-    return loss.to(dtype), d.to(dtype), weight.to(dtype), metrics.to(dtype), dlogp.to(logp.dtype), dlog_z
+    loss, d, weight, metrics, dlogp, dlog_z = (value.to(wide(logp)) for value in out)
+    return loss, d, weight, metrics, dlogp, dlog_z
 
 
-def _dtype(logp: Tensor) -> torch.dtype:
+def wide(logp: Tensor) -> torch.dtype:
     return torch.float64 if logp.dtype == torch.float64 else torch.float32
 
 
 @residual.register_fake
-def _(logp, log_z, anchor, old, sampler, reward, mask, cu_seqlens, groups, normalizer, row, impl):
-    dtype, num = _dtype(logp), reward.shape[0]
+def _(logp, log_z, anchor, old, sampler, reward, mask, cu_seqlens, groups, normalizer, codes, numbers, impl):
+    dtype, num = wide(logp), reward.shape[0]
     return (
         logp.new_empty((), dtype=dtype),
         logp.new_empty(num, dtype=dtype),
         logp.new_empty(num, dtype=dtype),
         logp.new_empty(NUM_METRICS, dtype=dtype),
-        torch.empty_like(logp, memory_format=torch.contiguous_format),
-        logp.new_empty(num, dtype=dtype if log_z is None else log_z.dtype),
+        torch.empty_like(logp, dtype=dtype, memory_format=torch.contiguous_format),
+        logp.new_empty(num, dtype=dtype),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, codes, numbers, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.has_log_z = inputs[1] is not None
-    ctx.save_for_backward(output[4], output[5])
+    ctx.row = codes, numbers
+    ctx.save_for_backward(*output[4:], *tensors)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
-    nothing: tuple = (None,) * 12
+    nothing: tuple = (None,) * 13
     if grad is None:
         return nothing
-    dlogp, dlog_z = ctx.saved_tensors
-    dlog_z = (grad * dlog_z).to(dlog_z.dtype) if ctx.has_log_z and ctx.needs_input_grad[1] else None
-    return ((grad * dlogp).to(dlogp.dtype) if ctx.needs_input_grad[0] else None, dlog_z, *nothing[2:])
+    dlogp, dlog_z, *inputs = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        dlogp, dlog_z = Gradient.apply(grad, presets.row_of(ctx.row[0], ctx.row[1].tolist()), dlogp, dlog_z, *inputs)
+    else:
+        dlogp, dlog_z = scaled(grad, dlogp, inputs[0]), scaled(grad, dlog_z, inputs[1])
+    need_logp, need_log_z = ctx.needs_input_grad[:2]
+    return (dlogp if need_logp else None, dlog_z if need_log_z else None, *nothing[2:])
+
+
+def scaled(grad: Tensor, saved: Tensor, like: Tensor | None) -> Tensor | None:
+    """The gradient of `like` from the one that was saved for a gradient of 1; rounded once."""
+    return None if like is None else (grad * saved).to(like.dtype)
 
 
 residual.register_autograd(_backward, setup_context=_setup_context)
+
+
+class Gradient(torch.autograd.Function):
+    """The gradients as functions of the incoming gradient, logp and log_z: exact once more, by the reference."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, row: presets.Row, dlogp: Tensor, dlog_z: Tensor, *inputs: Tensor | None):
+        ctx.row = row
+        ctx.save_for_backward(grad, dlogp, dlog_z, *inputs)
+        return scaled(grad, dlogp, inputs[0]), scaled(grad, dlog_z, inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *towards: Tensor | None):
+        if torch.is_grad_enabled():
+            raise RuntimeError("flowrl_loss: third derivatives are not computed; impl='reference' has them")
+        grad, dlogp, dlog_z, *inputs = ctx.saved_tensors
+        pairs = [(t, saved) for t, saved in zip(towards, (dlogp, dlog_z)) if t is not None]
+        dgrad = sum(((t.double() * saved.double()).sum() for t, saved in pairs), torch.zeros_like(grad).double())
+        second = second_order(ctx.row, inputs, towards)
+        second = [None if s is None else (grad.double() * s).to(t.dtype) for s, t in zip(second, inputs)]
+        return (dgrad.to(grad.dtype), None, None, None, *second, *(None,) * (len(inputs) - 2))
+
+
+def second_order(row: presets.Row, inputs: list, towards: tuple) -> list[Tensor | None]:
+    """The Hessian of the loss in logp and log_z (None where there is none) times `towards`, in float64."""
+    logp, log_z, anchor, old, sampler, reward, mask, cu_seqlens, groups, normalizer = inputs
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().double().requires_grad_() for t in (logp, log_z)]
+        x, z = leaves
+        assert x is not None
+        terms = reference.residual(row, x, anchor, old, sampler, reward, z, Segments(mask, cu_seqlens), groups)
+        loss = reference.total(row, terms, normalizer)
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        first = torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True)
+        along = [t for t, leaf in zip(towards, leaves) if leaf is not None]
+        dot = sum((g * t.double()).sum() for g, t in zip(first, along) if t is not None)
+        if not (isinstance(dot, Tensor) and dot.requires_grad):  # a penalty without curvature
+            return [None, None]
+        second = iter(torch.autograd.grad(dot, wanted, materialize_grads=True))
+    return [None if leaf is None else next(second) for leaf in leaves]

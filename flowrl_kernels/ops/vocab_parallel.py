@@ -1,33 +1,36 @@
 """`linear_logprob` over a vocabulary split across ranks: one MAX and one packed SUM all-reduce of [N, 3].
 
-Every rank holds rows [start, start + V_local) of the head and all hidden states. Shards may differ in size.
+Every rank holds rows [start, start + V_local) of the head and all hidden states. Shards may differ in size, and heads
+of different splits may share a group: the sizes are gathered in every forward (8 bytes a rank), for a rank cannot know
+from its own shard whether the others have seen this head before.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flowrl_kernels.dispatch import launchers
-from flowrl_kernels.ops.linear_logprob import STEM, finish
+from flowrl_kernels.ops.linear_logprob import STEM, finish, upstream
+from flowrl_kernels.ops.operator import OnceDifferentiable, first_backward_only, without_autocast
 
 
-@lru_cache(maxsize=64)
-def shard(group: dist.ProcessGroup, rows: int, device: torch.device) -> tuple[int, int]:
-    """(first id of this rank's rows, whole vocabulary). A collective, once per group and size of the own shard."""
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, torch.tensor([rows], device=device), group=group)
-    counts = [int(size) for size in sizes]
-    return sum(counts[: dist.get_rank(group)]), sum(counts)
+def shard(group: dist.ProcessGroup, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(first id of this rank's rows, whole vocabulary), int64 on the device: nothing here waits for it."""
+    own = torch.tensor([rows], device=device)
+    sizes = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, own, group=group)
+    counts = torch.cat(sizes)
+    return counts[: dist.get_rank(group)].sum(), counts.sum()
 
 
-class VocabParallel(torch.autograd.Function):
+class VocabParallel(OnceDifferentiable):
     """logp [N], entropy [N] or None; gradients: own rows of the weight, hidden summed over the group."""
+
+    name = "linear_logprob with vocab_parallel"
 
     @staticmethod
     def forward(
@@ -41,41 +44,51 @@ class VocabParallel(torch.autograd.Function):
         local = target - start
         elsewhere = (local < 0) | (local >= weight.shape[0])
         local = local.masked_fill(elsewhere, weight.shape[0]).masked_fill(ignored, -1)
-        picked, lse, ent, _ = launchers(STEM, impl).linear_logprob_fwd(
+        own_logp, (own_top, own_log_sum), ent, _ = launchers(STEM, impl).linear_logprob_fwd(
             hidden, weight, local, bias, temperature, logit_scale, softcap, entropy, False
         )
-        top = lse.clone()
+        # a MAX may lose a NaN: +inf cannot be lost, and makes the other ranks' masses 0 or NaN; the SUM spreads it
+        top = own_top.masked_fill(own_top.isnan(), torch.inf)
         dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-        shift = (lse - top).nan_to_num(nan=0.0, neginf=-1e4)  # a shard that is all -inf has no mass
-        mass = shift.exp()
-        parts = torch.stack([mass, picked, mass * (ent - shift) if entropy else torch.zeros_like(mass)])  # [3, N]
+        shift = own_top - top.clamp_min(torch.finfo(top.dtype).min)  # -inf in a shard that is all -inf
+        shift = shift.masked_fill(own_top.isnan(), torch.nan)
+        mass = (shift + own_log_sum).exp()
+        picked = (own_logp + own_log_sum + shift).masked_fill(own_top == -torch.inf, -torch.inf)  # z_y minus top
+        picked = torch.where(elsewhere | ignored, 0.0, picked)
+        moment = torch.zeros_like(mass)
+        if entropy:
+            moment = (mass * (ent - own_log_sum - shift)).masked_fill(mass == 0, 0.0)  # no mass, no part: 0 * -inf
+        parts = torch.stack([mass, picked, moment])  # [3, N]
         dist.all_reduce(parts, group=group)
-        total, target_logit, moment = parts
-        lse = (top + total.log()).masked_fill(ignored, 0.0)
-        logp = finish(target_logit, lse, ignored, wrong)
+        total, target_shifted, moment = parts
+        lse = torch.stack([top, total.log()]).masked_fill(ignored, 0.0)
+        logp = finish(target_shifted - lse[1], ignored, wrong)
         whole = (moment / total + total.log()).masked_fill(ignored, 0.0) if entropy else None
-        ctx.save_for_backward(hidden, weight, local, bias, temperature, lse, whole, ignored)
+        ctx.save_for_backward(hidden, weight, local, bias, temperature, logp, lse, whole, ignored)
         ctx.settings, ctx.group, ctx.impl = (logit_scale, softcap), group, impl
         ctx.set_materialize_grads(False)
         return logp, whole
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None):
-        hidden, weight, local, bias, temperature, lse, whole, ignored = ctx.saved_tensors
-        grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp.to(lse.dtype).masked_fill(ignored, 0.0)
-        if grad_entropy is not None:
-            grad_entropy = grad_entropy.to(lse.dtype).masked_fill(ignored, 0.0).contiguous()
+        with torch.no_grad():
+            gradients = without_autocast(VocabParallel._gradients)(ctx.saved_tensors[0], ctx, grad_logp, grad_entropy)
+        return first_backward_only(VocabParallel.name, gradients, *ctx.saved_tensors[:2], grad_logp, grad_entropy)
+
+    @staticmethod
+    def _gradients(hidden: Tensor, ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple:
+        _, weight, local, bias, temperature, logp, lse, whole, ignored = ctx.saved_tensors
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         dhidden, dweight, dbias = launchers(STEM, ctx.impl).linear_logprob_bwd(
-            grad_logp.contiguous(), grad_entropy, hidden, weight, local, bias, temperature, *ctx.settings, lse,
+            upstream(grad_logp, logp, ignored),
+            None if grad_entropy is None else upstream(grad_entropy, logp, ignored),
+            hidden, weight, local, bias, temperature, *ctx.settings, logp, lse,
             lse.new_empty(0) if whole is None else whole, lse.new_empty((0, 0), dtype=torch.float16), 0.0, None, None,
-            *need,
+            *need, wide_hidden=True,
         )  # fmt: skip
         if dhidden is not None:
-            summed = dhidden.to(lse.dtype)
-            dist.all_reduce(summed, group=ctx.group)
-            dhidden = summed.to(hidden.dtype)
+            dist.all_reduce(dhidden, group=ctx.group)
+            dhidden = dhidden.to(hidden.dtype)
         if dbias is not None:
             dbias = dbias.to(bias.dtype)
         return dhidden, dweight, None, dbias, *(None,) * 7

@@ -22,6 +22,8 @@ def linear_logprob(
 ) -> LogProb:
     """z = softcap(logit_scale (hidden weight^T + bias)) / temperature; logp = log_softmax(z)[target]."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    ignored = target.long() == ignore_index
+    hidden = hidden.masked_fill(ignored[:, None], 0.0)  # such a row may hold anything, and 0 * NaN is NaN
     logits = hidden.to(dtype) @ weight.to(dtype).T  # [N, V]
     if bias is not None:
         logits = logits + bias.to(dtype)

@@ -17,15 +17,18 @@ def logprob(
     entropy: bool = False,
 ) -> LogProb:
     """logp = log_softmax(softcap(logits) / temperature)[target]; a target outside the vocabulary gives NaN."""
+    target = target.long()
+    ignored = target == ignore_index  # [N]
     z = logits if logits.dtype == torch.float64 else logits.float()
+    z = z.masked_fill(ignored[:, None], 0.0)  # such a row may hold anything, and 0 * NaN is NaN
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     if isinstance(temperature, Tensor):
-        z = z / temperature.to(z.dtype)[:, None]
+        if temperature.numel() > 1:
+            temperature = temperature.masked_fill(ignored, 1.0)
+        z = z / temperature.to(z.dtype).reshape(-1, 1)
     else:
         z = z / temperature
-    target = target.long()
-    ignored = target == ignore_index  # [N]
     known = (target >= 0) & (target < z.shape[-1])
     all_logp = torch.log_softmax(z, dim=-1)  # [N, V]
     logp = all_logp.gather(-1, target.where(known, 0)[:, None])[:, 0]  # [N]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowrl_kernels.reference.residual import BOUND, Segments
-
-KL_BOUND = 10.0
+from flowrl_kernels.reference.residual import BOUND, Segments, divisors, phi
 
 
 def token_losses(
@@ -30,38 +28,41 @@ def token_losses(
         log_ratio = mean.detach() + logp.double() - logp.detach().double()
     rho = log_ratio.clamp(-BOUND, BOUND).exp()
     bounded = rho if clip == (None, None) else rho.clamp(*clip)
-    if ratio == "detached":  # CISPO: the clipped weight is detached, every token keeps a gradient
-        return -a * bounded.detach() * logp.double(), rho, (bounded != rho).double()
-    loss = torch.maximum(-a * rho, -a * bounded)
     clipped = (-a * bounded > -a * rho).double()
+    if ratio == "detached":  # CISPO: the clipped weight is detached, every token keeps a gradient
+        return -a * bounded.detach() * logp.double(), rho, clipped
+    loss = torch.maximum(-a * rho, -a * bounded)
     if dual_clip is not None:
         loss = torch.where(a < 0, torch.minimum(loss, -a * dual_clip), loss)
     return loss, rho, clipped
 
 
-def kl_penalty(logp: Tensor, logp_ref: Tensor, kind: str) -> Tensor:
-    """Per token, in nats: "k1" l - r, "k2" (l - r)^2 / 2, "k3" e^(r-l) - (r-l) - 1, at most 10
-    (joschu.net/blog/kl-approx.html; the bound is verl's)."""
+def kl_penalty(logp: Tensor, logp_ref: Tensor, kind: str, bound: float | None) -> Tensor:
+    """Per token, in nats: "k1" l - r, "k2" (l - r)^2 / 2, "k3" e^(r-l) - (r-l) - 1 (joschu.net/blog/kl-approx.html).
+
+    k3 goes on as its tangent beyond a gap of BOUND; with a `bound` it is held within +-bound, as verl's is within 10.
+    """
     move = logp_ref.double() - logp.double()
     if kind == "k1":
         return -move
     if kind == "k2":
         return 0.5 * move.square()
-    move = move.clamp(-2 * KL_BOUND, 2 * KL_BOUND)
-    return (move.exp() - move - 1.0).clamp(-KL_BOUND, KL_BOUND)
+    value = phi(move, "exp")
+    return value if bound is None else value.clamp(-bound, bound)
 
 
-def aggregate(value: Tensor, segments: Segments, how: str, normalizer: Tensor | float | None, horizon: int) -> Tensor:
+def aggregate(value: Tensor, segments: Segments, how: str, normalizer: Tensor | None, horizon: float) -> Tensor:
     """Token losses to a scalar. Each mode divides by its own count unless `normalizer` is given."""
     per_sequence = segments.total(value)
     count = segments.total(torch.ones_like(value))
+    sequences, tokens = divisors(normalizer, count)
     if how == "token-mean":
-        return per_sequence.sum() / (count.sum().clamp_min(1.0) if normalizer is None else normalizer)
+        return per_sequence.sum() / tokens
     if how == "seq-mean-token-mean":
         per_sequence = per_sequence / count.clamp_min(1.0)
     elif how == "seq-mean-token-sum-norm":
         per_sequence = per_sequence / horizon
-    return per_sequence.sum() / (max(len(count), 1) if normalizer is None else normalizer)
+    return per_sequence.sum() / sequences
 
 
 def value_losses(value: Tensor, old_value: Tensor | None, returns: Tensor, clip: float | None) -> Tensor:

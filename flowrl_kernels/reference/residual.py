@@ -17,6 +17,52 @@ from flowrl_kernels.presets import Row
 BOUND = 60.0  # log-ratios are clamped to +-BOUND before exp, and phi goes on straight beyond it
 
 
+class SegmentSum(torch.autograd.Function):
+    """Sum over each sequence's packed tokens: linear, so it has every derivative, which torch's own has not."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, cu_seqlens: Tensor):
+        ctx.save_for_backward(cu_seqlens)
+        ctx.num_tokens = len(value)
+        return segment_sum(value, cu_seqlens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        return grad[owners(ctx.saved_tensors[0], ctx.num_tokens)], None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None):
+        return segment_sum(tangent, ctx.saved_tensors[0])
+
+
+class GroupSum(torch.autograd.Function):
+    """Sum over each one's group [B]: a symmetric linear map, so it is its own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, own: Grouped):
+        ctx.own = own
+        return segment_sum(value[own.order], own.offsets)[own.which]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        return GroupSum.apply(grad, ctx.own), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None):
+        return GroupSum.apply(tangent, ctx.own)
+
+
+def segment_sum(value: Tensor, offsets: Tensor) -> Tensor:
+    """Sums in order over [N] from each offset to the next. [B]"""
+    return torch.segment_reduce(value, "sum", offsets=offsets, axis=0, initial=0.0, unsafe=True)
+
+
+def owners(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """The sequence of each packed token. [N]"""
+    token = torch.arange(num_tokens, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+
+
 class Segments(NamedTuple):
     """Where the tokens of each sequence are. `mask` has the tokens' layout."""
 
@@ -30,7 +76,8 @@ class Segments(NamedTuple):
         if self.cu_seqlens is None:
             own = value.sum(1)
         else:
-            own = torch.segment_reduce(value, "sum", offsets=self.cu_seqlens, axis=0, initial=0.0, unsafe=True)
+            total = segment_sum if torch.compiler.is_compiling() else SegmentSum.apply
+            own = total(value, self.cu_seqlens)
         return own if self.over_ranks is None else self.over_ranks(own)
 
     def clean(self, value: Any) -> Any:
@@ -46,12 +93,12 @@ class Segments(NamedTuple):
     def owner(self) -> Tensor:
         """The sequence of each packed token. [N]"""
         assert self.cu_seqlens is not None
-        token = torch.arange(self.mask.shape[0], device=self.mask.device)
-        return torch.searchsorted(self.cu_seqlens[1:].contiguous(), token, right=True)
+        return owners(self.cu_seqlens, self.mask.shape[0])
 
 
 class Terms(NamedTuple):
-    loss: Tensor  # scalar float64, differentiable in logp and log_z
+    penalty: Tensor  # [B] float64, differentiable in logp and log_z: the weighted penalty, summed over its tokens
+    surrogate: Tensor | None  # [B] the same: the PPO terms of the joint loss, summed over tokens
     residual: Tensor  # [B] detached; at token level the mean over the sequence's tokens
     weight: Tensor  # [B] detached, both weights together; where tokens have their own, their mean
     log_ratio: Tensor  # [B] detached, the unclamped log-ratio to old: its sum, or its mean where the row says so
@@ -60,23 +107,39 @@ class Terms(NamedTuple):
     log_z: Tensor  # [B] detached: what stood in the residual as log Z
     tokens: Tensor  # [B] tokens that count
     open: Tensor  # [B] bool: the gate lets the gradient through
+    to_anchor: Tensor  # [B] detached: mean over tokens of logp - anchor
     segments: Segments  # with the tokens that CISPO's mask left
+
+
+class Grouped(NamedTuple):
+    """[B] ids put in order, once: sums over the members of each one's group, linear in B and without atomics."""
+
+    order: Tensor  # [B] int64, by group and then by place
+    which: Tensor  # [B] int64: the group of each, counted from 0
+    offsets: Tensor  # [B+1] int64: where groups begin in `order`, B from the last on
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over each one's group, its members in order, in float64. [B]"""
+        return GroupSum.apply(value.double(), self)
+
+    def mean(self, value: Tensor, used: Tensor) -> Tensor:
+        """Mean over the members that are `used`; 0 for a group without any. [B]"""
+        on = used > 0
+        return self.total(torch.where(on, value.double(), 0.0)) / self.total(on).clamp_min(1.0)
+
+
+def grouped(groups: Tensor) -> Grouped:
+    by_group, order = groups.long().sort(stable=True)
+    first = torch.ones_like(by_group, dtype=torch.bool)
+    first[1:] = by_group[1:] != by_group[:-1]
+    rising = first.cumsum(0) - 1
+    offsets = torch.searchsorted(rising, torch.arange(len(rising) + 1, device=rising.device))
+    return Grouped(order, torch.empty_like(order).scatter_(0, order, rising), offsets)
 
 
 def group_mean(value: Tensor, groups: Tensor, used: Tensor) -> Tensor:
     """Mean over the members of each one's group that are `used`; 0 for a group without any. [B] float64"""
-    by_group, order = groups.sort(stable=True)
-    first = torch.ones_like(by_group, dtype=torch.bool)
-    first[1:] = by_group[1:] != by_group[:-1]
-    which = first.cumsum(0) - 1
-    sizes = torch.zeros_like(which).scatter_add_(0, which, torch.ones_like(which))
-
-    def total(x: Tensor) -> Tensor:
-        return torch.segment_reduce(x[order], "sum", lengths=sizes, axis=0, initial=0.0, unsafe=True)
-
-    on = used > 0
-    mean = total(torch.where(on, value.double(), 0.0)) / total(on.double()).clamp_min(1.0)
-    return mean[torch.empty_like(order).scatter_(0, order, which)]
+    return grouped(groups).mean(value, used)
 
 
 def phi(d: Tensor, kind: str) -> Tensor:
@@ -113,10 +176,14 @@ def beyond(log_ratio: Tensor, clip: tuple[float | None, float | None]) -> tuple[
 
 
 def divisors(normalizer: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor]:
-    """What sums over sequences and sums over tokens are divided by. `count`: [B] tokens of each sequence."""
+    """What sums over sequences and sums over tokens are divided by. `count`: [B] tokens of each sequence.
+
+    Where nothing counts, 0 over 0 is 0. A divisor of 0 beside tokens is an error upstream and gives what it gives.
+    """
     if normalizer is None:
         return torch.full_like(count.sum(), max(len(count), 1)), count.sum().clamp_min(1.0)
     both = normalizer.double().reshape(-1)
+    both = torch.where((both == 0) & (count.sum() == 0), 1.0, both)
     return both[0], both[-1]
 
 
@@ -130,9 +197,8 @@ def residual(
     log_z: Tensor | None,  # [B]
     segments: Segments,
     groups: Tensor | None,  # [B]
-    normalizer: Tensor | None,  # scalar, or [2]: sequences and tokens
 ) -> Terms:
-    """L = sum_b w_b phi(d_b) / normalizer with d = a sum_t m (logp - anchor) - (beta r - log Z)."""
+    """w_b phi(d_b) with d = a sum_t m (logp - anchor) - (beta r - log Z), and what else a sequence has to tell."""
 
     # what stands in the padding must not reach anything, not even as 0 * NaN
     logp, anchor, old, sampler = (segments.clean(t) for t in (logp, anchor, old, sampler))
@@ -150,8 +216,6 @@ def residual(
     none = torch.zeros_like(count)
     partition = none if log_z is None else torch.where(used, log_z.double(), 0.0)
     target = torch.where(used, row.beta * reward.double(), 0.0) - partition  # [B]
-
-    per_sequence, per_token = divisors(normalizer, count)
 
     log_ratio = segments.total(token_ratio)
     if row.ratio == "mean":
@@ -171,7 +235,7 @@ def residual(
         weight = weight * second.clamp_max(row.tis_cap)
     weight = torch.where(used, weight, 0.0)
 
-    passes = torch.ones_like(used)
+    passes, extra = torch.ones_like(used), None
     if row.level == "token":
         factor = 1.0 if row.scale is None else row.scale
         token_weight = segments.spread(weight)
@@ -180,7 +244,7 @@ def residual(
             weight = segments.total(token_weight) / length
             low, high = (segments.total(share) / length for share in beyond(token_ratio, row.clip))
         tokens = token_weight * phi(factor * difference - segments.spread(target), row.phi)
-        loss = segments.total(tokens).sum() / per_token
+        penalty = segments.total(tokens)
         d = segments.total(factor * difference.detach()) / length - target.detach()
     else:
         flow = segments.total(difference) * (1.0 / length if row.scale is None else row.scale)  # [B]
@@ -194,11 +258,19 @@ def residual(
             centre = group_mean(d, groups, used)
             partition = -centre
             d = torch.where(used, d - (centre.detach() if row.log_z == "group" else centre), 0.0)
-        loss = (weight * phi(d, row.phi)).sum() / per_sequence
+        penalty = weight * phi(d, row.phi)
         if row.surrogate is not None and old is not None:
-            loss = loss + surrogate(row.surrogate, logp, old, d.detach(), segments) / per_token
+            extra = surrogate(row.surrogate, logp, old, d.detach(), segments)
     d, partition = torch.where(used, d.detach(), 0.0), partition.detach()
-    return Terms(loss, d, weight, log_ratio, low, high, partition, count, passes, segments)
+    to_anchor = none if anchor is None else segments.total(current - anchor) / length
+    return Terms(penalty, extra, d, weight, log_ratio, low, high, partition, count, passes, to_anchor, segments)
+
+
+def total(row: Row, terms: Terms, normalizer: Tensor | None) -> Tensor:
+    """L = sum_b penalty_b / normalizer, with the joint loss's other term: scalar float64, differentiable."""
+    per_sequence, per_token = divisors(normalizer, terms.tokens)
+    loss = terms.penalty.sum() / (per_token if row.level == "token" else per_sequence)
+    return loss if terms.surrogate is None else loss + terms.surrogate.sum() / per_token
 
 
 METRICS = (
@@ -207,8 +279,11 @@ METRICS = (
 )  # fmt: skip
 
 
-def metrics(terms: Terms, logp: Tensor, anchor: Tensor | None) -> Tensor:
-    """What a training log wants to know, over the sequences that have tokens, in the order of METRICS. [12]"""
+def metrics(terms: Terms, loss: Tensor) -> Tensor:
+    """What a training log wants to know, over the sequences that have tokens, in the order of METRICS. [12]
+
+    loss: in the dtype it is given out in, so that one which does not fit there is counted.
+    """
     used = terms.tokens > 0
     num = used.sum().clamp_min(1)
     size = terms.residual.abs()
@@ -221,15 +296,13 @@ def metrics(terms: Terms, logp: Tensor, anchor: Tensor | None) -> Tensor:
         floor = torch.where(used.any(), -torch.inf, 0.0).double().view(1)
         return torch.cat((torch.where(used, value, -torch.inf), floor)).amax()
 
-    to_ref = torch.zeros_like(size)
-    if anchor is not None:
-        to_ref = terms.segments.total(logp.detach().double() - anchor.double()) / terms.tokens.clamp_min(1.0)
     log_z_mean = mean(terms.log_z)
     finite = size.isfinite() & terms.weight.isfinite() & terms.log_ratio.isfinite()
     return torch.stack([
         mean(size), most(size), mean(terms.weight), -most(-terms.weight), most(terms.weight), mean(terms.clipped_low),
-        mean(terms.clipped_high), mean(terms.log_ratio), mean(to_ref), log_z_mean,
-        mean((terms.log_z - log_z_mean).square()).sqrt(), (used & ~finite).sum().double(),
+        mean(terms.clipped_high), mean(terms.log_ratio), mean(terms.to_anchor),
+        log_z_mean, mean((terms.log_z - log_z_mean).square()).sqrt(),
+        torch.maximum((used & ~finite).sum(), (~loss.isfinite()).long()).double(),
     ])  # fmt: skip
 
 
@@ -244,7 +317,7 @@ def held_back(row: Row, move: Tensor, reward: Tensor) -> Tensor:
 
 
 def surrogate(eps: float, logp: Tensor, old: Tensor, advantage: Tensor, segments: Segments) -> Tensor:
-    """The PPO surrogate with the residual as advantage, in the sign of the released code, summed over tokens."""
+    """The PPO surrogate with the residual as advantage, in the sign of the released code, summed over tokens. [B]"""
     ratio = exp_bounded(logp - old)
     a = segments.spread(advantage)
-    return segments.total(torch.maximum(-a * ratio, -a * ratio.clamp(1 - eps, 1 + eps))).sum()
+    return segments.total(torch.maximum(-a * ratio, -a * ratio.clamp(1 - eps, 1 + eps)))

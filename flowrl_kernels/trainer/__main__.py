@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from collections.abc import Callable
 
 USAGE = """usage: flowrl train FILE.toml [--section.field value ...] [--resume]
-       flowrl eval RUN_OR_FOLDER [--section.field value ...]
+       flowrl eval RUN_OR_FOLDER [--split NAME] [--config FILE.toml] [--out FILE.json] [--section.field value ...]
        flowrl plot RUN [RUN ...] [--out FOLDER]
-       flowrl export RUN FOLDER
-       flowrl compare FILE.toml [...]
+       flowrl export RUN FOLDER [--dtype float32|bfloat16|float16]
+       flowrl compare FILE.toml [--out FOLDER] [--only NAME ...] [--section.field value ...] [--resume]
 
 The same as `python -m flowrl_kernels.trainer ...`, which is what torchrun starts.
-`flowrl train FILE.toml --help` lists every field."""
-EXTRA = ("matplotlib", "numpy", "rich", "safetensors", "tqdm", "transformers", "tyro")  # what [train] brings
+`flowrl COMMAND --help` says more; `flowrl train FILE.toml --help` lists every field."""
+EXTRA = ("matplotlib", "numpy", "rich", "safetensors", "tomli_w", "tqdm", "transformers")  # what [train] brings
 
 
 def cli(argv: list[str] | None = None) -> int:
@@ -24,24 +27,41 @@ def cli(argv: list[str] | None = None) -> int:
     if args[0].endswith(".toml"):
         args.insert(0, "train")
     command, rest = args[0], args[1:]
-    commands = {"train": train, "eval": evaluate, "plot": plot, "export": export, "compare": compare}
-    if command not in commands:
-        print(f"flowrl: unknown command {command!r}\n{USAGE}", file=sys.stderr)
-        return 2
+    if command not in COMMANDS:
+        return refuse("", f"unknown command {command!r}; there are {', '.join(COMMANDS)}")
+    here = os.getcwd()
+    if "" not in sys.path and here not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does: your task and reward are found by their module's name
     try:
         from flowrl_kernels.trainer.loop import NotFinite
     except ModuleNotFoundError as error:
         return missing(command, error)
     try:
-        return commands[command](rest)
-    except (ValueError, FileNotFoundError, OSError, NotFinite) as error:
-        print(f"flowrl {command}: {error}", file=sys.stderr)
-        return 3 if isinstance(error, NotFinite) else 2
+        return COMMANDS[command](rest)
+    except NotFinite as error:
+        return refuse(command, error, 3)
+    except (ValueError, OSError) as error:
+        return refuse(command, error)
     except ModuleNotFoundError as error:
         return missing(command, error)
-    except KeyboardInterrupt:
-        print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        return refuse(command, str(error) or "interrupted", getattr(error, "code", 130))
+    except SystemExit as error:  # --help
+        return int(error.code or 0)
+
+
+def refuse(command: str, why: Exception | str, code: int = 2) -> int:
+    """One line on stderr; under torchrun one rank's, where it is every rank's."""
+    from flowrl_kernels.trainer import parallel
+
+    rank = parallel.rank_here()
+    everywhere = not parallel.joined() or parallel.EVERYWHERE in getattr(why, "__notes__", ())
+    if rank == 0 or not everywhere:
+        text = " ".join(str(why).split()) or type(why).__name__
+        name = f"flowrl {command}".strip() + (f" (rank {rank})" if rank else "")
+        with contextlib.suppress(BrokenPipeError):
+            print(f"{name}: {text}", file=sys.stderr)
+    return code
 
 
 def missing(command: str, error: ModuleNotFoundError) -> int:
@@ -55,13 +75,17 @@ def missing(command: str, error: ModuleNotFoundError) -> int:
 def train(args: list[str]) -> int:
     """Trains by a TOML file."""
     from flowrl_kernels.trainer import config_file, loop
+    from flowrl_kernels.trainer.config import Config
 
+    if args and args[0] in ("-h", "--help"):
+        config_file.override(Config(), ["--help"])
     if not args or args[0].startswith("-"):
-        raise ValueError(f"wanted a TOML file first\n{USAGE}")
+        raise ValueError("wanted a TOML file first; flowrl --help shows how")
     rest = [a for a in args[1:] if a != "--resume"]
     if len(rest) < len(args) - 1:
         rest += ["--run.resume", "True"]
-    loop.train(config_file.override(config_file.load(args[0]), rest))
+    config = config_file.override(config_file.load(args[0]), rest)
+    loop.train(config)
     return 0
 
 
@@ -69,42 +93,59 @@ def plot(args: list[str]) -> int:
     """Writes PNG plots of one or several runs, overlaid."""
     from pathlib import Path
 
+    from flowrl_kernels.trainer import config_file
     from flowrl_kernels.trainer.plot import plot_runs
 
-    out = None
-    if "--out" in args:
-        at = args.index("--out")
-        if at + 1 == len(args):
-            raise ValueError("--out: wanted a folder")
-        out = Path(args[at + 1])
-        args = args[:at] + args[at + 2 :]
-    if not args:
-        raise ValueError(f"wanted at least one run folder\n{USAGE}")
-    for path in plot_runs([Path(a) for a in args], out):
+    parser = config_file.Parser(prog="flowrl plot", description=plot.__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--out", metavar="FOLDER", help="folder of the PNGs (default: plots in the first run's)")
+    given = parser.parse_args(args)
+    out = Path(given.out).expanduser() if given.out else None
+    for path in plot_runs([Path(a).expanduser() for a in given.runs], out):
         print(path)
     return 0
 
 
 def export(args: list[str]) -> int:
-    """Writes a run's last checkpoint as a Hugging Face folder."""
+    """Writes a run's last checkpoint as a folder that transformers and servers load."""
     from pathlib import Path
 
+    from flowrl_kernels.trainer import config_file
     from flowrl_kernels.trainer.export import export_run
 
-    if len(args) != 2:
-        raise ValueError(f"wanted a run folder and a folder to write\n{USAGE}")
-    export_run(Path(args[0]), Path(args[1]))
-    print(args[1])
+    parser = config_file.Parser(
+        prog="flowrl export",
+        description=export.__doc__,
+        epilog="Code that comes with a model runs only with --model.trust_remote_code True on this line.",
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("folder", metavar="FOLDER", help="folder to write; must not exist")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the run's)"
+    )
+    given, overrides = parser.parse_known_args(args)
+    export_run(Path(given.run).expanduser(), Path(given.folder).expanduser(), given.dtype, overrides)
+    print(given.folder)
     return 0
 
 
 def evaluate(args: list[str]) -> int:
     """Evaluates a run's policy, or a Hugging Face folder, on a split."""
+    from flowrl_kernels.trainer import config_file
     from flowrl_kernels.trainer.export import evaluate_run
 
-    if not args or args[0].startswith("-"):
-        raise ValueError(f"wanted a run folder first\n{USAGE}")
-    evaluate_run(args[0], args[1:])
+    parser = config_file.Parser(
+        prog="flowrl eval",
+        description=evaluate.__doc__,
+        epilog="--section.field value, as in training, says what the file does not; "
+        "flowrl train --help lists every field.",
+    )
+    parser.add_argument("source", metavar="RUN_OR_FOLDER", help="run folder, Hugging Face folder, or TOML file")
+    parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
+    parser.add_argument("--config", metavar="FILE.toml", help="the task of a Hugging Face folder")
+    parser.add_argument("--out", metavar="FILE.json", help="also write the figures there")
+    given, overrides = parser.parse_known_args(args)
+    evaluate_run(given.source, overrides, given.split, given.config, given.out)
     return 0
 
 
@@ -113,6 +154,11 @@ def compare(args: list[str]) -> int:
     from flowrl_kernels.trainer.compare import main
 
     return main(args)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train, "eval": evaluate, "plot": plot, "export": export, "compare": compare,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

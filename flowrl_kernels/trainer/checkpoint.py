@@ -1,8 +1,8 @@
 """Distributed checkpoints that a kill cannot tear, and the way back from them.
 
-A checkpoint is a folder `checkpoints/step_N` of the run: written beside it under `step_N.incomplete`, renamed
-when whole. It is only ever read from the run's own folder: its metadata is pickled by PyTorch, so loading one
-that somebody else made would run their code.
+A checkpoint is a folder `checkpoints/step_N` of the run: written beside it under `step_N.incomplete`, every file
+put on the disk and hashed, renamed when whole. It is only ever read from the run's own folder, and what PyTorch
+pickles in it is read with an allow-list (safe_reading.py): no file in it can run code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from flowrl_kernels.trainer import parallel
+from flowrl_kernels.trainer import fingerprint, parallel, safe_reading
 from flowrl_kernels.trainer.parallel import World, barrier, gather
 
 
@@ -33,21 +33,52 @@ def folder(run: Path) -> Path:
     return run / "checkpoints"
 
 
+def whole(run: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    steps = {step_of(p): p for p in folder(run).glob("step_*") if p.name[5:].isdigit() and p.is_dir()}
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
 def latest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None."""
-    steps = {int(p.name[5:]): p for p in folder(run).glob("step_*") if p.name[5:].isdigit() and p.is_dir()}
-    return steps[max(steps)] if steps else None
+    """The newest whole checkpoint of a run, or None; whether its files are undamaged, `choose` says."""
+    return next(iter(whole(run)), None)
+
+
+def choose(run: Path, world: World) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint whose every file is what was written, and what is wrong with newer ones.
+
+    Every rank calls it, reads its share of the files and gets the same answer.
+
+    Raises:
+        ValueError: there are checkpoints, and none is undamaged.
+    """
+    damaged: dict[Path, str] = {}
+    for path in parallel.first(lambda: whole(run), world):
+        wrong = gather(fingerprint.damage(path, slice(world.rank, None, world.size)), world)
+        found = [w for w in wrong if w]
+        if not found:
+            return path, damaged
+        damaged[path] = found[0]
+    if damaged:
+        listed = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
+        raise ValueError(f"run.resume: no checkpoint in {run} is undamaged ({listed})")
+    return None, {}
 
 
 def save(
     run: Path, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any],
-    world: World, keep: int,
+    world: World, keep: int, inputs: dict[str, str] | None = None,
 ) -> Path:  # fmt: skip
     """Writes everything the next step depends on; every rank must call it.
 
     Args:
         progress: JSON-able facts of the loop (step, updates made, skipped).
         keep: newest checkpoints that stay.
+        inputs: hashes of what the run is made from, for whoever resumes it.
 
     Raises:
         CheckpointError: on every rank, where any rank could not write (a full disk, say). What was half
@@ -57,7 +88,7 @@ def save(
     if parallel.first(final.exists, world):
         return final  # a run that was resumed from here and has not moved
     partial = final.with_name(final.name + ".incomplete")
-    error = ""
+    error, files = "", {}
     if world.main:
         shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -74,22 +105,37 @@ def save(
         torch.save(_rng(), partial / f"rng_{world.rank}.pt")
         if world.main:
             logs = {file.name: file.stat().st_size for file in run.glob("*.jsonl")}
-            (partial / "progress.json").write_text(json.dumps({**progress, "logs": logs}))
+            (partial / "progress.json").write_text(json.dumps({**progress, "logs": logs, "inputs": inputs or {}}))
+        mine = [f for f in partial.iterdir() if f.name.startswith((f"__{world.rank}_", f"rng_{world.rank}."))]
+        if world.main:
+            mine += [partial / ".metadata", partial / "progress.json"]
+        files = fingerprint.seal(mine)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as problem:  # dcp's CheckpointException is no Exception
         error = error or f"{type(problem).__name__}: {_root(problem)}"
-    errors = [e for e in gather(error, world) if e]
-    if errors:
-        if world.main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"checkpoint of step {step} was not written ({errors[0]}); older ones are intact")
-    if world.main:
+    parts = gather((error, files), world)
+
+    def publish() -> str:
+        fingerprint.write_manifest(partial, {name: entry for _, part in parts for name, entry in part.items()})
         os.rename(partial, final)
-        whole = sorted((int(p.name[5:]), p) for p in folder(run).glob("step_*") if p.name[5:].isdigit())
-        for _, old in whole[:-keep]:
+        fingerprint.sync_folder(final.parent)
+        for old in whole(run)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
-    barrier(world)
+        return ""
+
+    def settle() -> str:
+        failed = next((e for e, _ in parts if e), "")
+        try:
+            failed = failed or publish()
+        except OSError as problem:
+            failed = str(problem)
+        if failed:
+            shutil.rmtree(partial, ignore_errors=True)
+        return failed
+
+    if failed := parallel.first(settle, world):
+        raise CheckpointError(f"checkpoint of step {step} was not written ({failed}); older ones are intact")
     return final
 
 
@@ -97,38 +143,58 @@ def load(path: Path, run: Path, policy: nn.Module, optimizer: torch.optim.Optimi
     """Restores weights, optimiser and random numbers from a checkpoint of this run; returns its `progress`.
 
     Raises:
-        ValueError: the path does not lie in the run's own folder.
+        ValueError: the path does not lie in the run's own folder, or it cannot be read.
     """
-    if not path.resolve().is_relative_to(run.resolve()):
-        raise ValueError(f"checkpoint {path} is not in the run folder {run}; only a run's own checkpoints are loaded")
+    _own(path, run)
     model_state, optimizer_state = get_state_dict(policy, optimizer)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(state, checkpoint_id=path, no_dist=world.size == 1)
+    _read(state, path, no_dist=world.size == 1)
     set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     rng = path / f"rng_{world.rank}.pt"
     if rng.exists():  # more ranks than before: the new ones keep their seeds
-        _set_rng(torch.load(rng, weights_only=True))
-    return json.loads((path / "progress.json").read_text())
+        try:
+            _set_rng(safe_reading.load_plain(rng))
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"checkpoint {path} cannot be read: {rng.name}: {error}") from None
+    return facts(path)
 
 
 def load_model(path: Path, run: Path, policy: nn.Module) -> None:
     """Restores the weights alone, in one process, whatever sharding wrote them: for export and evaluation."""
+    _own(path, run)
+    state = {"model": policy.state_dict()}
+    _read(state, path, no_dist=True)
+    policy.load_state_dict(state["model"])
+
+
+def _own(path: Path, run: Path) -> None:
     if not path.resolve().is_relative_to(run.resolve()):
         raise ValueError(f"checkpoint {path} is not in the run folder {run}; only a run's own checkpoints are loaded")
-    state = {"model": policy.state_dict()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(state, checkpoint_id=path, no_dist=True)
-    policy.load_state_dict(state["model"])
+
+
+def _read(state: dict[str, Any], path: Path, *, no_dist: bool) -> None:
+    """Fills `state` from a checkpoint without running anything that stands in it; ValueError names what is wrong."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reader, planner = safe_reading.Reader(path), safe_reading.Planner()
+            dcp.load(state, storage_reader=reader, planner=planner, no_dist=no_dist)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as problem:  # dcp's CheckpointException is no Exception
+        raise ValueError(f"checkpoint {path} cannot be read: {_root(problem)}") from None
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: the loop's progress, sizes of the logs, hashes of the inputs."""
+    return json.loads((path / "progress.json").read_text(encoding="utf-8"))
 
 
 def log_size(path: Path | None, name: str) -> int:
     """Bytes that the run's log `name` had when a checkpoint was written; 0 without a checkpoint."""
     if path is None:
         return 0
-    return int(json.loads((path / "progress.json").read_text())["logs"].get(name, 0))
+    return int(facts(path)["logs"].get(name, 0))
 
 
 def truncate(file: Path, size: int) -> None:

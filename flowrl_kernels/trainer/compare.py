@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from flowrl_kernels.trainer import config_file, parallel, run_folder
+from flowrl_kernels.trainer.config import AlgorithmName, Config, check
 from flowrl_kernels.trainer.metrics import print_table, read_lines
 
-# name -> what it changes in the configuration. The baselines' learning rates are each the best of those tried on
-# Sums (docs/tasks.md); by 1200 steps GRPO and PPO have stopped gaining. An override on the command line wins.
-ALGORITHMS: dict[str, tuple[str, ...]] = {
-    "flowrl": (),
-    "grpo": ("--algorithm.name", "grpo", "--optim.lr", "2.5e-4", "--run.steps", "1200"),
-    "ppo": ("--algorithm.name", "ppo", "--optim.lr", "2e-4", "--run.steps", "1200"),
-    "reinforce_pp": ("--algorithm.name", "reinforce_pp", "--optim.lr", "2e-4", "--run.steps", "1200"),
-}
+METHODS = ("flowrl", "grpo", "ppo", "reinforce_pp")  # of a file that names none in [compare.NAME] tables
 COLUMNS = {
     "accuracy": ("exact_accuracy", "accuracy"),
     "distinct": ("distinct",),
@@ -61,37 +57,81 @@ def _figures(line: dict[str, Any]) -> dict[str, Any]:
     return {title: value for title, value in figures.items() if value is not None}
 
 
-def main(argv: Sequence[str]) -> int:
-    """`compare FILE.toml [--out FOLDER] [--only NAME ...] [--section.field value ...]`.
+def configs(file: str, only: Sequence[str] | None, args: list[str], out: Path) -> dict[str, Config]:
+    """{name: the whole configuration of its run}: the file's settings, changed by its [compare.NAME], then by `args`.
 
-    Every algorithm is a run of its own process in OUT/NAME, with the same configuration but for its own
-    settings and the overrides, which apply to all. Prints the table, writes it to OUT/compare.json and
+    A table may be called as an algorithm, and then stands for it; a method without a table changes nothing but
+    `algorithm.name`.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the method, the key, or a folder that holds a run.
+    """
+    base, tables = config_file.load(file), config_file.methods(file)
+    algorithms = get_args(AlgorithmName)
+    made = {}
+    for name in only or list(tables) or METHODS:
+        if name not in tables and name not in algorithms:
+            known = ", ".join(dict.fromkeys((*tables, *algorithms)))
+            raise ValueError(f"--only: wanted one of {known}; got {name!r}")
+        config = config_file.merge(base, {"algorithm": {"name": name}}) if name in algorithms else base
+        config = config_file.merge(config, tables.get(name, {}))
+        config = config_file.override(config, args, "flowrl compare FILE.toml")
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(out / name)))
+        try:
+            check(config)
+            if not (config.run.resume and not (out / name).exists()):
+                run_folder.look(out / name, config, parallel.ALONE)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{name}: {error}") from None
+        made[name] = config
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Trains one method after the other on one configuration, then prints one table and draws one overlaid plot.
+
+    Every method is a run of its own process in OUT/NAME. Prints the table, writes it to OUT/compare.json and
     overlays the runs' plots in OUT/plots. Returns 1 if a run failed (the others are still shown).
     """
-    parser = argparse.ArgumentParser(prog="flowrl compare", description=main.__doc__, allow_abbrev=False)
+    parser = config_file.Parser(
+        prog="flowrl compare",
+        description="Trains several methods one after the other: those of the file's [compare.NAME] tables, each of "
+        "which changes the file's own settings for its method; without any: " + ", ".join(METHODS),
+        epilog="--section.field value, as in training, applies to all; --resume goes on with runs that were stopped.",
+    )
     parser.add_argument("config", help="TOML file of the runs")
     parser.add_argument("--out", default="runs/compare", help="folder of the runs (default: runs/compare)")
-    parser.add_argument("--only", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the methods, or any algorithm's name")
+    parser.add_argument("--resume", action="store_true", help="go on with runs that were stopped")
     args, overrides = parser.parse_known_args(argv)
-    out = Path(args.out)
+    if args.resume:
+        overrides += ["--run.resume", "True"]
+    out = Path(args.out).expanduser()
     rows: list[dict[str, Any]] = []
     runs: list[Path] = []
     failed = False
-    for name in args.only:
+    for name, config in configs(args.config, args.only, overrides, out).items():
         folder = out / name
-        command = [sys.executable, "-m", "flowrl_kernels.trainer", "train", args.config]
-        command += ["--run.dir", str(folder), "--run.overwrite", "True", *ALGORITHMS[name], *overrides]
-        print(f"--- {name}: {' '.join(command[1:])}", flush=True)
-        begin = time.monotonic()
-        code = subprocess.run(command, check=False).returncode
+        if config.run.resume and not folder.exists():
+            config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=False))
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / f"{name}.toml"
+            file.write_text(config_file.dumps(config), encoding="utf-8")
+            print(f"--- {name}: {folder}", flush=True)
+            code = subprocess.run(
+                [sys.executable, "-m", "flowrl_kernels.trainer", "train", str(file)], check=False
+            ).returncode
         if code:
             print(f"--- {name} failed with exit code {code}", file=sys.stderr)
             failed = True
+            if code in (130, 143):
+                break
             continue
         if not runs and (start := start_row(folder)):
             rows.append(start)
         runs.append(folder)
-        rows.append({**row_of(folder, name), "minutes": (time.monotonic() - begin) / 60})
+        rows.append({**row_of(folder, name), "minutes": (time.monotonic() - began) / 60})
     if rows:
         print_table(f"{args.config}: the test split", rows)
         (out / "compare.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

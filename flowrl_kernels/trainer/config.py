@@ -5,6 +5,8 @@ Every field carries a sentence and its unit; `--section.field value` on the comm
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,7 +32,9 @@ class RunConfig:
     resume: bool = False
     """Continue from the run folder's last checkpoint (`--resume` for short)."""
     overwrite: bool = False
-    """Delete what an earlier run left in the folder instead of refusing it."""
+    """Replace what an earlier run left in the folder, once this one can start, instead of refusing it."""
+    allow_changed: bool = False
+    """Resume although the data, the model or the task's code are no longer those the run began with."""
     max_bad_updates: int = 5
     """Stop after this many updates in a row were skipped for a loss or gradient that is not finite."""
 
@@ -102,7 +106,8 @@ class ModelConfig:
     vocab_multiple: int = 1
     """Rows of a built model's embedding and head, rounded up to a multiple of this; the last ones are no token."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention of transformers; "auto" is flash-attention 2 where installed and on CUDA, else SDPA."""
+    """Attention of transformers; "auto" is flash-attention 2 where installed and on CUDA, else SDPA (eager for models
+    without it)."""
     liger: bool = False
     """Replace norms, rotary embedding and feed-forward by Liger kernels (needs liger-kernel)."""
     trust_remote_code: bool = False
@@ -132,7 +137,7 @@ class RolloutConfig:
     max_new_tokens: int = 64
     """Longest response with its end token, tokens."""
     max_prompt_tokens: int = 0
-    """Longest prompt, tokens; longer ones are refused (0: what the context leaves)."""
+    """Longest prompt, tokens; longer training prompts are left out (0: what the context leaves)."""
     temperature: float = 1.0
     """Sampling temperature; every log-probability in the loss is taken at it."""
     top_p: float = 1.0
@@ -238,7 +243,7 @@ class ParallelConfig:
     row_tokens: int = 0
     """Most tokens in one packed row; 0: one row per micro-batch with flash-attention, else short rows, because
     SDPA's block mask grows with the square of the row."""
-    impl: Literal["auto", "reference", "chunked", "triton", "cuda"] = "auto"
+    impl: Literal["auto", "reference", "chunked", "triton"] = "auto"
     """Implementation of the library's fused head and losses."""
     epsilon: float = 0.0
     """Bound on the relative L1 error of dlogits in the head's backward pass, which may then leave out light parts of
@@ -253,6 +258,8 @@ class CheckpointConfig:
     """How many of the newest checkpoints stay."""
     export: bool = True
     """Write the final model as a Hugging Face folder into the run folder."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Weights of that folder; training itself keeps float32 master weights. log Z stays float32."""
 
 
 @dataclass(frozen=True)
@@ -266,9 +273,13 @@ class EvalConfig:
     samples: int = 16
     """Responses per problem, the largest k of pass@k."""
     temperature: float = 1.0
-    """Sampling temperature of the evaluation."""
+    """Sampling temperature of the evaluation; 0 is greedy."""
+    seed: int = 0
+    """Seed of the evaluation's samples; the same for every evaluation of a run, whatever `run.seed`."""
     exact: bool = True
-    """Where every response can be listed: exact accuracy, KL to the optimum and error of log Z at the end."""
+    """Where every response can be listed: exact accuracy, KL to the optimum and error of log Z."""
+    kl_problems: int = 4
+    """Problems, spread evenly over the split, whose exact KL is taken on the way (0: none); at the end it is all."""
 
 
 @dataclass(frozen=True)
@@ -329,7 +340,34 @@ LEAST = {
     "checkpoint.keep": 1,
     "eval.every": 0,
     "eval.samples": 1,
+    "eval.problems": 0,
+    "eval.temperature": 0.0,
+    "eval.kl_problems": 0,
+    "run.threads": 0,
+    "task.reward_workers": 1,
+    "model.hidden": 1,
+    "model.layers": 1,
+    "model.heads": 1,
+    "model.ffn": 1,
+    "model.context": 2,
+    "model.init": 0.0,
+    "warm.lr": 0.0,
+    "rollout.max_prompt_tokens": 0,
+    "algorithm.kl": 0.0,
+    "algorithm.dual_clip": 0.0,
+    "algorithm.tis_cap": 0.0,
+    "algorithm.value_clip": 0.0,
+    "algorithm.unlikeliness": 0.0,
+    "algorithm.overlong_buffer": 0,
+    "algorithm.overlong_penalty": 0.0,
+    "log_z.lr": 0.0,
+    "critic.lr": 0.0,
+    "optim.lr": 0.0,
+    "optim.weight_decay": 0.0,
+    "log.samples": 0,
+    "log.samples_every": 1,
 }
+OPEN = ("optim.max_grad_norm",)  # may be infinite
 
 
 def check(config: Config, world: int = 1) -> None:
@@ -348,6 +386,12 @@ def check(config: Config, world: int = 1) -> None:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         want(value >= least, key, f"at least {least}", value)
+    for table in dataclasses.fields(config):
+        for name, value in vars(getattr(config, table.name)).items():
+            key = f"{table.name}.{name}"
+            if isinstance(value, float) and key not in OPEN:
+                want(math.isfinite(value), key, "a finite number", value)
+            want(value == value, key, "a number", value)  # not NaN
     whole = "the whole distribution is sampled in training, so the importance weights are right:"
     want(rollout.temperature > 0, "rollout.temperature", "more than 0", rollout.temperature)
     want(rollout.top_p == 1, "rollout.top_p", f"1 ({whole} no truncation)", rollout.top_p)
@@ -372,6 +416,12 @@ def check(config: Config, world: int = 1) -> None:
         "parallel.replicate",
         f"a divisor of {world} ranks",
         parallel.replicate,
+    )
+    for name in ("gamma", "gae_lambda"):
+        want(0 <= getattr(algorithm, name) <= 1, f"algorithm.{name}", "a number in [0, 1]", getattr(algorithm, name))
+    want(0 <= config.warm.decay <= 1, "warm.decay", "a number in [0, 1]", config.warm.decay)
+    want(
+        config.model.hidden % config.model.heads == 0, "model.hidden", "a multiple of model.heads", config.model.hidden
     )
     row = f"at most parallel.max_tokens = {parallel.max_tokens}"
     want(parallel.row_tokens <= parallel.max_tokens, "parallel.row_tokens", row, parallel.row_tokens)

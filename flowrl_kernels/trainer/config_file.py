@@ -5,16 +5,22 @@ TOML in, TOML out; unknown keys are refused with the nearest known one and the l
 
 from __future__ import annotations
 
+import argparse
+import ast
 import dataclasses
 import difflib
-import json
-import math
+import inspect
+import os
 import tomllib
 import types
 import typing
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import tomli_w
+
+from flowrl_kernels.trainer import config as config_module
 from flowrl_kernels.trainer.config import Config
 
 # what a resumed run may change: how long it runs, what it reports, and how its work is divided, which changes
@@ -25,6 +31,7 @@ FREE_ON_RESUME = (
     "run.cache",
     "run.resume",
     "run.overwrite",
+    "run.allow_changed",
     "run.max_bad_updates",
     "run.threads",
     "run.device",
@@ -89,70 +96,217 @@ def _place(file: str | Path, text: str) -> typing.Callable[[str], str]:
     """Finds `file:line` of a dotted key in TOML text (the file alone where the line is not plain)."""
 
     def find(path: str) -> str:
-        table, _, key = path.rpartition(".")
-        current = ""
+        table = ""
         for number, line in enumerate(text.splitlines(), 1):
             bare = line.strip()
             if bare.startswith("["):
-                current = bare.split("]")[0].strip("[ ")
-                if current == path:
-                    return f"{file}:{number}"
-            elif current == table and bare.split("=")[0].strip() == key:
+                table = bare.split("]")[0].strip("[ ")
+                here = table
+            else:
+                here = f"{table}.{bare.split('=')[0].strip()}".strip(".")
+            if here == path:
                 return f"{file}:{number}"
         return str(file)
 
     return find
 
 
+def _read(file: str | Path) -> tuple[dict[str, Any], typing.Callable[[str], str]]:
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"config file {path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text), _place(path, text)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML: {error}") from None
+
+
 def load(file: str | Path) -> Config:
-    """The configuration in a TOML file, checked.
+    """The configuration in a TOML file, checked; its [compare.NAME] tables are `methods`' to read.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not TOML, an unknown key (with the nearest known one), a value of the wrong type or range;
             the message starts with file and line.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise FileNotFoundError(f"config file {path} does not exist")
-    text = path.read_text()
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not TOML: {error}") from None
-    return _build(Config, table, "", _place(path, text))
+    table, place = _read(file)
+    table.pop("compare", None)
+    return _build(Config, table, "", place)
 
 
-def override(config: Config, args: list[str]) -> Config:
-    """`config` with `--section.field value` arguments applied; exits with the nearest flag on a bad one."""
-    import tyro
+def methods(file: str | Path) -> dict[str, dict[str, Any]]:
+    """{name: tables} of a file's [compare.NAME] tables, what each method changes in the file's own settings.
 
-    return tyro.cli(Config, default=config, args=args, config=(tyro.conf.FlagConversionOff,), prog="flowrl train FILE")
+    Raises:
+        FileNotFoundError, ValueError: as `load`, with file and line.
+    """
+    table, place = _read(file)
+    out = table.get("compare", {})
+    for name, part in out.items() if isinstance(out, dict) else [("", None)]:
+        if not isinstance(part, dict):
+            raise ValueError(f"{place('compare')}: 'compare' is tables of methods; write [compare.NAME]")
+        _build(Config, part, "", partial(_within, place, f"compare.{name}."))
+    return out
 
 
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value)  # a JSON string is a TOML basic string
-    if isinstance(value, float):
-        return ("-inf" if value < 0 else "inf") if math.isinf(value) else repr(value)
-    if isinstance(value, tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return str(value)
+def _within(place: typing.Callable[[str], str], prefix: str, path: str) -> str:
+    return place(prefix + path)
+
+
+def merge(config: Config, tables: dict[str, Any]) -> Config:
+    """`config` with the values of tables that `methods` has read."""
+    plain = {section: {k: v for k, v in part.items() if v is not None} for section, part in _nested(config).items()}
+    for section, part in tables.items():
+        plain[section] |= part
+    return _build(Config, plain, "", str)
+
+
+def _nested(config: Config) -> dict[str, dict[str, Any]]:
+    return dataclasses.asdict(config)
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is a ValueError of one line; no abbreviations, and the usage is not repeated."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(f"{message} (--help lists what there is)")
+
+
+def _kinds() -> dict[str, Any]:
+    """{"section.field": type} of every field."""
+    return {
+        f"{section}.{name}": kind
+        for section, table in typing.get_type_hints(Config).items()
+        for name, kind in typing.get_type_hints(table).items()
+    }
+
+
+def _sentences() -> dict[str, str]:
+    """{"section.field": its sentence}: the text under each field of config.py."""
+    tables = {table.__name__: section for section, table in typing.get_type_hints(Config).items()}
+    out = {}
+    for node in ast.parse(inspect.getsource(config_module)).body:
+        if isinstance(node, ast.ClassDef) and node.name in tables:
+            for field, after in zip(node.body, node.body[1:]):
+                if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
+                    sentence = inspect.cleandoc(ast.literal_eval(after.value)).replace("\n", " ")
+                    out[f"{tables[node.name]}.{ast.unparse(field.target)}"] = sentence
+    return out
+
+
+def _one_of(kind: Any) -> tuple[Any, bool]:
+    """The type behind `X | None`, and whether None is allowed."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return next(a for a in typing.get_args(kind) if a is not type(None)), True
+    return kind, False
+
+
+def _parse(words: list[str], kind: Any, flag: str) -> Any:
+    """A field's value from its words on the command line."""
+    kind, optional = _one_of(kind)
+    if optional and words == ["None"]:
+        return None
+
+    def one(word: str, kind: Any) -> Any:
+        if kind is bool:
+            value = {"true": True, "false": False}.get(word.lower())
+            if value is None:
+                raise ValueError(f"{flag}: wanted True or False; got {word!r}")
+            return value
+        if kind in (int, float):
+            try:
+                return kind(word)
+            except ValueError:
+                raise ValueError(f"{flag}: wanted {kind.__name__}; got {word!r}") from None
+        return word
+
+    if typing.get_origin(kind) is tuple:
+        parts = typing.get_args(kind)
+        if len(words) != len(parts):
+            raise ValueError(f"{flag}: wanted {len(parts)} values; got {' '.join(words)!r}")
+        return tuple(one(word, part) for word, part in zip(words, parts))
+    if len(words) != 1:
+        raise ValueError(f"{flag}: wanted one value; got {' '.join(words) or 'none'!r}")
+    return _convert(one(words[0], kind), kind, flag)
+
+
+def override(config: Config, args: list[str], command: str = "flowrl train FILE.toml") -> Config:
+    """`config` with `--section.field value` arguments applied; `--help` prints them all and exits.
+
+    Raises:
+        ValueError: in one line, an unknown flag (with the nearest known one) or a value of the wrong type.
+    """
+    kinds = _kinds()
+    for arg in args:
+        flag = arg.split("=")[0]
+        if flag.startswith("--") and flag[2:] not in kinds and flag not in ("--", "--help"):
+            near = _nearest(flag[2:], list(kinds)).replace("'", "'--", 1)
+            raise ValueError(f"unknown option {flag!r}{near}")
+    if not {"-h", "--help"}.isdisjoint(args):
+        _help(config, kinds, command)
+    parser = Parser(prog=command, add_help=False)
+    for path in kinds:
+        parser.add_argument(f"--{path}", dest=path, nargs="*", default=argparse.SUPPRESS)
+    given = {path: _parse(words, kinds[path], f"--{path}") for path, words in vars(parser.parse_args(args)).items()}
+    tables: dict[str, dict[str, Any]] = {}
+    for path, value in given.items():
+        section, _, name = path.partition(".")
+        tables.setdefault(section, {})[name] = value
+    changes = {section: dataclasses.replace(getattr(config, section), **part) for section, part in tables.items()}
+    return dataclasses.replace(config, **changes)
+
+
+def _help(config: Config, kinds: dict[str, Any], command: str) -> typing.NoReturn:
+    sentences, values = _sentences(), flat(config)
+    parser = Parser(prog=command, usage=f"{command} [--section.field value ...]", add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", help="show this and end")
+    groups = {section: parser.add_argument_group(section) for section in typing.get_type_hints(Config)}
+    for path, kind in kinds.items():
+        kind, _ = _one_of(kind)
+        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+        many = typing.get_args(kind) if typing.get_origin(kind) is tuple else ()
+        wanted = "|".join(map(str, choices)) or " ".join(a.__name__ for a in many) or kind.__name__
+        text = f"{sentences.get(path, '')} (now: {values[path]!r})".replace("%", "%%")
+        groups[path.partition(".")[0]].add_argument(f"--{path}", metavar=wanted.upper() if not choices else wanted,
+                                                    help=text)  # fmt: skip
+    parser.print_help()
+    raise SystemExit(0)
+
+
+def expand(config: Config) -> Config:
+    """`~` in every path spelt out."""
+
+    def full(path: str) -> str:
+        return os.path.expanduser(path) if path.startswith("~") else path
+
+    task, model = config.task, config.model
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, dir=full(config.run.dir), cache=full(config.run.cache)),
+        task=dataclasses.replace(task, train=full(task.train), valid=full(task.valid), test=full(task.test)),
+        model=dataclasses.replace(model, name=full(model.name)),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ writing
 
 
 def dumps(config: Config) -> str:
     """The configuration as TOML that `load` reads back to an equal one (None is left out)."""
-    lines = []
-    for section in dataclasses.fields(config):
-        lines.append(f"[{section.name}]")
-        table = getattr(config, section.name)
-        for entry in dataclasses.fields(table):
-            if (value := getattr(table, entry.name)) is not None:
-                lines.append(f"{entry.name} = {_toml(value)}")
-        lines.append("")
-    return "\n".join(lines)
+    return tomli_w.dumps(
+        {section: {k: _list(v) for k, v in part.items() if v is not None} for section, part in _nested(config).items()}
+    )
+
+
+def _list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def flat(config: Config) -> dict[str, Any]:

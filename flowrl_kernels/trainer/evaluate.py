@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +27,35 @@ class Response(NamedTuple):
     finished: bool
 
 
-Sample = Callable[[Sequence[Problem], int, int], list[list[Response]]]
-"""(problems, n, seed) -> n responses per problem; the same on every rank."""
+Sample = Callable[[Sequence[Problem], int, int, int], list[list[Response]]]
+"""(problems, n, seed, number of the first problem) -> n responses per problem; the same on every rank."""
 
 LogProbs = Callable[[list[Problem], list[str]], Tensor]
 """(problems, texts) -> [B] float64: log-probability of each text and its EOS at the sampling temperature."""
+
+
+QUIET_SECONDS = 10.0  # between lines where there is no terminal to draw a bar on
+
+
+class Meter:
+    """progress(done, total) on stderr: a bar that goes away on a terminal, else a line every ten seconds."""
+
+    def __init__(self, label: str):
+        self.label, self.start = label, time.monotonic()
+        self.quiet_until = self.start + QUIET_SECONDS
+        self.bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = self.bar or tqdm(total=total, desc=self.label, unit="problem", leave=False)
+            self.bar.update(done - self.bar.n)
+            if done >= total:
+                self.bar.close()
+        elif time.monotonic() >= self.quiet_until:
+            self.quiet_until = time.monotonic() + QUIET_SECONDS
+            print(f"{self.label}: {done}/{total} problems", file=sys.stderr, flush=True)
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -65,17 +91,51 @@ def chosen(task: Task, split: str, limit: int) -> list[Problem]:
     return problems[:limit] if limit else problems
 
 
+def spread(total: int, count: int) -> set[int]:
+    """`count` positions of `total`, evenly apart: the middles of equal parts."""
+    count = min(count, total)
+    return {(2 * i + 1) * total // (2 * count) for i in range(count)}
+
+
 def powers_of_two(n: int) -> list[int]:
     """1, 2, 4, ... up to n: the k at which pass@k is reported."""
     return [2**i for i in range(n.bit_length())]
 
 
+class Evaluation(NamedTuple):
+    """What an evaluation gave: its figures, and what they were made of, problem by problem."""
+
+    figures: dict[str, float]
+    problems: list[Problem]
+    answers: list[list[Response]]
+    rewards: list[float | None]  # flat, in the order of the answers
+    reasons: dict[str, int]  # why responses could not be scored
+
+
 def evaluate(
     task: Task, split: str, sample: Sample, scorer: Scorer, cfg: EvalConfig, seed: int = 0
 ) -> dict[str, float]:
+    """The figures of `sampled`."""
+    return sampled(task, split, sample, scorer, cfg, seed).figures
+
+
+def sampled(
+    task: Task,
+    split: str,
+    sample: Sample,
+    scorer: Scorer,
+    cfg: EvalConfig,
+    seed: int = 0,
+    *,
+    at_once: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
     """Sample `cfg.samples` answers to each of at most `cfg.problems` problems of a split and score them.
 
-    Returns accuracy (pass@1, with its standard error over problems in accuracy_se), pass@k for k = 1, 2, 4,
+    at_once: problems sampled and scored between two calls of progress(problems done, of how many); 0: all. A response
+    is drawn by (seed, number of its problem, its place), so this changes no sample.
+
+    The figures are accuracy (pass@1, with its standard error over problems in accuracy_se), pass@k for k = 1, 2, 4,
     ... up to the samples, reward, length (tokens with EOS), truncated (share without EOS),
     unscorable (share); and where the task knows equal answers: distinct (right answers per problem that
     differ), and with all solutions known distinct_share and effective_modes_share (of the solutions). The
@@ -83,12 +143,23 @@ def evaluate(
     Unscorable responses are left out of a problem's n; a problem with none left is left out.
     """
     problems = chosen(task, split, cfg.problems)
-    answers = sample(problems, cfg.samples, seed)
-    rewards = scorer.score(
-        [problem for problem, row in zip(problems, answers) for _ in row],
-        [response.text for row in answers for response in row],
-    )
-    return summarize(task, problems, answers, rewards, powers_of_two(cfg.samples))
+    answers: list[list[Response]] = []
+    rewards: list[float | None] = []
+    reasons: Counter[str] = Counter()
+    step = at_once or len(problems)
+    for first in range(0, len(problems), step):
+        part = problems[first : first + step]
+        rows = sample(part, cfg.samples, seed, first)
+        answers += rows
+        rewards += scorer.score(
+            [problem for problem, row in zip(part, rows) for _ in row],
+            [response.text for row in rows for response in row],
+        )
+        reasons += scorer.reasons
+        if progress is not None:
+            progress(len(answers), len(problems))
+    figures = summarize(task, problems, answers, rewards, powers_of_two(cfg.samples))
+    return Evaluation(figures, problems, answers, rewards, dict(reasons))
 
 
 def summarize(
@@ -105,6 +176,7 @@ def summarize(
     rates, rows = [], []  # per problem: share right; (n, right)
     distinct, distinct_share, modes, modes_share = [], [], [], []
     scored: list[float] = []
+    notion = False
     for problem, row in zip(problems, answers):
         got = [(response, r) for response, r in zip(row, rewards[at : at + len(row)]) if r is not None]
         at += len(row)
@@ -116,8 +188,7 @@ def summarize(
         rows.append((len(got), len(right)))
         keys = Counter(key for text in right if (key := task.canonical(problem, text)) is not None)
         solutions = task.solutions(problem)
-        if solutions is None and not keys and right:
-            continue  # right answers, but no notion of equal ones
+        notion |= solutions is not None or bool(keys)
         distinct.append(float(len(keys)))
         modes.append(_modes(list(keys.values())))
         if solutions:
@@ -136,7 +207,7 @@ def summarize(
     for k in pass_at:
         if rows and all(n >= k for n, _ in rows):
             result[f"pass@{k}"] = _mean([pass_at_k(n, right, k) for n, right in rows])
-    if len(distinct) == len(rates) and distinct:
+    if notion:  # a task that never names a solution has no such figure, rather than 0
         result |= {"distinct": _mean(distinct), "effective_modes": _mean(modes)}
         if len(distinct_share) == len(rates):
             result |= {"distinct_share": _mean(distinct_share), "effective_modes_share": _mean(modes_share)}
@@ -184,6 +255,7 @@ def exact(
     cfg: EvalConfig,
     length_normalize: bool = True,
     tokens: Callable[[str], int] = lambda text: len(text) + 1,
+    kl_problems: int | None = None,
 ) -> dict[str, float]:
     """The figures of `evaluate` without sampling noise, for a task that lists its right answers.
 
@@ -192,16 +264,19 @@ def exact(
     listed: exact_kl, KL(policy || optimum) in nats per response, the optimum being
     ref * exp(|y| (beta r - log Z)) with the task's own reward, whatever the policy was trained on;
     log_z_exact; and with log_z (learned, [B], units of the loss) log_z_error, its mean distance from that.
+    kl_problems: of how many problems, spread evenly, the figures that need ref_logp are taken (None: of all); they cost
+    the probability of every well-formed response.
     Ill-formed responses enter the KL as one lump of reward 0 and of the longest listed length.
     Returns {} for a task that cannot list its right answers.
     """
     problems = chosen(task, split, cfg.problems)
+    listed_for = spread(len(problems), len(problems) if kl_problems is None else kl_problems)
     accuracy, modes, share, kls, partitions = [], [], [], [], []
-    for problem in problems:
+    for index, problem in enumerate(problems):
         texts = task.correct_texts(problem)
         if texts is None:
             return {}
-        everything = task.responses(problem) if ref_logp is not None else None
+        everything = task.responses(problem) if ref_logp is not None and index in listed_for else None
         listed = everything if everything is not None else [text for text, _ in texts]
         log_policy = logp([problem] * len(listed), listed).double().cpu()
         mass_of = dict(zip(listed, log_policy.exp().tolist()))
@@ -230,7 +305,7 @@ def exact(
     if kls:
         result |= {"exact_kl": _mean(kls), "log_z_exact": _mean(partitions)}
         if log_z is not None:
-            learned = log_z(problems).double().cpu().tolist()
+            learned = log_z([problems[i] for i in sorted(listed_for)]).double().cpu().tolist()
             result["log_z_error"] = _mean([abs(a - b) for a, b in zip(learned, partitions)])
     return result
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
+import shutil
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from flowrl_kernels.trainer import checkpoint, config_file, losses, parallel, policy
-from flowrl_kernels.trainer.config import Config
-
-if TYPE_CHECKING:
-    from flowrl_kernels.trainer.parallel import World
+from flowrl_kernels.trainer import checkpoint, config_file, losses, measure, parallel, policy, report, setup
+from flowrl_kernels.trainer.config import Config, check
+from flowrl_kernels.trainer.evaluate import Meter, sampled
+from flowrl_kernels.trainer.metrics import print_table
+from flowrl_kernels.trainer.parallel import World
+from flowrl_kernels.trainer.reward import Scorer
+from flowrl_kernels.trainer.rollout import Sampling
+from flowrl_kernels.trainer.tasks import build_task
 
 
 def open_run(folder: Path) -> tuple[Config, Path]:
@@ -21,9 +27,11 @@ def open_run(folder: Path) -> tuple[Config, Path]:
     """
     if not (folder / "config.toml").is_file():
         raise FileNotFoundError(f"{folder} holds no run (no config.toml in it)")
-    newest = checkpoint.latest(folder)
+    newest, damaged = checkpoint.choose(folder, parallel.ALONE)
     if newest is None:
         raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    for path, why in damaged.items():
+        print(f"checkpoint {path.name} is damaged ({why}); {newest.name} is taken", file=sys.stderr)
     config = config_file.load(folder / "config.toml")
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder))), newest
 
@@ -44,81 +52,140 @@ def restore(config: Config, newest: Path, world: World) -> policy.Policy:
     return actor
 
 
-def single(config: Config) -> tuple[Config, World]:
-    """The same run in one un-sharded float32 process."""
-    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, dtype="float32", replicate=1))
-    return config, parallel.start(config.run, config.parallel)
+def single(config: Config) -> Config:
+    """The same run in one un-sharded float32 process, where nothing but the model asked for can run code.
+
+    A run folder may be somebody else's: what its config.toml says about code that comes with a model is forgotten.
+    """
+    return dataclasses.replace(
+        config,
+        parallel=dataclasses.replace(config.parallel, dtype="float32", replicate=1, offload_reference=False),
+        model=dataclasses.replace(config.model, trust_remote_code=False),
+    )
 
 
-def export_run(folder: Path, out: Path) -> None:
-    """Writes a run's newest checkpoint as a Hugging Face folder, log Z beside it in `log_z.safetensors`.
+def start(config: Config) -> World:
+    """Raises ValueError for settings that one float32 process cannot follow, or under torchrun."""
+    p = config.parallel
+    for name, only in (("dtype", "float32"), ("replicate", 1), ("offload_reference", False)):
+        if getattr(p, name) != only:
+            raise ValueError(f"parallel.{name}: wanted {only!r} here (one process, float32); got {getattr(p, name)!r}")
+    world = parallel.start(config.run, p)
+    if world.size > 1:
+        raise ValueError(f"wanted one process, without torchrun; got {world.size}")
+    return world
+
+
+def export_run(folder: Path, out: Path, dtype: str | None = None, args: list[str] | None = None) -> None:
+    """Writes a run's newest undamaged checkpoint as a Hugging Face folder, log Z beside it in `nn.LOG_Z_FILE`.
+
+    Args:
+        dtype: "float32", "bfloat16" or "float16"; by default the run's `checkpoint.dtype`.
+        args: `--section.field value` as in training.
 
     Raises:
         FileNotFoundError: there is no run or no checkpoint.
-        ValueError: `out` exists.
+        ValueError: `out` exists, or every checkpoint is damaged.
     """
     config, newest = open_run(folder)
     if out.exists():
         raise ValueError(f"{out} exists already")
-    config, world = single(config)
+    config = config_file.override(single(config), args or [], "flowrl export RUN FOLDER")
+    world = start(config)
     actor = restore(config, newest, world)
-    policy.save_folder(actor, policy.load_tokenizer(source_of(config), config.model), out, world)
+    tokenizer = policy.load_tokenizer(source_of(config), config.model)
+    partial = out.with_name(out.name + ".incomplete")
+    try:
+        policy.save_folder(
+            actor, tokenizer, partial, world,
+            stop=setup.stop_tokens(actor, tokenizer), dtype=dtype or config.checkpoint.dtype,
+        )  # fmt: skip
+        os.rename(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
-def evaluate_run(source: str, args: list[str]) -> dict[str, float]:
-    """Samples and scores a split with a run's policy, or with a Hugging Face model under a config.
+def open_source(source: str, settings: str | None) -> tuple[Config, Path | None]:
+    """What `flowrl eval` is given: a run folder, a Hugging Face folder or a TOML file; and a run's checkpoint.
 
-    Args:
-        source: a run folder, or a TOML file whose `model.name` is evaluated as it is.
-        args: `--split NAME` (default test), and `--section.field value` as in training.
-
-    Raises:
-        ValueError, FileNotFoundError: naming what is missing.
+    settings: a TOML file with the task of a Hugging Face folder.
     """
-    from flowrl_kernels.trainer import measure, setup
-    from flowrl_kernels.trainer.evaluate import evaluate
-    from flowrl_kernels.trainer.metrics import print_table
-    from flowrl_kernels.trainer.reward import Scorer
-    from flowrl_kernels.trainer.rollout import Sampling
-    from flowrl_kernels.trainer.tasks import build_task
-
-    split = "test"
-    if "--split" in args:
-        at = args.index("--split")
-        split = args[at + 1] if at + 1 < len(args) else ""
-        args = args[:at] + args[at + 2 :]
-    path = Path(source)
-    newest = None
+    path = Path(source).expanduser()
     if path.suffix == ".toml":
         config = config_file.load(path)
         if not config.model.name:
             raise ValueError("model.name: name the Hugging Face model to evaluate, or give a run folder")
-    else:
-        config, newest = open_run(path)
-    config, world = single(config_file.override(config, args))
+        return config, None
+    if (path / "config.toml").is_file() or not (path / "config.json").is_file():
+        if settings is not None:
+            raise ValueError("--config: goes with a Hugging Face folder; a run folder has its own config.toml")
+        return open_run(path)
+    config = config_file.load(settings) if settings is not None else Config()
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(path))), None
+
+
+def evaluate_run(
+    source: str, args: list[str], split: str = "test", settings: str | None = None, out: str | None = None
+) -> dict[str, float]:
+    """Samples and scores a split with a run's policy, or with a Hugging Face model under a config.
+
+    Args:
+        source: a run folder, a Hugging Face folder, or a TOML file whose `model.name` is evaluated as it is.
+        args: `--section.field value` as in training.
+        settings: a TOML file with the task of a Hugging Face folder.
+        out: a JSON file for the figures.
+
+    Raises:
+        ValueError, FileNotFoundError: naming what is missing.
+    """
+    config, newest = open_source(source, settings)
+    run = Path(source).expanduser() if newest is not None else None
+    config = config_file.expand(config_file.override(single(config), args, "flowrl eval RUN_OR_FOLDER"))
+    for key in ("name", "reward"):
+        refuse_code_of(run, f"task.{key}", getattr(config.task, key))
+    world = start(config)
+    check(config)
     task = build_task(config.task)
     if not len(task.problems(split)):
         raise ValueError(f"task.{split}: there are no problems in the {split} split")
+    scorer = Scorer(config.task, task)
     if newest is not None:
         tokenizer = policy.load_tokenizer(source_of(config), config.model)
+        encode = setup.make_encoder(config, task, tokenizer)
         actor = restore(config, newest, world)
     else:
         tokenizer = setup.make_tokenizer(config, task)
+        encode = setup.make_encoder(config, task, tokenizer)
         attention = parallel.attention_of(config.model, config.parallel, world.device)
         actor = policy.make_policy(config, world, policy.load_model(config.model.name, config.model, attention))
     stop = setup.stop_tokens(actor, tokenizer)
     sampling = Sampling(config.rollout.max_new_tokens, config.eval.temperature, stop)
     sample = measure.make_sampler(
-        setup.make_engine(config, actor, world),
-        setup.make_encoder(config, task, tokenizer),
-        setup.make_decoder(tokenizer),
-        sampling,
-        world,
+        setup.make_engine(config, actor, world), encode, setup.make_decoder(tokenizer), sampling, world
     )
-    scorer = Scorer(config.task, task)
+    at_once = max(1, config.rollout.batch // config.eval.samples)  # what the engine decodes at once
     try:
-        out = evaluate(task, split, sample, scorer, config.eval)
+        show = Meter(f"{split} split")
+        done = sampled(task, split, sample, scorer, config.eval, config.eval.seed, at_once=at_once, progress=show)
     finally:
         scorer.close()
-    print_table(f"{source}, {split} split", out)
-    return out
+    print_table(f"{source}, {split} split", done.figures)
+    for reason, count in done.reasons.items():
+        print(f"{count} responses could not be scored: {reason}")
+    found = report.contents(config, source, None if newest is None else newest.name, split, done, actor)
+    folder = Path(config.run.dir) / "evaluations"
+    print(report.write(folder, found) if out is None else report.save(Path(out).expanduser(), found))
+    return done.figures
+
+
+def refuse_code_of(run: Path | None, key: str, name: str) -> None:
+    """Refuses `module:function` out of the run folder itself: a folder from somebody else must not bring its code."""
+    top = name.partition(":")[0].partition(".")[0]
+    if run is None or ":" not in name:
+        return
+    spec = importlib.util.find_spec(top)
+    places = [spec.origin, *(spec.submodule_search_locations or ())] if spec is not None else []
+    for place in places:
+        if place and Path(place).resolve().is_relative_to(run.resolve()):
+            raise ValueError(f"{key}: {name!r} would run {place}, which came with the run folder; move it out first")

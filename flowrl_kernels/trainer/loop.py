@@ -14,7 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowrl_kernels.trainer import advantage, checkpoint, losses, measure, parallel, setup
+from flowrl_kernels.trainer import (
+    advantage,
+    checkpoint,
+    config_file,
+    losses,
+    measure,
+    parallel,
+    run_folder,
+    setup,
+    stop,
+)
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.packing import MicroBatch, pack, stand_in
 from flowrl_kernels.trainer.setup import Run
@@ -33,6 +43,7 @@ class Progress:
     updates: int = 0
     skipped: int = 0
     bad_in_a_row: int = 0
+    evaluated: int = -1  # the last step whose evaluation, where it has one, is done
 
 
 @dataclass
@@ -55,27 +66,41 @@ def train(config: Config) -> dict[str, float]:
     Raises:
         ValueError, FileNotFoundError, RuntimeError: settings or data that cannot work, before any step.
         NotFinite: `run.max_bad_updates` updates in a row were not finite.
+        stop.Interrupted: SIGINT or SIGTERM; a step that had begun was finished and saved.
     """
-    world = parallel.start(config.run, config.parallel)
-    try:
-        run = setup.prepare(config, world)
+    config = config_file.expand(config)
+    with stop.watch() as watch:
+        world = parallel.start(config.run, config.parallel)
         try:
+            run = setup.prepare(config, world)
             progress = setup.resume(run, Progress)
-            _steps(run, progress)
-            return _finish(run, progress)
+            try:
+                with watch.waiting():
+                    _steps(run, progress, watch)
+                return _finish(run, progress)
+            except KeyboardInterrupt as signal:
+                code = getattr(signal, "code", 130)
+                left = f"stopped after step {progress.step}; {run_folder.what_is_left(run.folder)}"
+                raise stop.Interrupted(left, code - 128) from None
+            finally:
+                run.scorer.close()
+                run.log.close()
         finally:
-            run.scorer.close()
-            run.log.close()
-    finally:
-        parallel.stop()
+            parallel.stop()
 
 
-def _steps(run: Run, progress: Progress) -> None:
-    """The loop."""
+def _steps(run: Run, progress: Progress, watch: stop.Watch) -> None:
+    """The loop. An evaluation follows its step's checkpoint, and is made up for by a run resumed from there."""
     config, needs = run.config, losses.needs(run.config)
-    if progress.step == 0 and config.eval.start:
-        measure.evaluation(run, 0, measure.last_split(run))
-    while progress.step < config.run.steps:
+    every = config.checkpoint.every
+    while True:
+        if progress.evaluated < progress.step:
+            if split := due(config, progress.step):
+                measure.evaluation(run, progress.step, split if split == "valid" else measure.last_split(run))
+            progress.evaluated = progress.step
+        leave(run, progress, watch)
+        if progress.step >= config.run.steps:
+            return
         step, lap = progress.step + 1, Lap()
         rollouts = collect(run, step)
         lap("rollout")
@@ -96,10 +121,28 @@ def _steps(run: Run, progress: Progress) -> None:
         progress.step = step
         run.log.step(step, measure.of_step(run, rollouts, shaped, updates, results, progress, lap))
         measure.samples(run, rollouts, step)
-        if config.eval.every and step % config.eval.every == 0 and step < config.run.steps:
-            measure.evaluation(run, step, "valid")
-        if config.checkpoint.every and step % config.checkpoint.every == 0 and step < config.run.steps:
+        if step < config.run.steps and every and step % every == 0:
             save(run, progress)
+        leave(run, progress, watch)
+
+
+def due(config: Config, step: int) -> str:
+    """The split to evaluate after `step` steps: "valid" on the way, "last" before the first; empty: none."""
+    if step == 0:
+        return "last" if config.eval.start else ""
+    on_the_way = config.eval.every and step % config.eval.every == 0 and step < config.run.steps
+    return "valid" if on_the_way else ""
+
+
+def leave(run: Run, progress: Progress, watch: stop.Watch) -> None:
+    """Ends a run that a signal reached, on any rank, behind a checkpoint; every rank calls it."""
+    number = watch.number
+    if run.world.size > 1:
+        number = int(parallel.total(torch.tensor([number], device=run.world.device), run.world, "max"))
+    if number:
+        if progress.step:
+            save(run, progress)
+        raise stop.Interrupted("", number)
 
 
 # ------------------------------------------------------------------------------------------------ pieces of a step
@@ -156,6 +199,11 @@ def score_rewards(run: Run, rollouts: Rollouts, step: int) -> list[float | None]
     if missing := rewards.count(None):
         why = run.scorer.last_error or "the reward gave None"
         run.log.note(f"{missing} of {len(rewards)} responses could not be scored: {why}", step)
+    if step == 1:  # a verifier that works scores something of the first batch
+        found = parallel.gather((len(rewards) - missing, run.scorer.last_error), run.world)
+        if not sum(count for count, _ in found):
+            why = next((error for _, error in found if error), "the reward gave None")
+            raise ValueError(f"task.reward: none of the first step's responses could be scored: {why}")
     return rewards
 
 
@@ -186,6 +234,7 @@ def pack_updates(run: Run, rollouts: Rollouts, shaped: advantage.Shaped) -> list
             row_tokens=p.row_tokens,
             device=world.device,
             together=config.rollout.samples if losses.whole_groups(config) else 1,
+            alone=run.policy.packing == "alone",
         )
         for batch in batches:
             fill(batch, rollouts, shaped, batch.which.cpu() + first)
@@ -234,11 +283,16 @@ class Result:
 
 
 def apply(run: Run, progress: Progress, update: Update) -> Result:
-    """Gradient of one update over its micro-batches, clipped and applied; skipped where it is not finite."""
+    """Gradient of one update over its micro-batches, clipped and applied; skipped where it is not finite.
+
+    The learning rate follows the updates that were planned: one that is skipped, or has nothing to learn from, counts.
+    """
     config, world = run.config, run.world
+    factor = learning_rate(config, progress.updates, run.total_updates)
+    progress.updates += 1
     if update.sequences == 0:
         run.log.note("no response of this update has anything to learn from", progress.step + 1)
-        return Result([], 0.0, 0.0, 0.0, False)
+        return Result([], 0.0, 0.0, config.optim.lr * factor, False)
     run.optimizer.zero_grad(set_to_none=True)
     outputs = []
     value = torch.zeros((), device=world.device)
@@ -252,11 +306,9 @@ def apply(run: Run, progress: Progress, update: Update) -> Result:
             outputs.append((out, batch))
     norm = parallel.clip(run.parameters, config.optim.max_grad_norm)
     loss, grad_norm = parallel.total(torch.stack([value, norm.to(value.device) / world.size]), world).tolist()
-    factor = learning_rate(config, progress.updates, run.total_updates)
     for group in run.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
-    progress.updates += 1
     if bad:
         progress.skipped += 1
         progress.bad_in_a_row += 1
@@ -286,8 +338,9 @@ def save(run: Run, progress: Progress) -> None:
     """A checkpoint; a disk that is full costs this checkpoint and a note, not the run."""
     try:
         checkpoint.save(
-            run.folder, progress.step, run.policy, run.optimizer, vars(progress), run.world, run.config.checkpoint.keep
-        )
+            run.folder, progress.step, run.policy, run.optimizer, vars(progress), run.world,
+            run.config.checkpoint.keep, run.inputs,
+        )  # fmt: skip
     except checkpoint.CheckpointError as error:
         run.log.note(str(error), progress.step)
 

@@ -57,6 +57,21 @@ def log_z_kind(config: Config) -> str | None:
     return None if wanted == "none" else wanted
 
 
+def has_optimum(config: Config) -> bool:
+    """Whether the row's minimum is ref * exp((beta r - log Z) / a), the policy at which every residual is 0.
+
+    It is where the residual subtracts the reference and has a log Z that can normalise, one residual per response, and
+    no second loss beside it. Without log Z the target need not sum to 1; beside the old policy no target is fixed.
+    """
+    chosen = row(config)
+    return (
+        chosen.anchor == "ref"
+        and chosen.level == "sequence"
+        and chosen.surrogate is None
+        and log_z_kind(config) is not None
+    )
+
+
 def whole_groups(config: Config) -> bool:
     """Whether the loss takes the group's mean itself, with its gradient: then a group shares a micro-batch."""
     return config.algorithm.name == "flowrl" and log_z_kind(config) == "through"
@@ -106,8 +121,7 @@ def score_head(
             batch.target,
             bias=getattr(actor.head, "bias", None),
             temperature=temperature or config.rollout.temperature,
-            logit_scale=actor.logit_scale,
-            softcap=actor.softcap,
+            **actor.scales._asdict(),
             entropy=entropy,
             epsilon=epsilon,
             report=report,
@@ -154,7 +168,8 @@ def flow_loss(config: Config) -> Callable[..., Head]:
     settings: dict[str, Any] = {"beta": chosen.beta, "preset": a.preset or None, "impl": config.parallel.impl}
     if a.clip is not None or a.tis_cap > 0:  # the paper's row with fields of one's own
         settings["preset"] = None
-        settings |= {"clip": bounds(a.clip)} if a.clip is not None else {}
+        # without log-probs of an older policy the weight is 1, and the loss takes no clip
+        settings |= {"clip": bounds(a.clip)} if a.clip is not None and needs(config).old else {}
         settings |= {"tis": "sequence", "tis_cap": a.tis_cap} if a.tis_cap > 0 else {}
     fused = LinearFlowRLLoss(temperature=config.rollout.temperature, epsilon=config.parallel.epsilon, **settings)
     second = chosen.tis is not None or a.tis_cap > 0
@@ -181,8 +196,7 @@ def flow_loss(config: Config) -> Callable[..., Head]:
                 groups=sequence["group"],
                 normalizer=(float(sequences), float(tokens)),
                 bias=getattr(actor.head, "bias", None),
-                logit_scale=actor.logit_scale,
-                softcap=actor.softcap,
+                **actor.scales._asdict(),
                 report=report,
             )
             return reported(out, report)
@@ -239,7 +253,7 @@ def gradient_loss(config: Config) -> Callable[..., Head]:
                 kl=kl,
                 logp_ref=token.get("ref") if kl is not None else None,
                 aggregate=how,
-                horizon=config.rollout.max_new_tokens,
+                horizon=config.rollout.max_new_tokens if how == "seq-mean-token-sum-norm" else None,
                 normalizer=float(tokens if how == "token-mean" else sequences),
             )
             total = out.loss
@@ -249,7 +263,7 @@ def gradient_loss(config: Config) -> Callable[..., Head]:
                 value = value_loss(
                     now.value,
                     token["returns"],
-                    old_value=token["value"],
+                    old_value=token["value"] if a.value_clip else None,
                     clip=a.value_clip or None,
                     cu_seqlens=batch.cu_seqlens,
                     normalizer=float(tokens),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowrl_kernels.trainer import losses, parallel
-from flowrl_kernels.trainer.evaluate import Response, Sample, evaluate, exact
+from flowrl_kernels.trainer.evaluate import Meter, Response, Sample, exact, sampled
 from flowrl_kernels.trainer.metrics import read_lines
 from flowrl_kernels.trainer.packing import pack
 from flowrl_kernels.trainer.parallel import World
@@ -132,25 +133,65 @@ def samples(run: Run, rollouts: Rollouts, step: int) -> None:
 def evaluation(run: Run, step: int, split: str, *, last: bool = False) -> dict[str, float]:
     """Samples and scores a split; without sampling noise too where the task lists its right answers.
 
-    last: also the distance to the optimum, which needs the probability of every well-formed response.
+    For a row whose optimum is known, also the distance to it; the baselines are measured against the paper's.
+    last: that distance over all problems, not over `eval.kl_problems` of them: it needs the probability of every
+     well-formed response.
     """
-    config = run.config
-    out = evaluate(run.task, split, sampler(run), run.scorer, config.eval)
+    config, task = run.config, run.task
+    at_once = max(1, config.rollout.batch // config.eval.samples) * run.world.size  # what the engine decodes at once
+    show = Meter(f"{split} at step {step}") if run.world.main and config.log.progress else None
+    out = sampled(
+        task, split, sampler(run), run.scorer, config.eval, config.eval.seed, at_once=at_once, progress=show
+    ).figures
     if config.eval.exact:
-        listed = run.task.responses(run.task.problems(split)[0]) is not None
-        # the baselines are measured against the same optimum, and have no reference of their own
-        reference = (run.reference or frozen_start(run)) if last and listed else None
-        out |= exact(
-            run.task,
+        chosen = losses.row(config)
+        listed = task.responses(task.problems(split)[0]) is not None and (last or config.eval.kl_problems > 0)
+        # the baselines have no reference of their own
+        reference = start_of(run) if listed and losses.has_optimum(config) else None
+        scale = 1.0 if chosen.scale is None else chosen.scale
+        learned = log_z_of(run) if reference is not None and run.policy.log_z is not None else None
+        figures = exact(
+            task,
             split,
             summed_logp(run, run.policy),
-            None if reference is None else summed_logp(run, reference),
-            log_z_of(run) if reference is not None and run.policy.log_z is not None else None,
-            beta=losses.row(config).beta,
+            None if reference is None else kept(summed_logp(run, reference), reference),
+            # a (log pi - log ref) = beta r - log Z, divided by a where that is a number: exact() knows a = 1 and 1/|y|
+            None if learned is None else lambda problems: learned(problems) / scale,
+            beta=chosen.beta / scale,
             cfg=config.eval,
+            length_normalize=chosen.scale is None,
+            tokens=lambda text: len(run.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1,
+            kl_problems=None if last else config.eval.kl_problems,
         )
+        out |= figures | {name: figures[name] * scale for name in ("log_z_exact", "log_z_error") if name in figures}
     run.log.evaluation(step, split, out)
     return out
+
+
+_STARTS: WeakKeyDictionary[Policy, Policy] = WeakKeyDictionary()
+_KEPT: WeakKeyDictionary[Policy, dict[str, Tensor]] = WeakKeyDictionary()
+
+
+def start_of(run: Run) -> Policy:
+    """The model RL started from. The baselines are measured against the same optimum, and keep no reference."""
+    if run.reference is not None:
+        return run.reference
+    if run.policy not in _STARTS:
+        _STARTS[run.policy] = frozen_start(run)
+    return _STARTS[run.policy]
+
+
+def kept(logp: Any, reference: Policy) -> Any:
+    """`logp` of a frozen model, computed once for each problem's listed responses."""
+    known = _KEPT.setdefault(reference, {})
+
+    def once(problems: list[Problem], texts: list[str]) -> Tensor:
+        key = f"{problems[0].id} {problems[0].prompt!r} {hash(tuple(texts))}"
+        if key not in known:
+            known[key] = logp(problems, texts)
+        return known[key]
+
+    return once
 
 
 def last_split(run: Run) -> str:
@@ -193,9 +234,9 @@ def make_sampler(
 ) -> Sample:
     """Each rank generates for its share of the problems, then every rank gets all responses."""
 
-    def sample(problems: Sequence[Problem], n: int, seed: int) -> list[list[Response]]:
+    def sample(problems: Sequence[Problem], n: int, seed: int, first: int = 0) -> list[list[Response]]:
         mine = list(range(world.rank, len(problems), world.size)) or [0]
-        out = engine.generate([encode(problems[i]) for i in mine], n, sampling, seed, mine)
+        out = engine.generate([encode(problems[i]) for i in mine], n, sampling, seed, [first + i for i in mine])
         lengths = out.length.tolist()
         texts = decode([out.tokens[b, :length].tolist() for b, length in enumerate(lengths)])
         rows = [Response(*row) for row in zip(texts, lengths, out.finished.tolist())]
@@ -219,8 +260,9 @@ def summed_logp(run: Run, policy: Policy) -> Any:
         out = torch.zeros(len(texts), dtype=torch.float64)
         every = list(range(len(texts)))
         for batch in pack(
-            every, prompts, answers, max_tokens=p.max_tokens, row_tokens=p.row_tokens, device=run.world.device
-        ):
+            every, prompts, answers, max_tokens=p.max_tokens, row_tokens=p.row_tokens, device=run.world.device,
+            alone=policy.packing == "alone",
+        ):  # fmt: skip
             scored = policy(losses.score_head(run.config, batch), batch.ids, batch.positions)
             total = scored.logp.new_zeros(batch.sequences, dtype=torch.float64)
             total.index_add_(0, batch.segment(), scored.logp.double())
@@ -243,7 +285,7 @@ def log_z_of(run: Run) -> Any:
         run.policy.log_z.eval()
         for batch in pack(
             list(range(len(prompts))), prompts, dummy, max_tokens=p.max_tokens, row_tokens=p.row_tokens,
-            device=run.world.device,
+            device=run.world.device, alone=run.policy.packing == "alone",
         ):  # fmt: skip
             value = run.policy(
                 lambda actor, hidden, b=batch: losses.log_z(actor, hidden, b), batch.ids, batch.positions

@@ -48,11 +48,11 @@ class MicroBatch:
         return every.repeat_interleave(lengths, output_size=self.tokens)
 
 
-def plan(lengths: list[int], *, max_tokens: int, row_tokens: int = 0) -> list[list[list[int]]]:
+def plan(lengths: list[int], *, max_tokens: int, row_tokens: int = 0, alone: bool = False) -> list[list[list[int]]]:
     """Micro-batches of rows of sequence indices, by best fit from the longest down.
 
     A row holds at most `row_tokens` (0: `max_tokens`) tokens, a micro-batch at most `max_tokens` slots once
-    its rows are padded to the longest. Sequences are never split.
+    its rows are padded to the longest. Sequences are never split; with `alone` each has a row of its own.
 
     Raises:
         ValueError: a sequence is longer than a row may be.
@@ -65,7 +65,7 @@ def plan(lengths: list[int], *, max_tokens: int, row_tokens: int = 0) -> list[li
         if length > capacity:
             name = "parallel.row_tokens" if row_tokens else "parallel.max_tokens"
             raise ValueError(f"{name}: a sequence of {length} tokens does not fit into {capacity}; raise the budget")
-        place = bisect.bisect_left(free, (length, -1))
+        place = len(free) if alone else bisect.bisect_left(free, (length, -1))
         if place == len(free):
             rows.append([index])
             left = capacity - length
@@ -144,12 +144,14 @@ def pack(
     row_tokens: int,
     device: torch.device | str,
     together: int = 1,
+    alone: bool = False,
 ) -> list[MicroBatch]:
     """Micro-batches of the sequences in `keep`; where that is empty, one stand-in.
 
     Args:
         row_tokens: see `plan`; 0 makes rows short, which suits attention with a dense mask.
         together: sequences i with the same i // together go into the same micro-batch.
+        alone: one sequence a row, for models that do not keep packed ones apart (`Policy.packing`).
 
     Raises:
         ValueError: a sequence, or sequences that must go together, do not fit into `max_tokens`.
@@ -164,7 +166,7 @@ def pack(
     row_tokens = row_tokens or max(min(SHORT_ROW, max_tokens), longest)
 
     def micro(part: list[int]) -> list[list[list[int]]]:
-        rows = plan([lengths[i] for i in part], max_tokens=max_tokens, row_tokens=row_tokens)
+        rows = plan([lengths[i] for i in part], max_tokens=max_tokens, row_tokens=row_tokens, alone=alone)
         return [[[part[j] for j in row] for row in batch] for batch in rows]
 
     if together == 1:

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flowrl_kernels.trainer.config import ModelConfig, ParallelConfig, RunConfig
 
+EVERYWHERE = "raised on every rank"  # noted on an exception, so that one of them speaks
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -46,17 +47,21 @@ class World:
         return self.rank == 0
 
 
+_joined: list[bool] = []
+ALONE = World(0, 1, torch.device("cpu"), None)
+
+
 def start(run: RunConfig, parallel: ParallelConfig) -> World:
     """Joins the process group, where there is one to join, and picks the device.
 
     Raises:
-        RuntimeError: a device was asked for that is not there.
+        ValueError: a device was asked for that is not there.
     """
     if run.threads:
         torch.set_num_threads(run.threads)
     cuda = torch.cuda.is_available()
     if run.device == "cuda" and not cuda:
-        raise RuntimeError("run.device = 'cuda', and PyTorch sees no CUDA device")
+        raise ValueError("run.device: 'cuda' was asked for, and PyTorch sees no CUDA device")
     kind = run.device if run.device != "auto" else ("cuda" if cuda else "cpu")
     device = torch.device(kind)
     if kind == "cuda":
@@ -71,6 +76,7 @@ def start(run: RunConfig, parallel: ParallelConfig) -> World:
             backend = "cpu:gloo,cuda:nccl"  # object gathers and checkpoints go over the CPU
         single: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=timedelta(minutes=30), **single)
+        _joined.append(True)
     size, copies = dist.get_world_size(), parallel.replicate
     if copies > 1:
         mesh = init_device_mesh(kind, (copies, size // copies), mesh_dim_names=("replicate", "shard"))
@@ -122,8 +128,33 @@ def first(action: Callable[[], Any], world: World) -> Any:
     if world.size > 1:
         dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
+        outcome[1].add_note(EVERYWHERE)
         raise outcome[1]
     return outcome[0]
+
+
+def agree(action: Callable[[], Any], world: World) -> Any:
+    """Runs `action`, which uses no collective, on every rank; where one fails, all raise the first one's exception."""
+    answer, mine = None, None
+    try:
+        answer = action()
+    except Exception as error:
+        mine = error
+    for failure in gather(mine, world):
+        if failure is not None:
+            failure.add_note(EVERYWHERE)
+            raise failure
+    return answer
+
+
+def joined() -> bool:
+    """Whether this process has joined a group, if only once: before, every rank sees and says the same."""
+    return bool(_joined)
+
+
+def rank_here() -> int:
+    """This process's rank, before or without a process group."""
+    return int(os.environ.get("RANK", "0"))
 
 
 # ------------------------------------------------------------------------------------------------ sharding
@@ -216,9 +247,12 @@ def clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def attention_of(model: ModelConfig, parallel: ParallelConfig, device: torch.device) -> str:
-    """The attention implementation to ask transformers for; flash-attention takes 16-bit inputs on CUDA only."""
+def attention_of(model: ModelConfig, parallel: ParallelConfig, device: torch.device) -> str | None:
+    """The attention implementation to ask transformers for; None: its own choice, SDPA for models that have it.
+
+    Flash-attention takes 16-bit inputs on CUDA only.
+    """
     if model.attention != "auto":
         return model.attention
     flash = device.type == "cuda" and parallel.dtype != "float32"
-    return "flash_attention_2" if flash and importlib.util.find_spec("flash_attn") else "sdpa"
+    return "flash_attention_2" if flash and importlib.util.find_spec("flash_attn") else None

@@ -111,23 +111,23 @@ def _solve_rate(ax: Any, runs: Sequence[Run]) -> bool:
         if not run.evals:
             drawn |= _draw_curve(ax, run, "accuracy")
     name = " / ".join(f"pass@{k}" for k in sorted(ks))
-    ax.set_title("Solve rate: pass@1 (solid)" + (f", {name} (dashed)" if name else ""))
-    ax.set_ylabel("share of problems")
+    ax.set_title("How often is an answer right?")
+    ax.set_ylabel("one sample (solid)" + (f", {name} (dashed)" if name else ""))
     ax.set_ylim(-0.02, 1.02)
     return drawn
 
 
 def _distinct(ax: Any, runs: Sequence[Run]) -> bool:
-    ax.set_title("Distinct correct solutions per problem")
-    ax.set_ylabel("in the evaluation's samples")
+    ax.set_title("How many different right answers come up?")
+    ax.set_ylabel("per problem, in its samples")
     drawn = [_draw_evals(ax, run, "distinct") for run in runs]
     ax.set_ylim(bottom=0)
     return any(drawn)
 
 
 def _modes(ax: Any, runs: Sequence[Run]) -> bool:
-    ax.set_title("Effective modes, exact")
-    ax.set_ylabel("share of all correct solutions")
+    ax.set_title("What share of all right answers stays in use?")
+    ax.set_ylabel("effective modes, exact")
     drawn = [_draw_evals(ax, run, "exact_modes_share") for run in runs]
     ax.set_ylim(-0.02, 1.02)
     return any(drawn)
@@ -165,15 +165,15 @@ def _log_z(ax: Any, runs: Sequence[Run]) -> bool:
         if steps:
             exact = True
             ax.axhline(values[-1], color=run.colour, linestyle=":", linewidth=1.4)
-    ax.set_title("log Z" + (" (dotted: exact at the optimum)" if exact else ""))
-    ax.set_ylabel("nats per token")
+    ax.set_title("Does log Z find its value?")
+    ax.set_ylabel("nats per token" + (" (dotted: exact)" if exact else ""))
     return drawn
 
 
 def _kl(ax: Any, runs: Sequence[Run]) -> bool:
     drawn = [_draw_evals(ax, run, "exact_kl") for run in runs]
-    ax.set_title("KL(policy || flow-balance optimum), exact")
-    ax.set_ylabel("nats per response")
+    ax.set_title("How far is the policy from the optimum?")
+    ax.set_ylabel("KL, exact, nats per response")
     values = [v for run in runs for v in run.evaluated("exact_kl")[1]]
     if values and min(values) > 0 and max(values) / min(values) > 20:
         _log_scale(ax)
@@ -184,12 +184,22 @@ PANELS: dict[str, Callable[[Any, Sequence[Run]], bool]] = {
     "solve_rate": _solve_rate,
     "distinct": _distinct,
     "modes": _modes,
-    "reward": _curve_panel("reward", "Reward", "mean over the batch"),
-    "entropy": _curve_panel("entropy", "Entropy", "nats per token"),
-    "residual": _curve_panel("residual_abs", "|residual| of the flow balance", "mean over the batch", log=True),
+    "reward": _curve_panel("reward", "Does the reward rise?", "mean over the batch"),
+    "entropy": _curve_panel("entropy", "Does the policy keep exploring?", "entropy, nats per token"),
+    "residual": _curve_panel("residual_abs", "How far is the flow from balance?", "mean |residual|", log=True),
     "log_z": _log_z,
     "kl": _kl,
 }
+
+
+def canvas() -> tuple[Any, Any]:
+    """matplotlib's canvas and figure. Raises ValueError where it is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(f"plots need matplotlib (pip install matplotlib): {error}") from error
+    return FigureCanvasAgg, Figure
 
 
 def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> list[Path]:
@@ -197,52 +207,71 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> list
 
     runs: run folders. out: folder of the PNGs; `plots` in the first run's folder if not given. A star is the
     test split where another split was evaluated along the way. Returns the files written. Raises
-    FileNotFoundError or ValueError for a folder without metrics, RuntimeError where matplotlib is missing.
+    FileNotFoundError or ValueError for a folder without metrics, ValueError where matplotlib is missing.
     """
     if not runs:
         raise ValueError("runs must name at least one run folder, got none")
     read = read_runs(runs)
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError(f"plots need matplotlib (pip install matplotlib): {error}") from error
+    make_canvas, make_figure = canvas()
     folder = Path(out) if out is not None else Path(runs[0]) / "plots"
     folder.mkdir(parents=True, exist_ok=True)
 
-    def save(figure: Figure, name: str) -> Path:
-        FigureCanvasAgg(figure)  # no global state, no display
+    def save(figure: Any, name: str) -> Path:
+        make_canvas(figure)  # no global state, no display
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=130)
         return path
 
     written, shown = [], []
     for name, draw in PANELS.items():
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        figure = make_figure(figsize=(7, 4.2), layout="constrained")
         ax = figure.add_subplot()
         if draw(ax, read):
-            _finish(ax)
+            _finish(ax, read)
             _legend(figure, read)
             written.append(save(figure, name))
             shown.append(draw)
     if shown:
         columns = min(2, len(shown)) if len(shown) <= 4 else min(4, math.ceil(len(shown) / 2))
         rows = math.ceil(len(shown) / columns)
-        figure = Figure(figsize=(4.6 * columns, 3.3 * rows + 0.5), layout="constrained")
+        figure = make_figure(figsize=(4.6 * columns, 3.3 * rows + 0.5), layout="constrained")
         for index, draw in enumerate(shown):
             ax = figure.add_subplot(rows, columns, index + 1)
             draw(ax, read)
-            _finish(ax, small=True)
+            _finish(ax, read, small=True)
         _legend(figure, read)
         written.append(save(figure, "overview"))
     return written
 
 
-def _finish(ax: Any, small: bool = False) -> None:
+def _labels(ax: Any, runs: Sequence[Run]) -> None:
+    """The runs' names at the ends of their lines, pushed apart where they would cover each other."""
+    ends: dict[str, tuple[float, float]] = {}
+    for line in ax.get_lines():
+        xs, ys = line.get_xdata(), line.get_ydata()
+        if line.get_linestyle() == "-" and line.get_alpha() is None and len(xs) > 1:
+            ends[line.get_color()] = (float(xs[-1]), float(ys[-1]))
+    names = {run.colour: run.label for run in runs}
+    placed: list[float] = []
+    ax.get_xlim(), ax.get_ylim()  # the limits are made when asked for, and the transforms do not ask
+    to_axes = ax.transData.transform
+    inverse = ax.transAxes.inverted().transform
+    for colour, end in sorted(ends.items(), key=lambda item: item[1][1]):
+        if colour not in names:
+            continue
+        height = float(inverse(to_axes(end))[1])
+        height = max([height, *(other + 0.07 for other in placed)])
+        placed.append(height)
+        ax.annotate(names[colour], (1.01, height), xycoords="axes fraction", color=colour, fontsize=8, va="center")
+
+
+def _finish(ax: Any, runs: Sequence[Run], small: bool = False) -> None:
     ax.set_xlabel("RL step")
     ax.grid(True, alpha=0.25, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     ax.margins(x=0.02)
+    if 1 < len(runs) <= 5:  # one needs no name, many would hide each other
+        _labels(ax, runs)
     if small:
         ax.title.set_fontsize(10)
 
@@ -250,7 +279,9 @@ def _finish(ax: Any, small: bool = False) -> None:
 def _legend(figure: Any, runs: Sequence[Run]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=run.colour, linewidth=2, label=run.label) for run in runs]
+    named = len(runs) == 1 or len(runs) > 5  # between these the lines carry their names
+    handles = [Line2D([], [], color=run.colour, linewidth=2, label=run.label) for run in runs if named]
     if any(len({line.get("split") for line in run.evals}) > 1 for run in runs):
         handles.append(Line2D([], [], color="#666666", marker="*", linestyle="", markersize=9, label="test split"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(5, len(handles)), frameon=False)
+    if handles:
+        figure.legend(handles=handles, loc="outside upper left", ncols=min(5, len(handles)), frameon=False)

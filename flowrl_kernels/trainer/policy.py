@@ -6,7 +6,9 @@ whole, so a fused head sees plain tensors under FSDP2, tied to the embedding or 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowrl_kernels.hf.head import check_head, head_logits, head_scales
+from flowrl_kernels.hf.packing import Packing, block_mask, find_packing
 from flowrl_kernels.trainer import parallel
 from flowrl_kernels.trainer.config import Config, ModelConfig
 from flowrl_kernels.trainer.parallel import World
@@ -49,11 +53,8 @@ class Policy(nn.Module):
         self.model = model
         self.log_z = log_z
         self.value = value
-        config = model.config
-        # z = cap * tanh(scale * h W^T / cap), as Gemma (cap), Cohere (scale) and Granite (1 / scaling) do
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        scaling = getattr(config, "logits_scaling", None)
-        self.logit_scale: float = getattr(config, "logit_scale", None) or (1 / scaling if scaling else 1.0)
+        self.scales = head_scales(model.config)
+        self.packing: Packing = "positions"  # how rows hold several sequences; `settle_packing` looks
 
     @property
     def head(self) -> Any:
@@ -64,9 +65,11 @@ class Policy(nn.Module):
         head: Callable[[Policy, Tensor], Any],
         ids: Tensor,  # [R, L] int64
         positions: Tensor,  # [R, L] int64, restarting at 0 with each packed sequence
-        mask: Tensor | None = None,  # [R, L + cached] for decoding; None: positions tell sequences apart
+        mask: Tensor | None = None,  # [R, L + cached] for decoding
         cache: Any = None,
     ) -> Any:
+        if self.packing == "mask" and mask is None and cache is None:
+            mask = block_mask(positions, boolean=self.model.config._attn_implementation != "eager")
         out = self.model.base_model(
             input_ids=ids,
             position_ids=positions,
@@ -94,11 +97,12 @@ def load_tokenizer(source: str, model: ModelConfig) -> Any:
     """The tokenizer of a Hugging Face model.
 
     Raises:
-        ValueError: it has no end token, so no response could ever be finished.
+        ValueError: it cannot be read, or has no end token, so no response could ever be finished.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+    with named(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.name: the tokenizer of {source!r} has no end-of-sequence token (eos_token)")
     if tokenizer.pad_token_id is None:
@@ -106,7 +110,7 @@ def load_tokenizer(source: str, model: ModelConfig) -> Any:
     return tokenizer
 
 
-def build_model(config: Config, tokenizer: Any, attention: str) -> Any:
+def build_model(config: Config, tokenizer: Any, attention: str | None) -> Any:
     """A Qwen2-type model of the sizes in the config, weights from the run's seed."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -137,59 +141,48 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def load_model(source: str, model: ModelConfig, attention: str, *, empty: bool = False) -> Any:
+def load_model(source: str, model: ModelConfig, attention: str | None, *, empty: bool = False) -> Any:
     """A causal LM from a Hugging Face name or folder, in float32; `empty`: its shape on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet()
     options = {"attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
-    if empty:
-        shape = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(shape, dtype=torch.float32, **options)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    with named(source):
+        if empty:
+            shape = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(shape, dtype=torch.float32, **options)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+
+
+@contextlib.contextmanager
+def named(source: str) -> Iterator[None]:
+    """A ValueError that says which model could not be read, and why."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # safetensors' own among them
+        raise ValueError(f"model.name: {source!r} cannot be loaded: {error}") from error
 
 
 def apply_liger(model: Any) -> None:
     """Liger kernels for norms, rotary embedding and feed-forward; the head and loss stay this library's.
 
     Raises:
-        RuntimeError: liger-kernel is not installed.
+        ValueError: liger-kernel is not installed.
     """
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
     except ImportError as error:
         message = "model.liger = true needs liger-kernel: pip install 'flowrl-kernels[liger]'"
-        raise RuntimeError(message) from error
+        raise ValueError(message) from error
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-@torch.no_grad()
-def check_head(policy: Policy) -> None:
-    """Refuses a model whose logits are not softcap(scale * h W^T + b), what the fused head computes."""
-    ids = torch.arange(1, 4)[None] % policy.model.config.get_text_config().vocab_size
-    want = policy.model(input_ids=ids, use_cache=False).logits.float()
-    hidden = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    got = logits(policy, hidden[0])
-    if not torch.allclose(got, want[0], rtol=1e-4, atol=1e-4 * float(want.abs().max())):
-        name = type(policy.model).__name__
-        raise ValueError(
-            f"model.name: {name} turns hidden states into logits in a way the fused head does not know "
-            f"(largest difference {float((got - want[0]).abs().max()):.2g})"
-        )
-
-
 def logits(policy: Policy, hidden: Tensor) -> Tensor:
-    """[N, H] -> [N, V] fp32, products of 16-bit inputs summed in fp32; for decoding, where N is small."""
-    weight, bias = policy.head.weight, getattr(policy.head, "bias", None)
-    if hidden.dtype != torch.float32 and hidden.is_cuda:
-        out = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    else:
-        out = hidden.float() @ weight.float().t()
-    if bias is not None:
-        out = out + bias.float()
-    out = out * policy.logit_scale if policy.logit_scale != 1.0 else out
-    return policy.softcap * torch.tanh(out / policy.softcap) if policy.softcap else out
+    """[N, H] -> [N, V] fp32, for decoding, where N is small."""
+    return head_logits(policy.head, hidden, policy.scales)
 
 
 def make_policy(
@@ -200,8 +193,16 @@ def make_policy(
     log_z: bool = False,
     value: bool = False,
     reference: bool = False,
+    packing: Packing | None = None,
 ) -> Policy:
-    """Wraps, prepares and shards a model (real on rank 0, on the meta device elsewhere where sharded)."""
+    """Wraps, prepares and shards a model (real on rank 0, on the meta device elsewhere where sharded).
+
+    Args:
+        packing: how it packs, where that is known from the same model; None finds out.
+
+    Raises:
+        ValueError: its head, or what it does with padded rows, is not what training relies on.
+    """
     hidden = model.config.get_text_config().hidden_size
     zeta = critic = None
     with torch.random.fork_rng():
@@ -219,7 +220,7 @@ def make_policy(
         policy.log_z.train()  # its own dropout, where it has one, is part of its training
     policy.requires_grad_(not reference)
     if world.main:
-        check_head(policy)
+        check_head(model, policy.scales, "model.name")
     if config.model.liger:
         apply_liger(model)
     offload = reference and config.parallel.offload_reference
@@ -228,9 +229,29 @@ def make_policy(
     extras = [extra for extra in (policy.log_z, policy.value) if extra is not None]
     parallel.shard(policy, model, extras, config.parallel, world, offload=offload)
     if world.mesh is None:
-        return policy.to(world.device)
-    parallel.spread(policy, state, world, offload=offload)
+        policy.to(world.device)
+    else:
+        parallel.spread(policy, state, world, offload=offload)
+    policy.packing = packing or settle_packing(policy, config, world)
     return policy
+
+
+def settle_packing(policy: Policy, config: Config, world: World) -> Packing:
+    """How this model packs, tried on the policy as it will run; the same on every rank, and every rank calls it."""
+
+    def forward(ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        return policy(lambda actor, hidden: hidden.float(), ids, positions, mask)
+
+    with parallel.whole(policy):  # sharded again after it: the optimiser is made of the shards
+        found = find_packing(
+            forward,
+            policy.model.config,
+            dtype=parallel.DTYPES[config.parallel.dtype],
+            device=world.device,
+            name=type(policy.model).__name__,
+            field="model.name",
+        )
+    return max(parallel.gather(found, world), key=("positions", "mask", "alone").index)
 
 
 def copy_state(policy: Policy) -> dict[str, Tensor]:
@@ -246,18 +267,47 @@ def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def save_folder(policy: Policy, tokenizer: Any, folder: Path, world: World) -> None:
-    """Writes a Hugging Face folder (safetensors), log Z in a file of its own; every rank must call it."""
-    from safetensors.torch import save_file
+def save_folder(
+    policy: Policy, tokenizer: Any, folder: Path, world: World, *, stop: tuple[int, ...] = (), dtype: str = "float32"
+) -> None:
+    """Writes a folder that transformers and servers load, log Z beside it in `nn.LOG_Z_FILE`; every rank calls it.
 
+    stop: tokens that end a response, for generation_config.json. dtype: of the language model's weights.
+    """
     quiet()
     state = parallel.full_state(policy)
     if not world.main:
         return
     folder.mkdir(parents=True, exist_ok=True)
+    kind = getattr(torch, dtype)
     inner = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
+    inner = {name: t.to(kind) if t.is_floating_point() else t for name, t in inner.items()}
+    for name in tied_names(policy.model):  # one tensor under two names is written once
+        inner.pop(name, None)
     policy.model.save_pretrained(folder, state_dict=inner)
+    config = folder / "config.json"
+    shape = json.loads(config.read_text(encoding="utf-8"))
+    shape["dtype"] = dtype
+    config.write_text(json.dumps(shape, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if stop:
+        from transformers import GenerationConfig
+
+        generation = copy.deepcopy(getattr(policy.model, "generation_config", None)) or GenerationConfig()
+        generation.eos_token_id = list(stop) if len(stop) > 1 else stop[0]
+        generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    zeta = {name.removeprefix("log_z."): t.contiguous() for name, t in state.items() if name.startswith("log_z.")}
+    zeta = {name.removeprefix("log_z."): t for name, t in state.items() if name.startswith("log_z.")}
     if zeta:
-        save_file(zeta, folder / "log_z.safetensors", metadata={"format": "pt", "module": "LogPartition"})
+        log_z: Any = policy.log_z
+        log_z.save(folder, zeta)
+
+
+def tied_names(model: Any) -> set[str]:
+    """Names in the state dict of parameters that are another one's storage: the LM head of a tied model, say."""
+    first: dict[int, str] = {}
+    names = set()
+    kept = {name for name, _ in model.named_parameters()}  # each parameter under its first name
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name and name not in kept:
+            names.add(name)
+    return names

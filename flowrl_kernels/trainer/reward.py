@@ -8,18 +8,23 @@ deadline. Such a response gets None: it is left out of its group's statistics, n
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import numbers
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from decimal import Decimal
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import TYPE_CHECKING, Any
 
+from flowrl_kernels.trainer.tasks import find_own
 from flowrl_kernels.trainer.tasks.base import Problem, Task
 
 if TYPE_CHECKING:
@@ -29,6 +34,7 @@ Reward = Callable[[Any, str, Any], float | None]
 """(prompt, response, answer) -> reward, None for "cannot be scored"."""
 
 START_SECONDS = 300.0  # for a worker to import what its reward needs
+REASONS = 20  # different ones that are counted apart
 MAX_STARTS = 3  # of a worker that never gets ready
 _BUILT_IN = {
     "math": "flowrl_kernels.trainer.tasks.dataset:math_reward",
@@ -44,32 +50,53 @@ def find_reward(name: str) -> Reward:
     Raises ValueError naming what could not be imported or found.
     """
     wanted = "task.reward must be math, exact, countdown, code or module:function"
-    module_name, _, function = _BUILT_IN.get(name, name).partition(":")
-    if not module_name or not function:
-        raise ValueError(f"{wanted}, got {name!r}")
-    try:
-        found: Any = importlib.import_module(module_name)
-        for part in function.split("."):
-            found = getattr(found, part)
-        if name == "math":
+    found = find_own(_BUILT_IN.get(name, name), wanted)
+    if name == "math":
+        try:
             importlib.import_module("math_verify")
-        if name == "code":
-            importlib.import_module(module_name).require_sandbox()
-    except RuntimeError as error:
-        raise ValueError(f"task.reward = {name!r} needs a sandbox, and none can run here: {error}") from error
-    except (ImportError, AttributeError) as error:
-        hint = " (pip install math-verify)" if name == "math" else ""
-        raise ValueError(f"{wanted}, got {name!r}: {error}{hint}") from error
-    if not callable(found):
-        raise ValueError(f"{wanted}, got {name!r}, which is a {type(found).__name__}")
+        except ImportError as error:
+            raise ValueError(f"{wanted}, got {name!r}: {error} (pip install math-verify)") from error
+    if name == "code":
+        from flowrl_kernels.trainer.tasks.code import require_sandbox
+
+        try:
+            require_sandbox()
+        except RuntimeError as error:
+            raise ValueError(f"task.reward = {name!r} needs a sandbox, and none can run here: {error}") from error
+    if inspect.isclass(found) or inspect.iscoroutinefunction(found):
+        what = "a class" if inspect.isclass(found) else "asynchronous"
+        raise ValueError(f"{wanted}, got {name!r}, which is {what}; name a plain function (prompt, response, answer)")
+    try:
+        inspect.signature(found).bind("prompt", "response", "answer")
+    except TypeError as error:
+        raise ValueError(f"{wanted}, got {name!r}: it must take (prompt, response, answer): {error}") from None
+    except ValueError:
+        pass  # written in C: no signature to look at
     return found
+
+
+def _why(error: BaseException) -> str:
+    """One line of at most 300 characters, whatever the error's own text does."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = "(its text cannot be made)"
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def _one(value: Any) -> bool:
+    """A numpy number, or an array or tensor of one element."""
+    count = value.numel if hasattr(value, "numel") else getattr(value, "size", None)
+    return hasattr(value, "item") and (count() if callable(count) else count) == 1
 
 
 def _checked(value: Any) -> float | None:
     if value is None:
         return None
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"the reward must be a number or None, got {value!r:.80}")
+    if _one(value):
+        value = value.item()  # a numpy number, or an array or tensor that holds one
+    if not isinstance(value, numbers.Real | Decimal):
+        raise TypeError(f"the reward must be a number or None, got {type(value).__name__} {value!r:.80}")
     if not math.isfinite(value):
         raise ValueError(f"the reward must be finite, got {value}")
     return float(value)
@@ -81,8 +108,9 @@ class Scorer:
 
     counts: {"raised", "timed_out", "unscorable"} since the last `take_counts`; unscorable counts every None,
     the other two say why. A program (reward "code") that fails counts in those two as well and is worth 0.
-    last_error: the latest reason, for the log. Raises ValueError for a reward that cannot be imported,
-    RuntimeError where workers do not start.
+    last_error: the latest reason of the latest `score`, None where all were scored; reasons:
+    how often each came in it, at most 20 different ones. Raises ValueError for a reward that
+    cannot be imported, RuntimeError where workers do not start.
     """
 
     def __init__(self, cfg: TaskConfig, task: Task):
@@ -102,16 +130,21 @@ class Scorer:
         self._failed_starts = 0
         self.counts = {"raised": 0, "timed_out": 0, "unscorable": 0}
         self.last_error: str | None = None
+        self.reasons: Counter[str] = Counter()
 
     def score(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[float | None]:
         """The reward of each response; takes at most about ceil(n / workers) times the deadline."""
         if len(problems) != len(responses):
             raise ValueError(f"need one problem per response, got {len(problems)} for {len(responses)}")
+        self.last_error, self.reasons = None, Counter()
         if self._inline:
             result = self._score_here(problems, responses)
         else:
             result = self._score_apart(problems, responses)
-        self.counts["unscorable"] += sum(r is None for r in result)
+        none = result.count(None)
+        self.counts["unscorable"] += none
+        if plain := none - self.reasons.total():
+            self._note("the reward gave None", plain)
         return result
 
     def take_counts(self) -> dict[str, int]:
@@ -135,14 +168,18 @@ class Scorer:
                 else:
                     value = self._reward(problem.prompt, response, problem.answer)
                 result.append(_checked(value))
-            except Exception as error:  # a reward is user code: whatever it raises costs one sample
-                self._lose("raised", f"{type(error).__name__}: {error}")
+            except (Exception, SystemExit) as error:  # a reward is user code: whatever it raises costs one sample
+                self._lose("raised", _why(error))
                 result.append(None)
         return result
 
     def _lose(self, why: str, error: str) -> None:
         self.counts[why] += 1
-        self.last_error = error
+        self._note(error)
+
+    def _note(self, reason: str, count: int = 1) -> None:
+        self.last_error = reason
+        self.reasons[reason if reason in self.reasons or len(self.reasons) < REASONS else "other reasons"] += count
 
     def _score_apart(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[float | None]:
         result: list[float | None] = [None] * len(problems)
@@ -153,8 +190,11 @@ class Scorer:
                     worker = self._workers[slot] = _Worker(self._spec)
                 if worker is not None and worker.ready and worker.job is None and waiting:
                     job = waiting.pop()
-                    worker.send(job, (problems[job], responses[job]), self._timeout)
+                    if error := worker.send(job, (problems[job], responses[job]), self._timeout):
+                        self._lose("raised", error)
             alive = [w for w in self._workers if w is not None and (w.job is not None or not w.ready)]
+            if not alive:  # every job handed out just now could not be sent
+                continue
             now = time.monotonic()
             ready = wait([w.pipe for w in alive], timeout=max(0.0, min(w.deadline for w in alive) - now))
             for slot, worker in enumerate(self._workers):
@@ -219,10 +259,16 @@ class _Worker:
         self.deadline = time.monotonic() + START_SECONDS
         self.pipe.send((list(sys.path), spec))
 
-    def send(self, job: int, item: tuple[Problem, str], timeout: float) -> None:
+    def send(self, job: int, item: tuple[Problem, str], timeout: float) -> str | None:
+        """Hand over a job; the reason where its problem cannot be pickled, and the worker stays free."""
+        try:
+            data = pickle.dumps(item)
+        except Exception as error:
+            return f"this problem cannot be sent to a reward worker: {_why(error)}"
         self.job, self.deadline = job, time.monotonic() + timeout
         with suppress(OSError):  # it died while idle: the next look at the pipe sees the end of file
-            self.pipe.send(item)
+            self.pipe.send_bytes(data)
+        return None
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -260,15 +306,16 @@ def work() -> None:
 
             logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
     except Exception as error:
-        pipe.send(("broken", f"{type(error).__name__}: {error}"))
+        pipe.send(("broken", _why(error)))
         return
     pipe.send(("ready", None))
     while True:
         try:
-            problem, response = pipe.recv()
+            data = pipe.recv_bytes()
         except EOFError:
             return
         try:
+            problem, response = pickle.loads(data)  # by the trainer, which made the problem
             if reward is None:
                 value = spec.verify(problem, response)
             else:
@@ -277,5 +324,5 @@ def work() -> None:
             if hasattr(value, "why"):
                 answer = ("failed", (_checked(value), value.why, value.reason))
         except Exception as error:
-            answer = ("raised", f"{type(error).__name__}: {error}")
+            answer = ("raised", _why(error))
         pipe.send(answer)

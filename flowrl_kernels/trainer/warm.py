@@ -1,18 +1,20 @@
 """The model RL starts from: a Hugging Face one, or one built here and warmed up on the task's own examples.
 
-Whatever is built here is kept in the cache folder under the hash of everything that made it, and copied into the
-run folder as `start`, which is also what the frozen reference model is read from.
+Whatever is built here is kept in the cache folder under the hash of everything that made it (settings, the task's
+code, data and vocabulary, the model), sealed by the hash of every file, and copied into the run folder as `start`,
+which is also what the frozen reference model is read from.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowrl_kernels.trainer import parallel, policy
+from flowrl_kernels.trainer import fingerprint, parallel, policy, run_folder
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.metrics import Log
 from flowrl_kernels.trainer.packing import MicroBatch, pack, stand_in
@@ -28,76 +30,132 @@ from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.tasks import Problem, Task
 
-RECIPE = 1  # part of the hash: raise it when the supervised steps change
+RECIPE = 2  # part of the hash: raise it when the supervised steps change
 
 
-def start(
+@dataclass
+class Start:
+    """Where the model RL starts from is read, or what it is to be made of."""
+
+    source: str = ""  # name or folder; empty: `seedling` is to be warmed up
+    cached: Path | None = None  # where the cache keeps it, if it does
+    seedling: Policy | None = None
+
+
+def find(
     config: Config,
     world: World,
     task: Task,
     tokenizer: Any,
     encode: Callable[[Problem], list[int]],
-    attention: str,
+    attention: str | None,
+    resumed: bool,
+    log: Any,
+) -> Start:
+    """The model RL starts from, or the model to make it of; writes nothing. Every rank calls it.
+
+    resumed: the run folder's own `start` is the one.
+    """
+    if config.model.name and not config.warm.steps:
+        return Start(config.model.name)
+    folder = Path(config.run.dir) / "start"
+    if resumed and parallel.first(folder.exists, world):
+        return Start(str(folder))
+    key = parallel.first(lambda: digest(config, task, tokenizer, encode), world)
+    cached = Path(config.run.cache).expanduser() / f"warm-{key}"
+    state = parallel.first(lambda: fingerprint.damage(cached) if cached.exists() else "absent", world)
+    if state is None:
+        log.note(f"warm start read from {cached}")
+        return Start(str(cached), cached)
+    if state != "absent":
+        log.note(f"warm start in {cached} is damaged ({state}): made anew")
+    if config.model.name:
+        empty = world.mesh is not None and not world.main
+        model = policy.load_model(config.model.name, config.model, attention, empty=empty)
+    elif world.mesh is not None and not world.main:
+        with torch.device("meta"):
+            model = policy.build_model(config, tokenizer, attention)
+    else:
+        model = policy.build_model(config, tokenizer, attention)
+    if config.warm.steps and parallel.agree(lambda: _pairs(config, task, 0, 1), world) is None:
+        raise ValueError(f"warm.steps: task {task.name!r} has no examples to learn from; set it to 0")
+    return Start("", cached, policy.make_policy(config, world, model))
+
+
+def settle(
+    start: Start,
+    config: Config,
+    world: World,
+    task: Task,
+    tokenizer: Any,
+    encode: Callable[[Problem], list[int]],
     log: Log,
 ) -> str:
-    """Name or folder of the model RL starts from; trains and caches it where that is asked for."""
-    if config.model.name and not config.warm.steps:
-        return config.model.name
-    folder = Path(config.run.dir) / "start"
-    if parallel.first(folder.exists, world):
-        return str(folder)
-    cached = Path(config.run.cache).expanduser() / f"warm-{digest(config)}"
-    if not parallel.first(cached.exists, world):
-        if config.model.name:
-            empty = world.mesh is not None and not world.main
-            model = policy.load_model(config.model.name, config.model, attention, empty=empty)
-        elif world.mesh is not None and not world.main:
-            with torch.device("meta"):
-                model = policy.build_model(config, tokenizer, attention)
-        else:
-            model = policy.build_model(config, tokenizer, attention)
-        actor = policy.make_policy(config, world, model)
+    """Name or folder of the model RL starts from, in the run folder where it was made here; trains it if need be."""
+    if start.cached is None:
+        return start.source
+    cached, folder = start.cached, Path(config.run.dir) / "start"
+    if start.seedling is not None:
         began = time.perf_counter()
-        train(config, world, task, tokenizer, encode, actor, log)
+        train(config, world, task, tokenizer, encode, start.seedling, log)
         if config.warm.steps:
             log.note(f"warm start took {time.perf_counter() - began:.1f} s")
-        partial = cached.with_name(f"{cached.name}.{os.getpid()}.incomplete")
-        policy.save_folder(actor, tokenizer, partial, world)
+        partial = cached.with_name(f"{cached.name}.{uuid.uuid4().hex[:12]}.incomplete")
+        policy.save_folder(start.seedling, tokenizer, partial, world)
         parallel.first(lambda: move(partial, cached), world)
-    else:
-        log.note(f"warm start read from {cached}")
+        start.seedling = None
     parallel.first(lambda: copy(cached, folder), world)
     return str(folder)
 
 
-def digest(config: Config) -> str:
-    """Hash of everything the warm-started weights depend on."""
-    task = {k: v for k, v in dataclasses.asdict(config.task).items() if not k.startswith("reward")}
+def _pairs(config: Config, task: Task, step: int, count: int) -> list[tuple[Problem, str]] | None:
+    """The supervised examples of a step."""
+    return task.warm_start(np.random.default_rng((config.run.seed, 2, step)), count)
+
+
+def digest(config: Config, task: Task, tokenizer: Any, encode: Callable[[Problem], list[int]]) -> str:
+    """Hash of everything the warm-started weights depend on: settings, the task's code, data and tokens, the model."""
+    settings = {k: v for k, v in dataclasses.asdict(config.task).items() if not k.startswith("reward")}
+    first = (_pairs(config, task, 0, config.warm.batch) or []) if config.warm.steps else []
     parts = {
         "recipe": RECIPE,
         "seed": config.run.seed,
         "model": {k: v for k, v in dataclasses.asdict(config.model).items() if k not in ("attention", "liger")},
-        "task": task,
+        "weights": fingerprint.of_model(config.model.name),
+        "task": settings,
+        "code": fingerprint.of_code(task, (config.task.name,), ours=True),
+        "data": fingerprint.of([(p.id, p.prompt, p.answer) for p in task.problems("train")]),
+        "vocabulary": fingerprint.of(tokenizer.get_vocab()),
+        "examples": fingerprint.of([(encode(problem), text) for problem, text in first]),
         "warm": dataclasses.asdict(config.warm),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return fingerprint.of(parts)[:16]
 
 
 def move(source: Path, target: Path) -> None:
-    """Renames into place; another process that was first wins."""
-    try:
-        os.rename(source, target)
-    except OSError:
-        shutil.rmtree(source, ignore_errors=True)
-        if not target.exists():
-            raise
+    """Seals a folder and renames it into place; another process that was first, and left it whole, wins."""
+    fingerprint.write_manifest(source, fingerprint.seal(path for path in source.iterdir() if path.is_file()))
+    for _ in range(3):
+        try:
+            os.rename(source, target)
+            return
+        except OSError:
+            if not target.exists():
+                raise
+            if fingerprint.damage(target) is None:
+                break
+            aside = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}.incomplete")
+            with contextlib.suppress(OSError):  # somebody else may mend it too
+                os.rename(target, aside)
+                shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(source, ignore_errors=True)
 
 
 def copy(source: Path, target: Path) -> None:
     partial = target.with_name(target.name + ".incomplete")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
-    os.rename(partial, target)
+    run_folder.swap(partial, target)
 
 
 def train(
@@ -119,7 +177,7 @@ def train(
     falling = max(1, round(w.steps * w.decay))
     end = [tokenizer.eos_token_id]
     for step in range(w.steps):
-        pairs = task.warm_start(np.random.default_rng((config.run.seed, 2, step)), w.batch)
+        pairs = _pairs(config, task, step, w.batch)
         if pairs is None:
             raise ValueError(f"warm.steps: task {task.name!r} has no examples to learn from; set it to 0")
         prompts = [np.asarray(encode(problem)) for problem, _ in pairs]
@@ -127,7 +185,8 @@ def train(
         answers = [np.asarray(ids + end) for ids in texts]
         tokens = sum(map(len, answers))
         mine = list(range(world.rank, len(pairs), world.size))
-        batches = pack(mine, prompts, answers, max_tokens=p.max_tokens, row_tokens=p.row_tokens, device=world.device)
+        batches = pack(mine, prompts, answers, max_tokens=p.max_tokens, row_tokens=p.row_tokens, device=world.device,
+                       alone=actor.packing == "alone")  # fmt: skip
         most = int(parallel.total(torch.tensor([len(batches)], device=world.device), world, "max"))
         batches += [stand_in(prompts, answers, world.device) for _ in range(most - len(batches))]
         optimizer.zero_grad(set_to_none=True)

@@ -44,7 +44,6 @@ from flowrl_kernels.triton.bounded_kernels import (
     pairs_kernel,
     products_kernel,
     sums_kernel,
-    target_kernel,
 )
 from flowrl_kernels.triton.matmul import matmul_into
 from flowrl_kernels.types import TILE
@@ -62,8 +61,10 @@ class Batch(NamedTuple):
     target_logp: Tensor  # [N]
     target_gradient: Tensor  # [N] entry of dlogits at the target, times the float16 factor
     lse: Tensor  # [N]; inf in rows that take no part
+    maximum: Tensor  # [N]; inf in rows that take no part
     factor: Tensor  # [N] logit_scale / temperature
     scale: Tensor  # [N] gradient by the products, times the float16 factor
+    over_sum: Tensor  # [N] 1 / softmax sum relative to the maximum
 
 
 class Columns(NamedTuple):
@@ -132,7 +133,8 @@ def bounded_backward(
     bias: Tensor | None,  # [V]
     temperature: Tensor,  # [N] or [1]
     logit_scale: float,
-    lse: Tensor,  # [N]
+    logp: Tensor,  # [N] of the targets, from the forward
+    lse_parts: Tensor,  # [2, N] maximum and log of the sum
     tile_lse: Tensor,  # [ceil(V/128), N]
     epsilon: float,
     report: Tensor | None,  # [3]
@@ -151,15 +153,10 @@ def bounded_backward(
     v, device = weight.shape[0], hidden.device
     live = (target >= 0) & (grad_logp != 0)
     target = torch.where(live, target, v)
-    factor = (torch.full_like(temperature, logit_scale) / temperature).expand(n)
+    factor = torch.where(live, torch.full_like(temperature, logit_scale) / temperature, 1.0)
+    lse = lse_parts.sum(0)  # the statistics are fp16: nothing there to keep apart
     scale = torch.where(live, grad_logp * factor, 0.0)
-    target_logp = torch.empty(n, dtype=torch.float32, device=device)
-    target_kernel[(triton.cdiv(n, 64),)](
-        hidden, weight, bias, target, temperature, lse, target_logp,
-        n, v, h, hidden.stride(0), weight.stride(0), int(temperature.shape[0] > 1), logit_scale,
-        BLOCK=64, BLOCK_K=min(tile.block_k, 64), num_warps=4, num_stages=tiles.pair_tile(tile).num_stages,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+    target_logp = logp.masked_fill(target == v, -torch.inf).clamp_max(0.0)
     chosen = route(device)
     plan = make_plan(
         scale.abs(), lse, tile_lse, target, target_logp, epsilon, COLUMNS, live, tile_costs, chosen.drop_lightest
@@ -180,8 +177,10 @@ def bounded_backward(
         target_logp,
         scale * -torch.expm1(target_logp),
         torch.where(live, lse, torch.inf),
-        factor.contiguous(),
+        torch.where(live, lse_parts[0], torch.inf),
+        factor,
         scale,
+        torch.where(live, lse_parts[1], 0.0).neg().exp(),
     )
     shift = first_block[:-1] * tile.block_m - made.block_offsets[:-1]
     lists = Lists(*made, first_block, shift, edges)
@@ -228,7 +227,7 @@ def _compute(
     batch: Batch, active: Tensor, lists: Lists, weight: Tensor, bias: Tensor | None, tile_lse: Tensor,
     tile: tiles.Tile, inverse: Tensor | None, dweight: Tensor | None, add: bool, need_hidden: bool, need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    x, target, target_logp, target_gradient, _, _, scale = batch
+    x, target, target_logp, target_gradient, *_, scale, _ = batch
     (n, h), v, device = x.shape, weight.shape[0], x.device
     num_tiles, num_runs = active.shape[1], len(tile_lse)
     new = {"dtype": torch.float32, "device": device}
@@ -301,10 +300,11 @@ def _slab(
     if num_blocks > 0:
         pairs_kernel[(num_blocks * (COLUMNS // TILE),)](
             x, operand(weight, TILE, pair_tile.block_k), bias, block_tile, block_slot, lists.offsets, lists.slot_row,
-            target, batch.lse, batch.factor, batch.scale, operand(dz, block_m, TILE), part_mass, part_bias,
-            v, h, x.stride(0), weight.stride(0), BIAS=bias_sums is not None, EVEN_K=h % pair_tile.block_k == 0,
-            BLOCK_M=block_m, BLOCK_K=pair_tile.block_k, TILE=TILE,
-            num_warps=pair_tile.num_warps, num_stages=pair_tile.num_stages, **wide,
+            target, batch.maximum, batch.over_sum, batch.factor, batch.scale, operand(dz, block_m, TILE), part_mass,
+            part_bias, v, h, x.stride(0), weight.stride(0),
+            BIAS=bias_sums is not None, EVEN_K=h % pair_tile.block_k == 0, BLOCK_M=block_m,
+            BLOCK_K=pair_tile.block_k, TILE=TILE, num_warps=pair_tile.num_warps,
+            num_stages=pair_tile.num_stages, **wide,
         )  # fmt: skip
     heights = triton.cdiv(h, block_n)
     wide |= {"BLOCK_H": block_n, "num_warps": tile.num_warps}

@@ -11,52 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flowrl_kernels.triton.primitives import LOG2E, activate, matmul_tile, row_factor
-
-
-@triton.jit(do_not_specialize=["N", "V", "temperature_stride"])
-def target_kernel(
-    x,  # [N, H]
-    w,  # [V, H]
-    bias,  # [V] or None
-    target,  # [N]; V where the row has none
-    temperature,  # [N] or [1]
-    lse,  # [N]
-    target_logp,  # [N]
-    N,
-    V,
-    H,
-    stride_x,
-    stride_w,
-    temperature_stride,
-    logit_scale,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """log p of the targets; -inf in rows without one. By the forward's own matrix instructions, of which only the
-    diagonal is used: how tensor cores round then cancels against lse, which a sum in fp32 would not."""
-    i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i_row < N
-    b_target = tl.load(target + i_row, mask=inside, other=V)
-    held = inside & (b_target < V)
-    i_k = tl.arange(0, BLOCK_K)
-    p_x = x + i_row[:, None].to(tl.int64) * stride_x + i_k[None, :]
-    p_w = w + b_target[None, :] * stride_w + i_k[:, None]
-    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for k in range(0, H, BLOCK_K):
-        b_x = tl.load(p_x, mask=held[:, None] & (i_k[None, :] < H - k), other=0.0)
-        b_w = tl.load(p_w, mask=held[None, :] & (i_k[:, None] < H - k), other=0.0)
-        acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
-        p_x += BLOCK_K
-        p_w += BLOCK_K
-    diagonal = tl.arange(0, BLOCK)[:, None] == tl.arange(0, BLOCK)[None, :]
-    z = tl.sum(tl.where(diagonal, acc, 0.0), 1)
-    if bias is not None:
-        z += tl.load(bias + b_target, mask=held, other=0.0).to(tl.float32)
-    b_temperature = tl.load(temperature + i_row * temperature_stride, mask=inside, other=1.0)
-    logp = z * row_factor(b_temperature, logit_scale, None) - tl.load(lse + i_row, mask=inside, other=0.0)
-    logp = tl.where(logp > 0.0, 0.0, logp)  # keeps NaN
-    tl.store(target_logp + i_row, tl.where(held, logp, float("-inf")), mask=inside)
+from flowrl_kernels.triton.primitives import LOG2E, activate, matmul_tile, shifted
 
 
 @triton.jit
@@ -173,7 +128,8 @@ def pairs_kernel(
     offsets,  # [tiles + 1] first slot of each tile
     slot_row,  # [slots]
     target,  # [N]
-    lse,  # [N]
+    maximum,  # [N] of a row's logits
+    over_sum,  # [N] 1 / sum of its exponentials relative to the maximum
     factor,  # [N] logit_scale / temperature
     scale,  # [N] gradient by the products of a logit's row
     dz,  # [places of the slab, COLUMNS], descriptor or pointer
@@ -206,12 +162,13 @@ def pairs_kernel(
             x, w, i_row, col0, 0, V, H, stride_x, stride_w, True, DESCRIPTOR, EVEN_K, BLOCK_M, TILE, BLOCK_K
         )  # fmt: skip
         b_target = tl.load(target + i_row, mask=held, other=0).to(tl.int32)
-        b_lse = tl.load(lse + i_row, mask=held, other=float("inf"))
+        b_max = tl.load(maximum + i_row, mask=held, other=float("inf"))
+        b_over_sum = tl.load(over_sum + i_row, mask=held, other=0.0)
         b_factor = tl.load(factor + i_row, mask=held, other=1.0)
         b_scale = tl.load(scale + i_row, mask=held, other=0.0)
         i_col = col0 + tl.arange(0, TILE)
         z, _ = activate(acc, bias, i_col, V, b_factor, 1.0, None)
-        p = tl.exp2((z - b_lse[:, None]) * LOG2E)
+        p = tl.exp2(shifted(z, b_max[:, None])) * b_over_sum[:, None]
         p = tl.where((i_col < V)[None, :] & (i_col[None, :] != b_target[:, None]), p, 0.0)
         i_place = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
         tl.store(part_mass + i_place.to(tl.int64) * PARTS + i_part, tl.sum(p, 1))

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flowrl_kernels.chunked.tiles import fp16_factor
 from flowrl_kernels.triton import tiles
 from flowrl_kernels.triton.bounded import bounded_backward
 from flowrl_kernels.triton.linear_logprob_kernels import dlogits_kernel, forward_kernel, merge_kernel
@@ -26,13 +27,16 @@ from flowrl_kernels.triton.primitives import compact, gather_rows, scatter_rows
 from flowrl_kernels.types import TILE
 
 
-def _aligned(t: Tensor) -> bool:
-    return t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+def realigned(weight: Tensor) -> Tensor:
+    """`weight`, or where it does not begin at a multiple of 16 bytes a copy that does (V H elements): a row's bits
+    must not follow an address, and the tile that the others get cannot read it."""
+    return weight if weight.data_ptr() % 16 == 0 else weight.clone()
 
 
 def _tile(rows: Tensor, weight: Tensor) -> tiles.Tile:
-    aligned = _aligned(rows) and _aligned(weight)
-    return tiles.tile_for(tiles.arch_of(rows.device), rows.dtype, aligned, rows.shape[1])
+    hidden_size = weight.shape[1]
+    aligned = hidden_size * weight.element_size() % 16 == 0
+    return tiles.tile_for(tiles.arch_of(rows.device), weight.dtype, aligned, hidden_size)
 
 
 def _operands(rows: Tensor, weight: Tensor, tile: tiles.Tile):
@@ -69,16 +73,17 @@ def linear_logprob_fwd(
     entropy: bool,
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logit of the target, log-sum-exp, entropy and tile statistics.
+    """Log p of the target, log-sum-exp, entropy and tile statistics.
 
     hidden [N, H], weight [V, H] (fp32, bf16 or fp16); target [N] int64, -1 skips the row, V means no target here;
-    bias [V] or None; temperature [N] or [1] fp32. Returns target_logit [N], lse [N], entropy [N] or [0] (all fp32)
-    and tile_lse [ceil(V/128), N] fp16, an upper bound of the log-sum-exp over 128 columns, or [0]. Skipped rows
-    hold 0 everywhere; row blocks of nothing but skipped rows cost nothing.
+    bias [V] or None; temperature [N] or [1] fp32. Returns logp [N] (-inf without a target here), lse [2, N] as
+    maximum and log of the sum relative to it, entropy [N] or [0] (all fp32) and tile_lse [ceil(V/128), N] fp16, an
+    upper bound of the log-sum-exp over 128 columns, or [0, 0]. Skipped rows hold 0 everywhere; row blocks of nothing
+    but skipped rows cost nothing.
     """
     n, v = hidden.shape[0], weight.shape[0]
     new = {"dtype": torch.float32, "device": hidden.device}
-    target_logit, lse = torch.zeros(n, **new), torch.empty(n, **new)
+    logp, lse = torch.zeros(n, **new), torch.empty(2, n, **new)
     entropies = torch.empty(n if entropy else 0, **new)
     tile_lse = torch.zeros((-(-v // TILE), n) if stats else (0, 0), dtype=torch.float16, device=hidden.device)
     if n > 0:
@@ -87,9 +92,9 @@ def linear_logprob_fwd(
             rows = gather_rows(hidden, order, count)
             forward_rows(
                 rows, order, count, weight, target, bias, temperature, logit_scale, softcap,
-                target_logit, lse, entropies if entropy else None, tile_lse if stats else None, None,
+                logp, lse, entropies if entropy else None, tile_lse if stats else None, None,
             )  # fmt: skip
-    return target_logit, lse, entropies, tile_lse
+    return logp, lse, entropies, tile_lse
 
 
 def forward_rows(
@@ -102,8 +107,8 @@ def forward_rows(
     temperature: Tensor,
     logit_scale: float,
     softcap: float | None,
-    target_logit: Tensor,  # [N], 0 so far
-    lse: Tensor,  # [N]
+    logp: Tensor,  # [N], 0 so far
+    lse: Tensor,  # [2, N]
     entropy: Tensor | None,  # [N]
     tile_lse: Tensor | None,  # [ceil(V/128), N] fp16, 0 so far
     logits: Tensor | None,  # [N, at least V rounded up to 128] fp32, written in the order of `rows`
@@ -111,6 +116,7 @@ def forward_rows(
     """The forward of at least one row, into the tensors after `softcap`; each None leaves out its work, not a bit."""
     n, h = rows.shape
     v, device = weight.shape[0], rows.device
+    weight = realigned(weight)
     tile = _tile(rows, weight)
     num_splits, tiles_per_split = tiles.splits(v, tile)
     # each part begins at a multiple of 16 bytes: Triton compiles once more for a pointer that does not
@@ -126,7 +132,7 @@ def forward_rows(
     items = triton.cdiv(n, tile.block_m) * num_splits
     forward_kernel[(min(items, tiles.num_programs(device, tile)),)](
         x, w, bias, order, count, target, temperature,
-        target_logit, parts[0], parts[1], parts[-1], tile_lse, out,
+        logp, parts[0], parts[1], parts[-1], tile_lse, out,
         n, v, h, rows.stride(0), weight.stride(0), 0 if logits is None else logits.stride(0),
         int(temperature.shape[0] > 1), logit_scale, softcap,
         num_splits, tiles_per_split, tiles.group_rows(h, rows.element_size(), tile),
@@ -134,7 +140,7 @@ def forward_rows(
         **_options(tile, h),
     )  # fmt: skip
     merge_kernel[(triton.cdiv(n, 16),)](
-        parts[0], parts[1], parts[-1], order, count, lse, entropy, n, num_splits,
+        parts[0], parts[1], parts[-1], order, count, target, logp, lse, entropy, n, v, num_splits,
         ENTROPY=entropy is not None, SPLITS=triton.next_power_of_2(num_splits), BLOCK=16,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -151,16 +157,6 @@ def _slab_columns(rows: int, vocab: int, itemsize: int, block_n: int) -> int:
     return -(-vocab // (slabs * block_n)) * block_n
 
 
-def fp16_factor(grad_logp, grad_entropy, entropy, temperature, logit_scale) -> Tensor:
-    """[1] power of two that brings the largest |dz| a row can have just under 4096: fp16 has 5 exponent bits."""
-    bound = grad_logp.abs()
-    if grad_entropy is not None:
-        bound = bound + grad_entropy.abs() * (entropy + 1.0)
-    bound = (bound * (abs(logit_scale) / temperature)).amax().view(1)
-    exponent = (12 - torch.frexp(bound).exponent).clamp(-120, 120)
-    return ((exponent + 127) << 23).to(torch.int32).view(torch.float32)  # exact, which a power function need not be
-
-
 def linear_logprob_bwd(
     grad_logp: Tensor,
     grad_entropy: Tensor | None,
@@ -171,6 +167,7 @@ def linear_logprob_bwd(
     temperature: Tensor,
     logit_scale: float,
     softcap: float | None,
+    logp: Tensor,
     lse: Tensor,
     entropy: Tensor,
     tile_lse: Tensor,
@@ -180,10 +177,12 @@ def linear_logprob_bwd(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    wide_hidden: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients by hidden [N, H] and weight [V, H] (in their dtypes) and bias [V] (fp32), each None if not needed.
 
-    grad_logp [N] and grad_entropy [N] or None: fp32, any stride. lse and entropy are the forward's. With
+    grad_logp [N] and grad_entropy [N] or None: fp32, any stride. logp [N], lse and entropy are the forward's. With
+    `wide_hidden` dhidden is fp32 as it was summed. With
     `main_grad` [V, H] fp32 the weight's gradient is added there and not returned. dz is rounded once, to the input
     dtype; sums run in fp32. Bits are the same from run to run.
 
@@ -206,15 +205,15 @@ def linear_logprob_bwd(
             grad_entropy = grad_entropy.contiguous()
             live |= (target >= 0) & (grad_entropy != 0)
         factor = inverse = None
-        if dtype == torch.float16:
-            factor = fp16_factor(grad_logp, grad_entropy, entropy, temperature, logit_scale)
+        weight = realigned(weight)
+        if dtype == torch.float16 and n > 0:
+            factor = fp16_factor(grad_logp, grad_entropy, entropy, temperature, logit_scale, live)
             inverse = 1.0 / factor
         if epsilon > 0.0 and softcap is None and grad_entropy is None and n > 0:
             made = torch.empty(v, h, dtype=dtype, device=device) if need_weight and main_grad is None else None
             done = bounded_backward(
-                grad_logp, hidden, weight, target, bias, temperature, logit_scale, lse, tile_lse, epsilon, report,
-                tiles.tile_for(tiles.arch_of(device), dtype, _aligned(weight) and h * weight.element_size() % 16 == 0),
-                factor,
+                grad_logp, hidden, weight, target, bias, temperature, logit_scale, logp, lse, tile_lse, epsilon, report,
+                tiles.tile_for(tiles.arch_of(device), dtype, h * weight.element_size() % 16 == 0), factor,
                 main_grad if need_weight and made is None else made, main_grad is not None, need_hidden, need_bias,
             )  # fmt: skip
             if done is not None:
@@ -230,23 +229,24 @@ def linear_logprob_bwd(
         if n > 0:
             order, count = compact(live)
             rows = gather_rows(hidden, order, count)
+            rest = -torch.expm1(logp)
             for begin in range(0, n, SLAB_ROWS):
                 part = slice(begin, min(begin + SLAB_ROWS, n))
                 _backward_rows(
                     rows[part], order[part], (count - begin).clamp_(min=0), weight, target, bias, temperature,
-                    logit_scale, softcap, lse, entropy, grad_logp, grad_entropy, factor, inverse,
+                    logit_scale, softcap, lse, rest, entropy, grad_logp, grad_entropy, factor, inverse,
                     dhidden[part] if need_hidden else None, dweight if need_weight else None, dbias,
                     add=many or main_grad is not None,
                 )  # fmt: skip
             if need_hidden:
-                dhidden = scatter_rows(dhidden, order, count, dtype, inverse)
+                dhidden = scatter_rows(dhidden, order, count, torch.float32 if wide_hidden else dtype, inverse)
         if need_weight and main_grad is None:
             return dhidden, None if dweight is None else dweight.to(dtype), dbias
         return dhidden, None, dbias
 
 
 def _backward_rows(
-    rows, order, count, weight, target, bias, temperature, logit_scale, softcap, lse, entropy,
+    rows, order, count, weight, target, bias, temperature, logit_scale, softcap, lse, rest, entropy,
     grad_logp, grad_entropy, factor, inverse, dhidden, dweight, dbias, add,
 ) -> None:  # fmt: skip
     """One block of compact rows against the whole vocabulary, slab by slab; dweight is added to or written."""
@@ -265,10 +265,10 @@ def _backward_rows(
         width = slab.stop - begin
         items = row_blocks * triton.cdiv(width, tile.block_n)
         dlogits_kernel[(min(items, tiles.num_programs(device, tile)),)](
-            x, w, bias, order, count, target, temperature, lse, entropy, grad_logp, grad_entropy, factor,
+            x, w, bias, order, count, target, temperature, lse, rest, entropy, grad_logp, grad_entropy, factor,
             out, part_bias,
             n, v, h, rows.stride(0), weight.stride(0), int(temperature.shape[0] > 1), logit_scale, softcap,
-            tiles.group_rows(h, itemsize, tile), begin, slab.stop, columns,
+            tiles.group_rows(h, itemsize, tile), begin, slab.stop, columns, lse.stride(0),
             BIAS=dbias is not None, **_options(tile, h),
         )  # fmt: skip
         dz = buffer[:, :width]  # [N, width]

@@ -9,7 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flowrl_kernels.triton.primitives import LN2, LOG2E, activate, matmul_tile, raster, round_up_fp16, row_factor
+from flowrl_kernels.triton.primitives import (
+    LN2,
+    LOG2E,
+    activate,
+    matmul_tile,
+    raster,
+    round_up_fp16,
+    row_factor,
+    shifted,
+)
 
 
 @triton.jit
@@ -52,8 +61,8 @@ def _absorb(
     # against the tile's own maximum, so that its mass is known however small it is beside the row's
     if not EVEN_V:
         z = tl.where((i_col < V)[None, :], z, float("-inf"))
-    t_max = tl.max(z, 1) * LOG2E
-    t_ref = tl.where(t_max == float("-inf"), 0.0, t_max)
+    t_max = tl.max(z, 1)
+    t_ref = tl.where(t_max == float("-inf"), 0.0, t_max * LOG2E)
     d = tl.fma(z, LOG2E, -t_ref[:, None])
     e = tl.exp2(d)
     t_sum = tl.sum(e, 1)
@@ -61,7 +70,7 @@ def _absorb(
     if ENTROPY:
         t_dot = tl.sum(tl.maximum(d, -200.0) * e, 1)  # e is 0 there: keeps 0 * -inf out
     if STATS:
-        lse = (t_max + tl.log2(t_sum)) * LN2
+        lse = tl.fma(tl.log2(t_sum), LN2, t_max)
         # covers the rounding of the fp32 logits; then up to fp16: an upper bound
         lse += (tl.abs(t_ref) + 1.0) * 3.8e-6
         live = i_row < num_live
@@ -69,12 +78,14 @@ def _absorb(
         tl.store(tile_lse + (i_col0 // TILE).to(tl.int64) * N + source, round_up_fp16(lse), mask=live)
 
     new_max = tl.maximum(b_max, t_max)
-    ref = tl.where(new_max == float("-inf"), 0.0, new_max)
-    t_scale = tl.exp2(t_max - ref)
-    scale = tl.exp2(b_max - ref)
+    # maxima are nats and the rest log2 units relative to LOG2E times them, as rounded: the backward does the same
+    ref = tl.where(new_max == float("-inf"), 0.0, new_max * LOG2E)
+    t_step, b_step = t_max * LOG2E - ref, b_max * LOG2E - ref
+    t_scale = tl.exp2(t_step)
+    scale = tl.exp2(b_step)
     if ENTROPY:
-        t_shift = tl.where(t_sum > 0.0, t_max - ref, 0.0)
-        shift = tl.where(b_sum > 0.0, b_max - ref, 0.0)
+        t_shift = tl.where(t_sum > 0.0, t_step, 0.0)
+        shift = tl.where(b_sum > 0.0, b_step, 0.0)
         b_dot = scale * tl.fma(shift, b_sum, b_dot) + t_scale * tl.fma(t_shift, t_sum, t_dot)
     b_sum = tl.fma(b_sum, scale, t_sum * t_scale)
     if logits is not None:
@@ -94,7 +105,7 @@ def forward_kernel(
     target,  # [N]
     temperature,  # [N] or [1]
     target_logit,  # [N]
-    part_max,  # [splits, N] compact rows, log2 units
+    part_max,  # [splits, N] compact rows, nats
     part_sum,  # [splits, N]
     part_dot,  # [splits, N]: sum of (z - max) e, log2 units
     tile_lse,  # [V/128, N] fp16
@@ -175,22 +186,25 @@ def forward_kernel(
             tl.store(part_dot + p_part, b_dot, mask=live)
 
 
-@triton.jit(do_not_specialize=["N", "num_splits"])
+@triton.jit(do_not_specialize=["N", "V", "num_splits"])
 def merge_kernel(
     part_max,
     part_sum,
     part_dot,
     order,
     count,
-    lse,  # [N]
+    target,  # [N]
+    logp,  # [N] the target's logit; becomes its log p, -inf where the row has no target here
+    lse,  # [2, N] maximum and log of the sum
     entropy,  # [N]
     N,
+    V,
     num_splits,
     ENTROPY: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The splits of a row, in one fixed tree: lse and entropy in nats; 0 for rows that take no part."""
+    """The splits of a row, in one fixed tree: logp, lse and entropy in nats; 0 for rows that take no part."""
     i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i_row < N
     live = i_row < tl.load(count)
@@ -201,14 +215,20 @@ def merge_kernel(
     b_max = tl.load(part_max + p_part, mask=held, other=float("-inf"))  # [SPLITS, BLOCK]
     b_sum = tl.load(part_sum + p_part, mask=held, other=0.0)
     top = tl.max(b_max, 0)
-    ref = tl.where(top == float("-inf"), 0.0, top)
-    scale = tl.exp2(b_max - ref[None, :])
+    ref = tl.where(top == float("-inf"), 0.0, top * LOG2E)
+    step = b_max * LOG2E - ref[None, :]
+    scale = tl.exp2(step)
     total = tl.sum(b_sum * scale, 0)
     log_total = tl.log2(total)
-    tl.store(lse + source, tl.where(live, (ref + log_total) * LN2, 0.0), mask=inside)
+    tl.store(lse + source, tl.where(live, top, 0.0), mask=inside)
+    tl.store(lse + N.to(tl.int64) + source, tl.where(live, log_total * LN2, 0.0), mask=inside)
+    b_target = tl.load(target + source, mask=inside, other=-1)
+    b_logp = (shifted(tl.load(logp + source, mask=inside, other=0.0), top) - log_total) * LN2
+    b_logp = tl.where(b_target < V, b_logp, float("-inf"))
+    tl.store(logp + source, tl.where(live, b_logp, 0.0), mask=inside)
     if ENTROPY:
         b_dot = tl.load(part_dot + p_part, mask=held, other=0.0)
-        shift = tl.where(b_sum > 0.0, b_max - ref[None, :], 0.0)
+        shift = tl.where(b_sum > 0.0, step, 0.0)
         dot = tl.sum(scale * tl.fma(shift, b_sum, b_dot), 0)
         value = (log_total - dot / total) * LN2
         value = tl.where(value < 0.0, 0.0, value)  # rounding only; keeps NaN
@@ -217,21 +237,24 @@ def merge_kernel(
 
 @triton.jit
 def _store_dlogits(
-    acc, dz, part_bias, bias, i_block, i_col0, i_out0, N, V, stride_dz, b_target, b_factor, b_lse,
-    b_grad, b_grad_entropy, b_entropy, b_scale, logit_scale, softcap,
+    acc, dz, part_bias, bias, i_block, i_col0, i_out0, N, V, stride_dz, b_target, b_factor, b_max,
+    b_at_target, b_p, b_entropy, b_offset, logit_scale, softcap,
     ENTROPY: tl.constexpr, BIAS: tl.constexpr, DESCRIPTOR: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """[g (1{v=y} - p_v) - g_H p_v (log p_v + H)] dz/d(h W^T + b) of [BLOCK_M, COLUMNS] products, rounded and stored."""
+    """[g (1{v=y} - p_v) - g_H p_v (log p_v + H)] dz/d(h W^T + b) of [BLOCK_M, COLUMNS] products, rounded and stored.
+
+    With e_v = 2^d_v the exponential before it is divided by the sum, every factor of the row folded into it: b_p e_v,
+    plus e_v (b_entropy d_v + b_offset) for the entropy, and b_at_target in place of the first where v is the target.
+    """
     i_col = i_col0 + tl.arange(0, COLUMNS)
     z, bend = activate(acc, bias, i_col, V, b_factor, logit_scale, softcap)
-    logp = z - b_lse[:, None]
-    p = tl.exp2(logp * LOG2E)
-    d = b_grad[:, None] * (tl.where(i_col[None, :] == b_target[:, None], 1.0, 0.0) - p)
+    x = shifted(z, b_max[:, None])
+    e = tl.exp2(x)
+    d = tl.where(i_col[None, :] == b_target[:, None], b_at_target[:, None], b_p[:, None] * e)
     if ENTROPY:
-        d -= b_grad_entropy[:, None] * (p * (tl.maximum(logp, -200.0) + b_entropy[:, None]))  # p is 0 below
+        d += e * tl.fma(tl.maximum(x, -200.0), b_entropy[:, None], b_offset[:, None])  # e is 0 below
     if softcap is not None:
         d *= 1.0 - bend * bend
-    d *= b_scale[:, None]
     if BIAS:
         tl.store(part_bias + i_block.to(tl.int64) * stride_dz + i_out0 + tl.arange(0, COLUMNS), tl.sum(d, 0))
     if DESCRIPTOR:
@@ -242,7 +265,7 @@ def _store_dlogits(
         tl.store(p_dz, d.to(dz.dtype.element_ty), mask=(i_row < N)[:, None])
 
 
-@triton.jit(do_not_specialize=["N", "V", "group_rows", "col_begin", "col_end", "temperature_stride"])
+@triton.jit(do_not_specialize=["N", "V", "group_rows", "col_begin", "col_end", "temperature_stride", "stride_lse"])
 def dlogits_kernel(
     x,  # [N, H] compact rows, descriptor or pointer
     w,  # [V, H], descriptor or pointer
@@ -251,7 +274,8 @@ def dlogits_kernel(
     count,  # [1]
     target,  # [N]
     temperature,  # [N] or [1]
-    lse,  # [N]
+    lse,  # [2, N] maximum and log of the sum
+    rest,  # [N] 1 - p of the target
     entropy,  # [N]
     grad_logp,  # [N]
     grad_entropy,  # [N] or None
@@ -270,6 +294,7 @@ def dlogits_kernel(
     col_begin,
     col_end,
     stride_dz,
+    stride_lse,  # `N` may be a part of the rows
     BIAS: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -295,34 +320,39 @@ def dlogits_kernel(
         source = tl.load(order + i_row, mask=live, other=0)
         b_target = tl.load(target + source, mask=live, other=-1).to(tl.int32)
         b_temperature = tl.load(temperature + source * temperature_stride, mask=live, other=1.0)
-        b_lse = tl.load(lse + source, mask=live, other=float("inf"))  # p = 0 in rows that take no part
-        b_grad = tl.load(grad_logp + source, mask=live, other=0.0)
-        b_grad_entropy = b_grad
-        b_entropy = b_grad
-        if ENTROPY:
-            b_grad_entropy = tl.load(grad_entropy + source, mask=live, other=0.0)
-            b_entropy = tl.load(entropy + source, mask=live, other=0.0)
+        b_max = tl.load(lse + source, mask=live, other=float("inf"))  # p = 0 in rows that take no part
+        b_log_sum = tl.load(lse + stride_lse.to(tl.int64) + source, mask=live, other=0.0)
         b_factor = row_factor(b_temperature, logit_scale, softcap)
         b_scale = row_factor(b_temperature, logit_scale, None)
         if factor is not None:
             b_scale *= tl.load(factor)
+        b_grad = tl.load(grad_logp + source, mask=live, other=0.0) * b_scale
+        b_at_target = b_grad * tl.load(rest + source, mask=live, other=0.0)
+        b_scale *= tl.exp2(b_log_sum * -LOG2E)
+        b_p = tl.load(grad_logp + source, mask=live, other=0.0) * -b_scale
+        b_entropy = b_p
+        b_offset = b_p
+        if ENTROPY:
+            b_entropy = tl.load(grad_entropy + source, mask=live, other=0.0) * -b_scale
+            b_offset = b_entropy * (tl.load(entropy + source, mask=live, other=0.0) - b_log_sum)
+            b_entropy *= LN2
         if BLOCK_N == 2 * TILE:
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, TILE)), (0, 2, 1)))
             _store_dlogits(
                 left, dz, part_bias, bias, i_block, col0, i_tile * BLOCK_N, N, V, stride_dz,
-                b_target, b_factor, b_lse, b_grad, b_grad_entropy, b_entropy, b_scale, logit_scale, softcap,
+                b_target, b_factor, b_max, b_at_target, b_p, b_entropy, b_offset, logit_scale, softcap,
                 ENTROPY, BIAS, DESCRIPTOR, BLOCK_M, TILE,
             )  # fmt: skip
             if col0 + TILE < col_end:
                 _store_dlogits(
                     right, dz, part_bias, bias, i_block, col0 + TILE, i_tile * BLOCK_N + TILE, N, V, stride_dz,
-                    b_target, b_factor, b_lse, b_grad, b_grad_entropy, b_entropy, b_scale, logit_scale, softcap,
+                    b_target, b_factor, b_max, b_at_target, b_p, b_entropy, b_offset, logit_scale, softcap,
                     ENTROPY, BIAS, DESCRIPTOR, BLOCK_M, TILE,
                 )  # fmt: skip
         else:
             tl.static_assert(BLOCK_N == TILE)
             _store_dlogits(
                 acc, dz, part_bias, bias, i_block, col0, i_tile * BLOCK_N, N, V, stride_dz,
-                b_target, b_factor, b_lse, b_grad, b_grad_entropy, b_entropy, b_scale, logit_scale, softcap,
+                b_target, b_factor, b_max, b_at_target, b_p, b_entropy, b_offset, logit_scale, softcap,
                 ENTROPY, BIAS, DESCRIPTOR, BLOCK_M, TILE,
             )  # fmt: skip

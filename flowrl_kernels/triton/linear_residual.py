@@ -10,7 +10,10 @@ writes, and each gradient is one product over the whole chunk.
 
 Memory beyond the gradients: the logits, 4 bytes each (4.2 GB at 8192 x 128256), and two [chunk, H] of the inputs'
 dtype. With several chunks dweight also adds up in fp32, 4VH bytes (2.2 GB for Qwen2.5-7B); one chunk rounds it
-straight from the product's accumulators.
+straight from the product's accumulators. In float16 both gradients stay in fp32 (ops/linear_residual.py rounds them).
+
+A chunk of more rows than the buffer holds is one long sequence: its logits are made a second time, by the forward and
+backward of `linear_logprob` (8NHV for its rows alone).
 """
 
 from __future__ import annotations
@@ -20,18 +23,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flowrl_kernels.chunked.linear_residual import SinglePass, wide
+from flowrl_kernels.chunked.tiles import fp16_factor
 from flowrl_kernels.presets import Row
-from flowrl_kernels.triton.linear_logprob import forward_rows, fp16_factor
+from flowrl_kernels.triton import residual
+from flowrl_kernels.triton.linear_logprob import forward_rows, linear_logprob_bwd, linear_logprob_fwd, realigned
 from flowrl_kernels.triton.matmul import exact_matmul, matmul_into
-from flowrl_kernels.triton.primitives import LOG2E, compact, gather_rows, row_factor, scatter_rows
-from flowrl_kernels.triton.residual import residual_fwd
+from flowrl_kernels.triton.primitives import LOG2E, compact, gather_rows, row_factor, scatter_rows, shifted
 from flowrl_kernels.types import TILE
 
 BLOCK, WARPS = 4096, 8  # columns a step: four 16-byte loads a thread in flight
 
 
 # `width` is specialised: only a multiple of 16 makes loads and stores vectors
-@triton.jit(do_not_specialize=["temperature_stride"])
+@triton.jit(do_not_specialize=["N", "temperature_stride"])
 def dlogits_in_place_kernel(
     logits,  # [N, width] fp32 compact rows, -inf from V on
     dz,  # the same memory as rows of the inputs' dtype
@@ -39,9 +44,11 @@ def dlogits_in_place_kernel(
     count,  # [1]
     target,  # [N]
     temperature,  # [N] or [1]
-    lse,  # [N]
+    lse,  # [2, N] maximum and log of the sum
+    rest,  # [N] 1 - p of the target
     grad_logp,  # [N]
     factor,  # [1] power of two, or None
+    N,
     width,
     stride_logits,
     stride_dz,
@@ -63,21 +70,22 @@ def dlogits_in_place_kernel(
     else:
         b_target = tl.load(target + source)
         b_temperature = tl.load(temperature + source * temperature_stride)
-        b_lse = tl.load(lse + source)
+        b_max = tl.load(lse + source)
         b_scale = row_factor(b_temperature, logit_scale, None)
         if factor is not None:
             b_scale *= tl.load(factor)
+        b_at_target = b_grad * tl.load(rest + source) * b_scale
+        b_p = -b_grad * tl.exp2(tl.load(lse + N.to(tl.int64) + source) * -LOG2E) * b_scale
         p_logits = logits + i_row * stride_logits
         for v in range(0, width, BLOCK):
             i_col = v + tl.arange(0, BLOCK)
             z = tl.load(p_logits + i_col, mask=i_col < width, other=0.0)
             # a step's dz lies over this step's logits or earlier ones: every thread has to have read its own
             tl.debug_barrier()
-            d = b_grad * (tl.where(i_col == b_target, 1.0, 0.0) - tl.exp2((z - b_lse) * LOG2E))
+            d = tl.where(i_col == b_target, b_at_target, b_p * tl.exp2(shifted(z, b_max)))
             if softcap is not None:
                 bend = z * tl.div_rn(b_temperature, softcap + tl.zeros_like(b_temperature))
                 d *= 1.0 - bend * bend
-            d *= b_scale
             tl.store(p_dz + i_col, d.to(dz.dtype.element_ty), mask=i_col < width)
 
 
@@ -98,69 +106,91 @@ def linear_residual_fwd(
     mask: Tensor,  # [N] bool
     cu_seqlens: Tensor,  # [B+1] int64
     groups: Tensor | None,  # [B], for one chunk that holds the whole batch
+    most: int,  # rows whose logits are held at once; a chunk of more makes them twice
     edges: list[int],  # the tokens at which chunks begin, and N
     bounds: list[int],  # the sequences at which chunks begin, and B
     normalizer: Tensor | None,  # float64 scalar, or [2]: sequences and tokens
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """logp [N] fp32; gradients of the loss by hidden and weight (in their dtype) and bias (fp32), None if not needed.
+) -> SinglePass:
+    """The loss of the batch with its gradients for an incoming one of 1; those not needed are None.
 
     dz is rounded once, to the input dtype; sums run in fp32. No host sync. Bits are the same from run to run.
     """
     (v, h), device, dtype = weight.shape, hidden.device, hidden.dtype
     logp = torch.zeros(hidden.shape[0], dtype=torch.float32, device=device)
-    dhidden = torch.zeros_like(hidden) if need_hidden else None
+    dhidden = torch.zeros_like(hidden, dtype=wide(dtype)) if need_hidden else None
     dbias = torch.zeros(v, dtype=torch.float32, device=device) if need_bias else None
-    chunks = [c for c in zip(bounds, bounds[1:], edges, edges[1:]) if c[3] > c[2]]
-    if not chunks:
-        return logp, dhidden, torch.zeros_like(weight) if need_weight else None, dbias
-    sums = torch.float32 if len(chunks) > 1 else dtype
-    dweight = torch.empty(v, h, dtype=sums, device=device) if need_weight else None
-    most = max(high - low for _, _, low, high in chunks)
-    buffer = torch.empty(most, -(-v // TILE) * TILE, dtype=torch.float32, device=device)
+    out = residual.outputs(logp, reward)
+    weight = realigned(weight)
+    chunks = list(zip(bounds, bounds[1:], edges, edges[1:]))
+    sizes = [high - low for _, _, low, high in chunks]
+    twice = [size > most and dtype != torch.float16 for size in sizes]
+    several = sum(size > 0 for size in sizes) != 1 or any(twice)
+    sums = torch.float32 if several else wide(dtype)
+    empty = torch.zeros if several else torch.empty  # one product writes each element once; several add up
+    dweight = empty(v, h, dtype=sums, device=device) if need_weight else None
+    rows_held = max((size for size, again in zip(sizes, twice) if not again), default=0)
+    buffer = torch.empty(rows_held, -(-v // TILE) * TILE, dtype=torch.float32, device=device)
     with exact_matmul(hidden):
-        for first, last, low, high in chunks:
+        for (first, last, low, high), again in zip(chunks, twice):
             own = slice(low, high)
             # copies begin at a multiple of 16 bytes: Triton compiles once more for a pointer that does not
-            ids, logits = target[own].clone(), buffer[: high - low]
+            ids = target[own].clone()
             degrees = temperature if temperature.shape[0] == 1 else temperature[own].clone()
-            order, count = compact(ids >= 0)
-            rows = gather_rows(hidden[own], order, count)
-            picked, lse = torch.zeros_like(logp[own]), torch.empty_like(logp[own])
-            forward_rows(
-                rows, order, count, weight, ids, bias, degrees, logit_scale, softcap, picked, lse, None, None, logits
+            if again:
+                made, lse, entropy, stats = linear_logprob_fwd(
+                    hidden[own], weight, ids, bias, degrees, logit_scale, softcap, False, False
+                )
+            elif high > low:
+                logits = buffer[: high - low]
+                order, count = compact(ids >= 0)
+                rows = gather_rows(hidden[own], order, count)
+                made, lse = logp.new_zeros(high - low), logp.new_empty((2, high - low))
+                forward_rows(
+                    rows, order, count, weight, ids, bias, degrees, logit_scale, softcap, made, lse, None, None, logits
+                )
+            if high > low:
+                logp[own] = torch.where(ids < v, made, float("nan"))
+            residual.sequences(
+                row, out, logp, anchor, old, sampler, reward, log_z, mask, cu_seqlens, groups, normalizer, first, last
             )
-            logp[own] = torch.where(ids < v, picked - lse, float("nan"))
-            a, o, s = (None if tokens is None else tokens[own] for tokens in (anchor, old, sampler))
-            partition = None if log_z is None else log_z[first:last]
-            starts = cu_seqlens[first : last + 1] - low
-            *_, grad, _ = residual_fwd(
-                row, logp[own], a, o, s, reward[first:last], partition, mask[own], starts, groups, normalizer
-            )
-            grad = grad.masked_fill(ids < 0, 0.0)
+            if high == low:
+                continue
+            grad = out.dlogp[own].masked_fill(ids < 0, 0.0)
+            if again:
+                part, _, dbias_own = linear_logprob_bwd(
+                    grad, None, hidden[own], weight, ids, bias, degrees, logit_scale, softcap, made, lse, entropy,
+                    stats, 0.0, None, dweight, need_hidden, need_weight, need_bias,
+                )  # fmt: skip
+                if dhidden is not None:
+                    dhidden[own] = part
+                if dbias is not None:
+                    dbias += dbias_own
+                continue
             factor = inverse = None
             if dtype == torch.float16:
                 factor = fp16_factor(grad, None, None, degrees, logit_scale)
                 inverse = 1.0 / factor
             dz = logits.view(dtype)
             dlogits_in_place_kernel[(high - low,)](
-                logits, dz, order, count, ids, degrees, lse, grad, factor,
-                logits.shape[1], logits.stride(0), dz.stride(0), int(degrees.shape[0] > 1), logit_scale, softcap,
-                BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
+                logits, dz, order, count, ids, degrees, lse, -torch.expm1(made), grad, factor,
+                high - low, logits.shape[1], logits.stride(0), dz.stride(0), int(degrees.shape[0] > 1), logit_scale,
+                softcap, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
             dz = dz[:, :v]
             if dbias is not None:
                 total = dz.sum(0, dtype=torch.float32)
                 dbias += total if inverse is None else total * inverse
             if dhidden is not None:
-                part = torch.empty(high - low, h, dtype=dtype if inverse is None else torch.float32, device=device)
+                part = torch.empty(high - low, h, dtype=wide(dtype), device=device)
                 matmul_into(part, dz, weight, add=False)
-                scatter_rows(part, order, count, dtype, inverse, out=dhidden[own])
+                scatter_rows(part, order, count, wide(dtype), inverse, out=dhidden[own])
             if dweight is not None:
-                matmul_into(dweight, dz.t(), rows, low > chunks[0][2], inverse)
+                matmul_into(dweight, dz.t(), rows, several, inverse)
+    residual.totals(row, out, normalizer)
     if dweight is not None:
-        del buffer, logits, dz  # dweight may need another [V, H] now
-        dweight = dweight.to(dtype)
-    return logp, dhidden, dweight, dbias
+        buffer = logits = dz = None  # dweight may need another [V, H] now
+        dweight = dweight.to(wide(dtype))
+    return SinglePass(logp, out.loss, out.residual, out.weight, out.metrics, out.dlog_z, dhidden, dweight, dbias)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowrl_kernels.triton.primitives import LN2, LOG2E, row_factor, tanh
+from flowrl_kernels.triton.primitives import LN2, LOG2E, row_factor, shifted, tanh
 
 LANES, WIDTH, WARPS = 512, 8, 4  # columns a step = LANES * WIDTH; 16 bytes of 16-bit logits a lane
 
@@ -28,14 +28,15 @@ def _activate(a, factor, softcap):
 
 
 # V is specialised: whether 16 divides it decides whether loads are vectors
-@triton.jit(do_not_specialize=["temperature_stride"])
+@triton.jit(do_not_specialize=["N", "temperature_stride"])
 def forward_kernel(
     logits,  # [N, V]
     target,  # [N]
     temperature,  # [N] or [1]
-    target_logit,  # [N]
-    lse,  # [N]
+    logp,  # [N]
+    lse,  # [2, N] maximum and log of the sum
     entropy,  # [N]
+    N,
     V,
     stride_logits,
     temperature_stride,
@@ -47,8 +48,9 @@ def forward_kernel(
     i = tl.program_id(0).to(tl.int64)
     b_target = tl.load(target + i)
     if b_target < 0:
-        tl.store(target_logit + i, 0.0)
+        tl.store(logp + i, 0.0)
         tl.store(lse + i, 0.0)
+        tl.store(lse + N.to(tl.int64) + i, 0.0)
         if ENTROPY:
             tl.store(entropy + i, 0.0)
     else:
@@ -63,42 +65,47 @@ def forward_kernel(
             a = tl.load(p_row + i_col, mask=i_col < V, other=float("-inf")).to(tl.float32)
             z, _ = _activate(a, factor, softcap)
             z = tl.where(i_col < V, z, float("-inf"))
-            new_max = tl.maximum(b_max, tl.max(z, 1) * LOG2E)
-            ref = tl.where(new_max == float("-inf"), 0.0, new_max)
+            new_max = tl.maximum(b_max, tl.max(z, 1))  # nats, like b_max; the rest is log2 units
+            ref = tl.where(new_max == float("-inf"), 0.0, new_max * LOG2E)
             d = tl.fma(z, LOG2E, -ref[:, None])
             e = tl.exp2(d)
-            scale = tl.exp2(b_max - ref)
+            step = b_max * LOG2E - ref
+            scale = tl.exp2(step)
             if ENTROPY:
-                shift = tl.where(b_sum > 0.0, b_max - ref, 0.0)
+                shift = tl.where(b_sum > 0.0, step, 0.0)
                 b_dot = scale * tl.fma(shift, b_sum, b_dot) + tl.sum(tl.maximum(d, -200.0) * e, 1)
             b_sum = tl.fma(b_sum, scale, tl.sum(e, 1))
             b_max = new_max
         top = tl.max(b_max, 0)
-        ref = tl.where(top == float("-inf"), 0.0, top)
-        scale = tl.exp2(b_max - ref)
+        ref = tl.where(top == float("-inf"), 0.0, top * LOG2E)
+        step = b_max * LOG2E - ref
+        scale = tl.exp2(step)
         total = tl.sum(b_sum * scale, 0)
         log_total = tl.log2(total)
-        tl.store(lse + i, (ref + log_total) * LN2)
+        tl.store(lse + i, top)
+        tl.store(lse + N.to(tl.int64) + i, log_total * LN2)
         known = b_target < V
         a = tl.load(p_row + b_target, mask=known, other=0.0).to(tl.float32)
         z, _ = _activate(a, factor, softcap)
-        tl.store(target_logit + i, tl.where(known, z, 0.0))
+        tl.store(logp + i, tl.where(known, (shifted(z, top) - log_total) * LN2, float("-inf")))
         if ENTROPY:
-            shift = tl.where(b_sum > 0.0, b_max - ref, 0.0)
+            shift = tl.where(b_sum > 0.0, step, 0.0)
             value = (log_total - tl.sum(scale * tl.fma(shift, b_sum, b_dot), 0) / total) * LN2
             tl.store(entropy + i, tl.where(value < 0.0, 0.0, value))
 
 
-@triton.jit(do_not_specialize=["num_blocks", "temperature_stride"])
+@triton.jit(do_not_specialize=["N", "num_blocks", "temperature_stride"])
 def backward_kernel(
     logits,  # [N, V]
     dlogits,  # [N, V], may be logits
     target,  # [N]
     temperature,  # [N] or [1]
-    lse,  # [N]
+    lse,  # [2, N] maximum and log of the sum
+    rest,  # [N] 1 - p of the target
     entropy,  # [N]
     grad_logp,  # [N]
     grad_entropy,  # [N] or None
+    N,
     V,
     num_blocks,
     stride_logits,
@@ -124,11 +131,12 @@ def backward_kernel(
         scale = row_factor(tl.load(temperature + i * temperature_stride), 1.0, None)
         a = tl.load(logits + i * stride_logits + i_col, mask=inside, other=0.0).to(tl.float32)
         z, bend = _activate(a, factor, softcap)
-        logp = z - tl.load(lse + i)
-        p = tl.exp2(logp * LOG2E)
-        d = b_grad * (tl.where(i_col == b_target, 1.0, 0.0) - p)
+        log_sum = tl.load(lse + N.to(tl.int64) + i)
+        x = shifted(z, tl.load(lse + i))
+        p = tl.exp2(x) * tl.exp2(log_sum * -LOG2E)
+        d = b_grad * tl.where(i_col == b_target, tl.load(rest + i), -p)
         if grad_entropy is not None:
-            d -= b_grad_entropy * (p * (tl.maximum(logp, -200.0) + tl.load(entropy + i)))  # p is 0 below
+            d -= b_grad_entropy * (p * (tl.maximum(x, -200.0) * LN2 + (tl.load(entropy + i) - log_sum)))  # p is 0 below
         if softcap is not None:
             d *= 1.0 - bend * bend
         d *= scale
@@ -140,24 +148,28 @@ def backward_kernel(
 def logprob_fwd(
     logits: Tensor, target: Tensor, temperature: Tensor, softcap: float | None, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logit of the target, log-sum-exp and entropy from logits [N, V], one read.
+    """Log p of the target, log-sum-exp and entropy from logits [N, V], one read.
 
     target [N] int64: -1 skips the row (outputs 0, logits unread), V means no target here. temperature [N] or [1]
-    fp32. Returns target_logit [N], lse [N], entropy [N] or [0], all fp32.
+    fp32. Returns logp [N] (-inf without a target here), lse [2, N] as maximum and log of the sum relative to it,
+    entropy [N] or [0], all fp32. Logits whose rows could be read in vectors but do not begin at a multiple of
+    16 bytes are copied (N V elements): the order in which a row adds up must not follow an address.
     """
     n, v = logits.shape
+    if logits.data_ptr() % 16 and logits.stride(0) % 16 == 0:
+        logits = logits.clone()
     # three allocations: Triton compiles once more for a pointer that is no multiple of 16 bytes
-    target_logit, lse, entropies = (
-        torch.empty(size, dtype=torch.float32, device=logits.device) for size in (n, n, n if entropy else 0)
+    logp, lse, entropies = (
+        torch.empty(size, dtype=torch.float32, device=logits.device) for size in (n, (2, n), n if entropy else 0)
     )
     if n > 0:
         with torch.cuda.device_of(logits):
             forward_kernel[(n,)](
-                logits, target, temperature, target_logit, lse, entropies,
-                v, logits.stride(0), int(temperature.shape[0] > 1), softcap,
+                logits, target, temperature, logp, lse, entropies,
+                n, v, logits.stride(0), int(temperature.shape[0] > 1), softcap,
                 ENTROPY=entropy, LANES=LANES, WIDTH=WIDTH, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
-    return target_logit, lse, entropies
+    return logp, lse, entropies
 
 
 def logprob_bwd(
@@ -167,6 +179,7 @@ def logprob_bwd(
     target: Tensor,
     temperature: Tensor,
     softcap: float | None,
+    logp: Tensor,
     lse: Tensor,
     entropy: Tensor,
     inplace: bool,
@@ -181,9 +194,9 @@ def logprob_bwd(
     if n > 0:
         with torch.cuda.device_of(logits):
             backward_kernel[(n * num_blocks,)](
-                logits, dlogits, target, temperature, lse, entropy,
+                logits, dlogits, target, temperature, lse, -torch.expm1(logp), entropy,
                 grad_logp.contiguous(), None if grad_entropy is None else grad_entropy.contiguous(),
-                v, num_blocks, logits.stride(0), dlogits.stride(0), int(temperature.shape[0] > 1), softcap,
+                n, v, num_blocks, logits.stride(0), dlogits.stride(0), int(temperature.shape[0] > 1), softcap,
                 BLOCK=LANES * WIDTH, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
     return dlogits

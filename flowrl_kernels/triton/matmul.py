@@ -8,29 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_REDUCED = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+from flowrl_kernels.chunked.tiles import exact_products
 
 
 @contextmanager
 def exact_matmul(like: Tensor) -> Iterator[None]:
-    """On the device of `like`: fp32 products without TF32, 16-bit ones without 16-bit partial sums, no autocast.
-
-    cuBLAS may add split-K partial sums of a 16-bit product in 16 bits, and torch allows it by default. The
-    switches are global to the process and are put back on the way out.
-    """
-    matmul = torch.backends.cuda.matmul
-    precision, accumulation = matmul.fp32_precision, matmul.allow_fp16_accumulation
-    reduced = {name: (getattr(matmul, name), getattr(matmul, f"{name}_split_k", None)) for name in _REDUCED}
-    matmul.fp32_precision, matmul.allow_fp16_accumulation = "ieee", False
-    for name in _REDUCED:
-        setattr(matmul, name, False)
-    try:
-        with torch.no_grad(), torch.cuda.device_of(like), torch.autocast(like.device.type, enabled=False):
-            yield
-    finally:
-        matmul.fp32_precision, matmul.allow_fp16_accumulation = precision, accumulation
-        for name, (value, split_k) in reduced.items():
-            setattr(matmul, name, value if split_k is None else (value, split_k))
+    """`exact_products` on the device of `like`, without gradients or autocast."""
+    with exact_products(), torch.no_grad(), torch.cuda.device_of(like), torch.autocast(like.device.type, enabled=False):
+        yield
 
 
 SCALED_ROWS = 32768  # of `out`, at a time, where the product is scaled

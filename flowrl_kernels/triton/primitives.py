@@ -25,6 +25,13 @@ def tanh(x):
 
 
 @triton.jit
+def shifted(z, maximum):
+    """z - maximum in log2 units, rounded once; the rounding of LOG2E maximum is the forward's, so its sum undoes it."""
+    ref = tl.where(maximum == float("-inf"), 0.0, maximum * LOG2E)
+    return tl.fma(z, LOG2E, -ref)
+
+
+@triton.jit
 def round_up_fp16(x):
     """The smallest fp16 not below x (fp32): a cast to nearest, then one step up where it fell below."""
     half = x.to(tl.float16)

@@ -183,7 +183,7 @@ def write_gradient(
     return tl.sum(surrogate, 0)
 
 
-@triton.jit(do_not_specialize=["num", "slots"])
+@triton.jit(do_not_specialize=["num", "slots", "first"])
 def sequence_kernel(
     logp,  # [N] or [B * T]
     anchor,  # the same, or None
@@ -202,6 +202,7 @@ def sequence_kernel(
     dlog_z,  # [B]
     num,
     slots,
+    first,  # the sequence of the first program
     beta,
     scale,
     low,
@@ -222,7 +223,7 @@ def sequence_kernel(
     BLOCK: tl.constexpr,
 ):
     """Everything about a sequence that needs no other sequence; its gradient too unless COUPLED."""
-    b = tl.program_id(0).to(tl.int64)
+    b = first + tl.program_id(0).to(tl.int64)
     start, length = span(cu_seqlens, b, slots)
     b_reward = tl.load(reward + b).to(tl.float64)
     partition = tl.zeros_like(b_reward)
@@ -346,10 +347,10 @@ def sequence_kernel(
     if not COUPLED:
         total = num.to(tl.float64)
         if divisor is not None:
-            total = tl.load(divisor)
+            total = tl.where(some, tl.load(divisor), 1.0)  # which may be 0 where nothing counts
         surrogate_scale = tl.full((), 0.0, tl.float64)
         if eps is not None:
-            surrogate_scale = 1.0 / tl.load(token_divisor)
+            surrogate_scale = 1.0 / tl.where(some, tl.load(token_divisor), 1.0)
         b_step = tl.where(some, b_step, 0.0) / total
         tl.store(dlog_z + b, b_step.to(tl.float32).to(dlog_z.dtype.element_ty))
         if TOKEN:
@@ -416,13 +417,13 @@ def coupled_kernel(
     if TOKEN:
         total = tl.maximum(field_sum(record, COUNT, num, LANES), 1.0)
         if divisor is not None:
-            total = tl.load(divisor)
+            total = tl.where(some, tl.load(divisor), 1.0)
         coefficient = tl.load(p + RAW * num) / total
         tl.store(dlog_z + b, (tl.load(p + STEP * num) / total).to(tl.float32).to(dlog_z.dtype.element_ty))
     else:
         total = num.to(tl.float64)
         if divisor is not None:
-            total = tl.load(divisor)
+            total = tl.where(some, tl.load(divisor), 1.0)
         if CENTRE is not None:
             b_group = tl.load(groups + b)
             centre = group_mean(record, groups, b_group, num, d, False, PHI, LANES)
@@ -441,7 +442,7 @@ def coupled_kernel(
         coefficient = coefficient * factor if scale is not None else coefficient / tl.maximum(count, 1.0)
         if eps is not None:
             if token_divisor is not None:
-                surrogate_scale = 1.0 / tl.load(token_divisor)
+                surrogate_scale = 1.0 / tl.where(some, tl.load(token_divisor), 1.0)
             else:
                 surrogate_scale = 1.0 / tl.maximum(field_sum(record, COUNT, num, LANES), 1.0)
     surrogate = write_gradient(
@@ -515,12 +516,15 @@ def total_kernel(
     tl.store(metrics + 8, field_mean(record, TO_REF, num, used, LANES).to(out))
     tl.store(metrics + 9, log_z_mean.to(out))
     tl.store(metrics + 10, tl.sqrt(tl.sum(square, 0) / used).to(out))
-    tl.store(metrics + 11, tl.sum(strange, 0).to(out))
     if divisor is not None:
         total = tl.load(divisor)
+        total = tl.where((total == 0.0) & (count == 0.0), 1.0, total)  # 0 over 0 is 0
     elif TOKEN:
         total = tl.maximum(field_sum(record, COUNT, num, LANES), 1.0)
     else:
         total = num.to(tl.float64)
     value = field_sum(record, LOSS, num, LANES) / total + field_sum(record, SURROGATE, num, LANES)
-    tl.store(loss, value.to(loss.dtype.element_ty))
+    value = value.to(loss.dtype.element_ty)
+    tl.store(loss, value)
+    least = tl.where(tl.abs(value) < float("inf"), 0.0, 1.0)  # a loss that overflows is counted
+    tl.store(metrics + 11, tl.maximum(tl.sum(strange, 0), least).to(out))

@@ -247,6 +247,92 @@ def rollout_without_vllm(trainer) -> dict:
     return inputs
 
 
+# rewards that are not there -----------------------------------------------------------------------------------------
+
+
+def rewarded(path, folder, rewards, **changes):
+    """A trainer whose reward function answers `rewards` for its 16 completions."""
+    args = ours.FlowRLConfig(**settings(folder, beta=1.0, scale_rewards="none", **changes))
+    give = lambda completions, **_: [rewards(i) for i in range(len(completions))]  # noqa: E731
+    return ours.FlowRLTrainer(model=path, reward_funcs=give, args=args, train_dataset=PROMPTS)
+
+
+def gradients(trainer, inputs):
+    trainer.current_gradient_accumulation_steps = 1
+    parameters = [trainer.model.lm_head.weight, *(trainer.log_z.parameters() if trainer.log_z else [])]
+    loss = trainer._compute_loss(trainer.model, inputs)
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads)]
+
+
+@pytest.mark.parametrize("log_z", ["learned", "group", "none"])
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_completions_without_a_reward_give_no_gradient(tiny_model, tmp_path, log_z, missing):
+    trainer = rewarded(tiny_model, tmp_path, lambda i: missing, log_z=log_z)
+    inputs = rollout(trainer)
+    with torch.no_grad():  # a policy away from its reference: with a reward of 0 there would be a residual
+        trainer.model.lm_head.weight.mul_(1.1)
+    assert all(g.eq(0).all() for g in gradients(trainer, inputs))
+
+
+def test_a_run_without_any_reward_leaves_the_weights_alone(tiny_model, tmp_path):
+    trainer = rewarded(tiny_model, tmp_path, lambda i: None)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(1.1)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert max(history(trainer, "grad_norm")) == 0.0
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_a_group_with_some_rewards_learns_from_those_alone(tiny_model, tmp_path):
+    trainer = rewarded(tiny_model, tmp_path, lambda i: None if i % 4 == 1 or i < 4 else float(i % 4), log_z="group")
+    inputs = rollout(trainer)
+    scored = torch.tensor([not (i % 4 == 1 or i < 4) for i in range(16)])
+    assert torch.equal(~inputs["unscorable"], scored)
+    want = torch.tensor([0.0, 0, 2, 3]).sub(5 / 3).masked_fill(~scored[4:8], 0.0).repeat(3)
+    torch.testing.assert_close(inputs["advantages"][4:], want)  # TRL centres on the scored ones
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(1.1)
+    mine = gradients(trainer, inputs)
+    alone = rows(inputs, scored)
+    parts = [g * scored.sum() / 16 for g in gradients(trainer, alone)]  # the loss is over B
+    for got, wanted in zip(mine, parts):
+        assert_grad_close(got, wanted, rel=1e-5, row=1e-3)
+
+
+def test_an_infinite_reward_is_refused(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="reward_funcs: wanted finite numbers, or None"):
+        rollout(rewarded(tiny_model, tmp_path, lambda i: float("inf") if i == 2 else 1.0))
+
+
+# heads that scale ---------------------------------------------------------------------------------------------------
+
+
+def test_a_soft_cap_that_trl_does_not_know_is_in_the_log_probs_and_an_unknown_head_is_refused(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "hf")
+    from tiny_models import tiny
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = tiny("recurrent_gemma")
+    model.get_output_embeddings().weight.data *= 60
+    add_fused_lm_head(model, 0.7)
+    ours._fuse(model, "auto", check=True)
+    ids = torch.randint(3, 60, (1, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        z = model(input_ids=ids, use_cache=False).logits[0, :-1].double()
+        got = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs[0]
+    want = (z / 0.7).log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    assert z.abs().max() > 15
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+    odd = tiny("qwen2")
+    theirs = odd.lm_head.forward
+    odd.lm_head.forward = lambda hidden: theirs(hidden) / 4.0
+    add_fused_lm_head(odd, 0.7)
+    with pytest.raises(ValueError, match="does not know"):
+        ours._fuse(odd, "auto", check=True)
+
+
 # the primitive alone -------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("verl", reason="verl is not installed here: `make test-integrations` has it")
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -154,3 +155,20 @@ def test_every_attribute_of_verl_s_that_is_used_is_in_its_source():
     }
     unknown = {name for name in used if f"self.{name}" not in source and f"def {name}" not in source}
     assert unknown == {"log_z", "_log_z_file"}
+
+
+def test_a_model_that_lets_packed_sequences_see_each_other_is_refused(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "hf")
+    from tiny_models import tiny
+
+    from flowrl_kernels.integrations import verl_engine
+
+    monkeypatch.setattr(verl_engine, "get_device_id", lambda: "cpu")
+    for kind, leaks in (("qwen2", False), ("jamba", True)):
+        model = tiny(kind)
+        verl_engine._score_in_forward(model)
+        if not leaks:
+            verl_engine._refuse_leaks(model, torch.float32)
+            continue
+        with pytest.raises(ValueError, match=r"model\.path: JambaForCausalLM gives packed sequences other log-probs"):
+            verl_engine._refuse_leaks(model, torch.float32)

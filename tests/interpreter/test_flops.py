@@ -77,7 +77,8 @@ def test_one_pass_does_six_and_four_for_a_frozen_head(data, count, needs, expect
     done, _ = count(
         lambda: linear_residual.linear_residual_fwd(
             named("paper"), hidden, weight, target, None, ONE, 1.0, None, logp, logp, None, each, each,
-            torch.ones(N, dtype=torch.bool), edges, None, [0, N // 2, N], [0, 2, 4], torch.full((), 4.0), *needs, False,
+            torch.ones(N, dtype=torch.bool), edges, None, N, [0, N // 2, N], [0, 2, 4], torch.full((), 4.0), *needs,
+            False,
         )
     )  # fmt: skip
     assert done == pytest.approx(expected, rel=0.05)

@@ -154,7 +154,7 @@ def test_the_public_loss_runs_on_the_kernel_and_its_operator_keeps_the_contract(
         assert_grad_close(got, want, rel=2e-6)
     arguments = (
         data["logp"].requires_grad_(), data["log_z"].requires_grad_(), data["ref"], data["old"], None, data["reward"],
-        data["mask"], None, None, None, PRESETS["paper"].dumps(), "triton",
+        data["mask"], None, None, None, PRESETS["paper"].codes(), PRESETS["paper"].packed_numbers(), "triton",
     )  # fmt: skip
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.flowrl.residual.default, arguments, test_utils=tests)

@@ -4,6 +4,10 @@ import os
 import subprocess
 import sys
 import time
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
 
 
 def own_task(cfg):
@@ -42,7 +46,59 @@ def as_told(prompt, response, answer):
         return float("nan")
     if response == "text":
         return "1.0"
+    if response == "silent":
+        raise Unspeakable
+    if response == "long":
+        raise ValueError("x\n" * 100000)
+    if response == "loud":
+        print("x" * 1_000_000)
+    if response.startswith("give "):
+        return GIVEN[response.removeprefix("give ")]()
     return 1.0
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+def _tensor(*shape):
+    import torch
+
+    return torch.full(shape, 0.5, requires_grad=True)
+
+
+GIVEN = {
+    "bool": lambda: True,
+    "int": lambda: 2,
+    "decimal": lambda: Decimal("0.25"),
+    "fraction": lambda: Fraction(1, 4),
+    "float32": lambda: np.float32(0.5),
+    "numpy bool": lambda: np.bool_(False),
+    "array": lambda: np.array(0.5),
+    "array of one": lambda: np.array([0.5]),
+    "array of two": lambda: np.array([0.5, 1.0]),
+    "tensor": lambda: _tensor(),
+    "tensor of two": lambda: _tensor(2),
+    "complex": lambda: 1j,
+    "inf": lambda: float("inf"),
+    "huge": lambda: 10**400,
+    "list": lambda: [1.0],
+    "dict": lambda: {"score": 1.0},
+}
+
+
+async def later(prompt, response, answer):
+    return 1.0
+
+
+def two_arguments(response, answer):
+    return 1.0
+
+
+class Reward:
+    def __init__(self, prompt, response, answer):
+        pass
 
 
 not_a_function = 3

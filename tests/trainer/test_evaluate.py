@@ -69,7 +69,7 @@ def test_figures_of_known_samples(sums):
 def test_evaluation_asks_for_the_problems_and_samples_it_was_told(sums):
     asked = []
 
-    def sample(problems, n, seed):
+    def sample(problems, n, seed, first):
         asked.append((len(problems), n, seed))
         rng = random.Random(seed)
         return [[Response(rng.choice(sums.responses(p)), 6, True) for _ in range(n)] for p in problems]

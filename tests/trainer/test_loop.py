@@ -10,6 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from flowrl_kernels.nn import LOG_Z_FILE
 from flowrl_kernels.presets import PRESETS
 from flowrl_kernels.trainer import __main__ as main
 from flowrl_kernels.trainer import config_file, loop, setup
@@ -61,7 +62,7 @@ def test_a_run_leaves_its_config_metrics_samples_checkpoint_and_model(finished):
 def test_export_and_eval_work_on_a_finished_run(finished, capsys):
     out = finished / "exported"
     assert main.cli(["export", str(finished / "run"), str(out)]) == 0
-    for name in ("model.safetensors", "log_z.safetensors"):
+    for name in ("model.safetensors", LOG_Z_FILE):
         ours, theirs = load_file(out / name), load_file(finished / "run" / "final" / name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -129,7 +130,7 @@ def test_samples_to_read_have_their_rewards(finished):
         (["--task.name", "file", "--task.train", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--rollout.max_prompt_tokens", "2"], "no training problem (of 20) with a prompt of at most 2 tokens"),
         (["--run.resume", "True"], "holds no run"),
-        (["--parallel.max_tokens", "5"], "parallel.max_tokens"),
+        (["--parallel.max_tokens", "5"], "parallel.max_tokens: wanted at least 8"),
         (["--rollout.top_p", "0.9"], "rollout.top_p"),
     ],
 )
@@ -144,11 +145,11 @@ def test_bad_settings_end_in_one_line_that_names_them(tmp_path, capsys, args, sa
 
 
 def test_a_missing_extra_ends_in_one_line_that_says_what_to_install(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "tyro", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     file = tmp_path / "run.toml"
     file.write_text("")
     assert main.cli(["train", str(file), "--run.steps", "1"]) == 2
-    assert "tyro is not installed: pip install 'flowrl-kernels[train]'" in capsys.readouterr().err
+    assert "transformers is not installed: pip install 'flowrl-kernels[train]'" in capsys.readouterr().err
 
 
 def test_a_malformed_row_is_named_by_its_line(tmp_path):
@@ -194,7 +195,8 @@ def train_with(monkeypatch, tmp_path, give, *args):
 @pytest.mark.parametrize("name", ["flowrl", "grpo", "dapo", "ppo", "reinforce_pp", "reinforce_rej", "raft"])
 @pytest.mark.parametrize("give", [lambda i: 1.0, lambda i: 0.0, lambda i: None], ids=["ones", "zeros", "unscorable"])
 def test_rewards_that_are_all_equal_or_missing_leave_the_numbers_finite(monkeypatch, tmp_path, name, give):
-    train_with(monkeypatch, tmp_path, give, "--algorithm.name", name)
+    first = iter([True])  # the very first response is scored: a reward that never scores any is refused
+    train_with(monkeypatch, tmp_path, lambda i: 0.0 if next(first, False) else give(i), "--algorithm.name", name)
     rows = lines(tmp_path, "train")
     assert len(rows) == 2
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
@@ -247,6 +249,22 @@ def test_an_update_that_is_not_finite_is_skipped_counted_and_named(monkeypatch, 
     assert [row["skipped"] for row in rows] == [1, 1, 1]
     assert any("update 1 skipped: loss nan" in row["text"] for row in lines(tmp_path, "note"))
     assert all(math.isfinite(row["loss"]) for row in rows[1:])  # the weights were left alone
+
+
+def test_an_update_without_anything_to_learn_from_takes_its_turn_in_the_schedule(monkeypatch, tmp_path):
+    calls = iter(range(99))  # rewards of steps 1 and 2 are all equal (dapo leaves such groups out), then they differ
+    args = "algorithm.name dapo  run.steps 5  optim.schedule linear  optim.warmup 0  optim.lr 1e-3"
+    seen = {}
+
+    def give(i):
+        if i == 0:
+            seen["step"] = next(calls)
+        return 1.0 if seen["step"] < 2 else float(i % 2)
+
+    train_with(monkeypatch, tmp_path, give, *tiny.flags(args))
+    rows = lines(tmp_path, "train")
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
+    assert [row["grad_norm"] > 0 for row in rows] == [False, False, True, True, True]
 
 
 def test_too_many_bad_updates_in_a_row_stop_the_run(monkeypatch, tmp_path):

@@ -88,7 +88,7 @@ def test_an_absent_logger_is_an_error_that_names_its_switch(tmp_path, switch, mo
     import sys
 
     monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(switch, switch), None)
-    with pytest.raises(RuntimeError, match=rf"log\.{switch} is on"):
+    with pytest.raises(ValueError, match=rf"log\.{switch} is on"):
         Log(tmp_path, LogConfig(**{switch: True}))
 
 
@@ -98,7 +98,7 @@ def test_tensorboard_and_wandb_get_the_same_figures(tmp_path, monkeypatch):
 
     got = []
     board = types.SimpleNamespace(
-        SummaryWriter=lambda folder, purge_step: types.SimpleNamespace(
+        SummaryWriter=lambda folder: types.SimpleNamespace(
             add_scalar=lambda key, value, step: got.append((key, value, step)), close=lambda: None
         )
     )

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flowrl_kernels.trainer import compare
+from flowrl_kernels.trainer import compare, config_file
 from flowrl_kernels.trainer.plot import plot_runs, read_runs, smooth
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -86,8 +86,8 @@ def test_a_comparison_runs_every_algorithm_with_the_same_overrides_and_shows_one
     commands = []
 
     def run(command, check):
-        commands.append(command)
-        folder = Path(command[command.index("--run.dir") + 1])
+        commands.append(config_file.load(command[-1]))
+        folder = Path(commands[-1].run.dir)
         if folder.name == "ppo":
             return SimpleNamespace(returncode=3)
         fake_run(folder, steps=20)
@@ -100,9 +100,8 @@ def test_a_comparison_runs_every_algorithm_with_the_same_overrides_and_shows_one
     monkeypatch.setattr(compare.subprocess, "run", run)
     code = compare.main(["configs/sums.toml", "--out", str(tmp_path / "c"), "--run.steps", "20"])
     assert code == 1  # ppo failed, the others are shown
-    assert all(command[-2:] == ["--run.steps", "20"] for command in commands)
-    names = [command[command.index("--algorithm.name") + 1] for command in commands[1:]]
-    assert names == ["grpo", "ppo", "reinforce_pp"]
+    assert all(config.run.steps == 20 for config in commands)
+    assert [config.algorithm.name for config in commands] == ["flowrl", "grpo", "ppo", "reinforce_pp"]
     out, err = capsys.readouterr()
     assert "warm start" in out
     assert "0.875" in out

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 
+from flowrl_kernels.nn import LOG_Z_FILE, LogPartition
 from flowrl_kernels.trainer import policy as policies
 from flowrl_kernels.trainer.losses import score_head
 from flowrl_kernels.trainer.packing import pack
@@ -62,11 +63,11 @@ def test_a_neighbour_in_the_row_changes_nothing():
 
 
 def test_a_head_that_is_not_a_plain_product_is_refused():
-    policy = Policy(tiny.model().eval())
-    policies.check_head(policy)
-    policy.logit_scale = 1.5
+    model = tiny.model().eval()
+    theirs = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 1.5 * theirs(hidden)
     with pytest.raises(ValueError, match=r"model\.name: Qwen2ForCausalLM turns hidden states into logits"):
-        policies.check_head(policy)
+        policies.make_policy(tiny.config(), tiny.ALONE, model)
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
@@ -78,7 +79,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
 
 
 def test_liger_without_liger_says_what_to_install():
-    with pytest.raises(RuntimeError, match="liger-kernel"):
+    with pytest.raises(ValueError, match="liger-kernel"):
         policies.apply_liger(tiny.model())
 
 
@@ -95,9 +96,47 @@ def test_a_saved_folder_loads_in_transformers_with_log_z_apart(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path)("12=")["input_ids"] == [3, 4, 13]
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if "log_z" in name or "value" in name]  # noqa: SIM118
-    with safe_open(tmp_path / "log_z.safetensors", "pt") as file:
+    with safe_open(tmp_path / LOG_Z_FILE, "pt") as file:
         assert set(file.keys()) == set(policy.log_z.state_dict())
     assert not list(tmp_path.glob("*.bin"))
+
+
+def test_no_file_of_a_saved_folder_but_the_models_own_looks_like_weights_and_log_z_comes_back(tmp_path):
+    cfg = tiny.config(log_z={"style": "release"})
+    policy = policies.make_policy(cfg, tiny.ALONE, tiny.model(cfg), log_z=True)
+    torch.nn.init.normal_(policy.log_z.out.weight)
+    policies.save_folder(policy, char_tokenizer(tiny.ALPHABET), tmp_path, tiny.ALONE)
+    weights = [p.name for p in tmp_path.rglob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".pth")]
+    assert weights == ["model.safetensors"]
+    hidden, mask = torch.randn(3, 5, 32), torch.ones(3, 5, dtype=torch.bool)
+    want = policy.log_z.eval()(hidden, mask)
+    assert want.abs().min() > 0
+    assert torch.equal(LogPartition.load(tmp_path)(hidden, mask), want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_saved_folder_has_one_copy_of_a_tied_head_the_stop_tokens_the_template_and_the_type(tmp_path, dtype):
+    import json
+
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cfg = tiny.config(model={"tied": True})
+    policy = policies.make_policy(cfg, tiny.ALONE, tiny.model(cfg))
+    tokenizer = char_tokenizer(tiny.ALPHABET)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    policies.save_folder(policy, tokenizer, tmp_path, tiny.ALONE, stop=(1, 3), dtype=dtype)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert {str(file.get_tensor(name).dtype) for name in names} == {f"torch.{dtype}"}
+    assert "model.embed_tokens.weight" in names
+    assert not [name for name in names if "lm_head" in name]
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [1, 3]
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == "{{ messages[0].content }}"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(again.lm_head.weight, policy.model.lm_head.weight.to(getattr(torch, dtype)))
 
 
 def test_engines_are_sent_the_language_model_alone():
@@ -113,3 +152,26 @@ def test_log_z_and_the_critic_have_optimiser_groups_of_their_own():
     assert {name: group["lr"] for name, group in groups.items()} == {"policy": 3e-2, "log_z": 1e-2, "value": 2e-2}
     counted = [id(p) for group in groups.values() for p in group["params"]]
     assert sorted(counted) == sorted(map(id, policy.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["opt", "jamba"])
+def test_a_model_type_that_does_not_tell_packed_sequences_apart_scores_them_as_alone(monkeypatch, kind):
+    from pathlib import Path
+
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "hf")
+    from tiny_models import tiny as tiny_model
+
+    cfg = tiny.config()
+    policy = policies.make_policy(cfg, tiny.ALONE, tiny_model(kind))
+    assert policy.packing == {"opt": "mask", "jamba": "alone"}[kind]
+    prompts, responses = tiny.sequences()
+    alone = unpacked(policy.model, prompts, responses, 1.0)
+    options = {"max_tokens": 60, "device": "cpu", "alone": policy.packing == "alone"}
+    for row_tokens in (0, 20):
+        batches = pack(list(range(9)), prompts, responses, row_tokens=row_tokens, **options)
+        assert any(batch.sequences > len(batch.ids) for batch in batches) == (kind == "opt")
+        for batch in batches:
+            out = policy(score_head(cfg, batch), batch.ids, batch.positions)
+            for b, which in enumerate(batch.which.tolist()):
+                got = out.logp[batch.cu_seqlens[b] : batch.cu_seqlens[b + 1]]
+                torch.testing.assert_close(got.double(), alone[which].detach(), rtol=0, atol=1e-5)

@@ -38,6 +38,14 @@ def scorer():
     made.close()
 
 
+@pytest.fixture(scope="module")
+def patient():
+    """With the time to import torch."""
+    made = Scorer(TaskConfig(reward="rewards_for_tests:as_told", reward_timeout=60.0, reward_workers=1), Sums())
+    yield made
+    made.close()
+
+
 def test_a_trusted_task_is_scored_without_processes():
     scorer = Scorer(TaskConfig(), Sums())
     problems = list(Sums().problems("train"))[:2]
@@ -62,6 +70,70 @@ def test_every_way_to_fail_costs_one_sample_and_is_counted(scorer):
         assert score(scorer, told) == [None]
         assert named in scorer.last_error
     scorer.take_counts()
+
+
+@pytest.mark.parametrize(
+    ("given", "reward"),
+    [("bool", 1.0), ("int", 2.0), ("decimal", 0.25), ("fraction", 0.25), ("float32", 0.5), ("numpy bool", 0.0)]
+    + [("array", 0.5), ("array of one", 0.5), ("tensor", 0.5)],
+)
+def test_every_kind_of_number_is_a_reward(patient, given, reward):
+    scorer = patient
+    assert score(scorer, f"give {given}") == [reward]
+    assert scorer.take_counts() == {"raised": 0, "timed_out": 0, "unscorable": 0}
+    assert scorer.last_error is None
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [("array of two", "ndarray"), ("tensor of two", "Tensor"), ("complex", "complex"), ("inf", "must be finite")]
+    + [("huge", "OverflowError"), ("list", "list"), ("dict", "dict")],
+)
+def test_what_is_no_number_is_named_and_never_zero(patient, given, named):
+    scorer = patient
+    assert score(scorer, f"give {given}") == [None]
+    assert scorer.take_counts() == {"raised": 1, "timed_out": 0, "unscorable": 1}
+    assert named in scorer.last_error
+
+
+def test_the_reasons_of_a_call_are_counted_by_name_in_one_short_line(scorer):
+    assert score(scorer, "raise", "none", "raise", "silent", "long", "loud") == [None] * 5 + [1.0]
+    counts = scorer.reasons
+    assert counts["RuntimeError: told to raise"] == 2
+    assert counts["the reward gave None"] == 1
+    assert counts["Unspeakable: (its text cannot be made)"] == 1
+    assert counts.total() == 5
+    assert all("\n" not in reason and len(reason) <= 300 for reason in counts)
+    assert score(scorer, "fine") == [1.0]
+    assert scorer.last_error is None  # an old reason explains nothing new
+    assert not scorer.reasons
+    scorer.take_counts()
+
+
+def test_a_problem_that_cannot_travel_costs_its_own_responses_only(scorer):
+    problems = [Problem(0, "p", lambda: 0), Problem(1, "p", "a"), Problem(2, "p", lambda: 0)]
+    assert scorer.score(problems, ["fine"] * 3) == [None, 1.0, None]
+    assert "cannot be sent" in scorer.last_error
+    assert scorer.take_counts() == {"raised": 2, "timed_out": 0, "unscorable": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [("later", "asynchronous"), ("two_arguments", "must take .prompt, response, answer"), ("Reward", "a class")],
+)
+def test_a_function_that_could_never_score_is_refused_at_the_start(name, named):
+    with pytest.raises(ValueError, match=named):
+        find_reward(f"rewards_for_tests:{name}")
+
+
+def test_a_module_in_the_current_folder_is_found_and_whatever_it_raises_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    (tmp_path / "mine_here.py").write_text("def reward(prompt, response, answer):\n    return 0.5\n")
+    (tmp_path / "mine_broken.py").write_text("raise SystemExit(1)\n")
+    assert find_reward("mine_here:reward")("p", "r", "a") == 0.5
+    with pytest.raises(ValueError, match=r"task\.reward must be .* got 'mine_broken:f': SystemExit: 1"):
+        find_reward("mine_broken:f")
 
 
 def test_a_hang_is_killed_at_the_deadline_and_the_others_are_scored(scorer):

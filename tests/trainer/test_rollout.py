@@ -91,3 +91,17 @@ def test_drawn_tokens_follow_their_probabilities_and_never_have_none():
     torch.testing.assert_close(logp, want.log()[token])
     edge, _ = draw(logits[None], 1.0, torch.tensor([1 - 2.0**-53], dtype=torch.float64))
     assert int(edge) in (3, 4)  # the last token that has any probability, or rounding past it
+
+
+def test_temperature_zero_takes_the_most_likely_token_and_what_is_no_temperature_is_refused(policy):
+    out = engine(policy).generate(PROMPTS, 2, Sampling(6, 0.0, STOP), seed=3)
+    for b in range(8):
+        ids = list(PROMPTS[b // 2])
+        for token in out.tokens[b, : out.length[b]].tolist():
+            with torch.no_grad():
+                assert token == int(policy.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+            ids.append(token)
+    assert out.logp.eq(0).all()
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature: wanted a finite number of at least 0"):
+            Sampling(6, bad, STOP)

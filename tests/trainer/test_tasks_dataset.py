@@ -1,10 +1,13 @@
 import json
+import time
 
 import pytest
+from math_answers import BOXED, NOT_READ, WRITTEN, box
 
 from flowrl_kernels.trainer.config import TaskConfig
 from flowrl_kernels.trainer.tasks import build_task
-from flowrl_kernels.trainer.tasks.dataset import exact_reward, last_boxed, math_reward, read_problems
+from flowrl_kernels.trainer.tasks.answers import last_boxed
+from flowrl_kernels.trainer.tasks.dataset import exact_reward, math_reward, read_problems
 
 
 def lines(path, *rows):
@@ -47,34 +50,6 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path, row, message):
         read_problems(file, "prompt", "answer")
 
 
-def test_missing_and_empty_sources_are_named(tmp_path):
-    for name in ("gone.jsonl", "gone.parquet", "./gone.csv"):
-        with pytest.raises(FileNotFoundError, match="gone"):
-            read_problems(str(tmp_path / name), "prompt", "answer")
-    with pytest.raises(ValueError, match="no rows"):
-        read_problems(lines(tmp_path / "a.jsonl", ""), "prompt", "answer")
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ValueError, match=r"a.csv: wanted a .jsonl"):
-        read_problems(str(tmp_path / "a.csv"), "prompt", "answer")
-    with pytest.raises(ValueError, match=r"task\.train"):
-        build_task(TaskConfig(name="file"))
-
-
-def test_parquet_reads_like_jsonl_or_says_what_is_missing(tmp_path):
-    path = tmp_path / "a.parquet"
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        path.write_bytes(b"PAR1")
-        with pytest.raises(RuntimeError, match="pip install pyarrow"):
-            read_problems(str(path), "prompt", "answer")
-        return
-    parquet.write_table(pyarrow.table({"prompt": ["one", None], "answer": ["1", "2"]}), path)
-    with pytest.raises(ValueError, match="row 2: no 'prompt'"):
-        read_problems(str(path), "prompt", "answer")
-
-
 def test_a_file_task_has_its_splits_and_no_warm_start(tmp_path):
     train = lines(tmp_path / "a.jsonl", {"prompt": "1+1", "answer": 2})
     task = build_task(TaskConfig(name="file", train=train))
@@ -101,6 +76,65 @@ def test_the_last_box_wins_with_matching_braces():
     assert last_boxed("none") is None
     assert exact_reward("", r"it is \boxed{ 42 }", 42) == 1.0
     assert exact_reward("", "it is 42", 42) == 0.0
+    assert exact_reward("", "42", 42.0) == 1.0  # a table made a float of it
+    assert exact_reward("", "so\n#### 18", "9 * 2 = 18\n#### 18") == 1.0
+    assert exact_reward("", "18", "9 * 2 = 18\n#### 18") == 1.0
+    assert exact_reward("", "#### 18", "18") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("gold", "response", "right"), [(gold, box(inside), right) for gold, inside, right in BOXED] + WRITTEN
+)
+def test_answers_get_the_verdict_of_mathematics(gold, response, right):
+    pytest.importorskip("math_verify")
+    assert math_reward("", response, gold) == float(right)
+
+
+def test_the_table_is_long_and_holds_both_verdicts_of_most_golds():
+    verdicts = [right for *_, right in BOXED + WRITTEN]
+    assert len(verdicts) >= 240
+    assert min(verdicts.count(True), verdicts.count(False)) > 70
+
+
+@pytest.mark.parametrize(("gold", "inside", "right", "why"), NOT_READ)
+def test_the_known_gaps_are_still_gaps(gold, inside, right, why):
+    pytest.importorskip("math_verify")
+    assert math_reward("", box(inside), gold) == float(not right), f"now read: move it to BOXED ({why})"
+
+
+@pytest.mark.parametrize(
+    "response",
+    ["(" * 20000, r"\boxed{" * 20000, r"\boxed{" + "{" * 900 + "}" * 900 + "}", r"\boxed{" + "(" * 400 + "}"]
+    + [r"\boxed{1e999}", r"\boxed{" + "9" * 450 + "}", r"\boxed{" + r"\frac{1}{" * 40 + "2" + "}" * 40 + "}"]
+    + ["####" * 20000, "answer is " * 10000, "\\boxed{\u0663}", "\\boxed{\x00\ud800}", r"\boxed{" + "a " * 200 + "}"]
+    + [
+        r"\boxed{5} " + ", " * 50000 + r"\boxed{6}",
+        r"\text{" * 20000,
+        r"\boxed{1" + " " * 480 + "x}",
+        r"\boxed{\boxed{}}",
+    ],
+)
+@pytest.mark.parametrize("gold", ["7", "B", "3, 4", "x+1", "yes"])
+def test_hostile_responses_are_wrong_and_quick(gold, response):
+    pytest.importorskip("math_verify")
+    math_reward("", "1", gold)  # the imports
+    start = time.perf_counter()
+    assert math_reward("", response, gold) == 0.0
+    assert exact_reward("", response, gold) == 0.0
+    assert time.perf_counter() - start < 8.0
+
+
+@pytest.mark.parametrize(
+    "gold", ["", "  ", r"\frac{1}{", r"\boxed{}", "a proof that there are infinitely many primes of form 4k"]
+)
+def test_a_gold_that_cannot_be_read_scores_nothing_rather_than_zero(gold):
+    pytest.importorskip("math_verify")
+    assert math_reward("", r"\boxed{1}", gold) is None
+
+
+def test_an_answer_of_another_type_is_named():
+    with pytest.raises(TypeError, match="must be text or a number, got list"):
+        math_reward("", "1", ["1"])
 
 
 @pytest.mark.parametrize(
@@ -118,8 +152,3 @@ def test_the_last_box_wins_with_matching_braces():
 def test_math_answers_are_compared_as_mathematics(answer, response, reward):
     pytest.importorskip("math_verify")
     assert math_reward("", response, answer) == reward
-
-
-def test_an_answer_that_math_verify_cannot_read_is_unscorable():
-    pytest.importorskip("math_verify")
-    assert math_reward("", r"\boxed{1}", "") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -15,8 +16,14 @@ class Sampling:
     """How responses are drawn. Training refuses top-p and top-k; evaluation may not use them either."""
 
     max_new_tokens: int
-    temperature: float = 1.0
+    temperature: float = 1.0  # 0: greedy
     stop: tuple[int, ...] = ()  # token ids that end a response; the one sampled is its last token
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
+            raise ValueError(f"temperature: wanted a finite number of at least 0 (greedy); got {self.temperature}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: wanted at least 1; got {self.max_new_tokens}")
 
 
 class Generated(NamedTuple):
@@ -80,8 +87,12 @@ def uniform(seed: int, rows: Tensor, step: int) -> Tensor:
 def draw(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [B] and their log-probabilities [B] at `temperature`; logits [B, V] fp32, u [B] in [0, 1).
 
-    By the inverse of the cumulative distribution in float64, so a token of probability 0 is never drawn.
+    By the inverse of the cumulative distribution in float64, so a token of probability 0 is never drawn. At temperature
+    0 the most likely token (the first of equals), whose log-probability then is 0.
     """
+    if temperature == 0.0:
+        token = logits.argmax(-1)
+        return token, logits.new_zeros(token.shape)
     logp = torch.log_softmax(logits / temperature, dim=-1)
     cdf = logp.double().exp().cumsum(-1)
     token = torch.searchsorted(cdf, (u * cdf[:, -1]).unsqueeze(-1), right=True).clamp_(max=logits.shape[-1] - 1)

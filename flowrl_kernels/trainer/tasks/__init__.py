@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+import os
+import sys
+from typing import TYPE_CHECKING, Any
 
 from flowrl_kernels.trainer.tasks.base import Problem, Task
 from flowrl_kernels.trainer.tasks.tokenizer import char_tokenizer
@@ -11,14 +13,36 @@ from flowrl_kernels.trainer.tasks.tokenizer import char_tokenizer
 if TYPE_CHECKING:
     from flowrl_kernels.trainer.config import TaskConfig
 
-__all__ = ["Problem", "Task", "build_task", "char_tokenizer"]
+__all__ = ["Problem", "Task", "build_task", "char_tokenizer", "find_own"]
+
+
+def find_own(name: str, wanted: str) -> Any:
+    """What "module:function" names, the current folder included, as `python -m` has it and a console script has not.
+
+    Raises ValueError, which begins with `wanted`, for whatever the import raises and for what cannot be called.
+    """
+    module, _, way = name.partition(":")
+    if not module or not way:
+        raise ValueError(f"{wanted}, got {name!r}")
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # last: a file here hides no installed package
+    try:
+        found: Any = importlib.import_module(module)
+        for part in way.split("."):
+            found = getattr(found, part)
+    except (Exception, SystemExit) as error:  # somebody's module: it may raise anything
+        raise ValueError(f"{wanted}, got {name!r}: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{wanted}, got {name!r}, which is a {type(found).__name__}")
+    return found
 
 
 def build_task(cfg: TaskConfig) -> Task:
     """The task of a run; the same on every rank.
 
-    Raises ValueError for settings that make no task or a malformed row (named by file and line),
-    FileNotFoundError for a missing file, RuntimeError where a reader is not installed.
+    Raises ValueError for settings that make no task, a malformed row (named by file and line) or a reader that is not
+    installed, FileNotFoundError for a missing file.
     """
     if cfg.name == "sums":
         from flowrl_kernels.trainer.tasks.sums import Sums
@@ -41,11 +65,4 @@ def build_task(cfg: TaskConfig) -> Task:
 
         return FileTask.load(cfg)
     wanted = "task.name must be sums, countdown, file or module:function (a function of the task's settings)"
-    module, _, function = cfg.name.partition(":")
-    if not module or not function:
-        raise ValueError(f"{wanted}, got {cfg.name!r}")
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{wanted}, got {cfg.name!r}: {error}") from error
-    return make(cfg)
+    return find_own(cfg.name, wanted)(cfg)

@@ -6,9 +6,9 @@ The task of TinyZero (https://github.com/Jiayi-Pan/TinyZero) in a size that a sm
 from __future__ import annotations
 
 import itertools
+import json
 import random
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -185,25 +185,39 @@ def solve_infix(text: str, numbers: Sequence[int], target: int) -> Expression | 
     return read[0]
 
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+def read_wanted(answer: Any) -> tuple[list[int], int] | None:
+    """(numbers, target) of a row's answer, {"numbers": [...], "target": n} or its JSON text; None for another form."""
+    if isinstance(answer, str):
+        try:
+            answer = json.loads(answer)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(answer, Mapping) or not isinstance(answer.get("numbers"), list | tuple):
+        return None
+    given = [*answer["numbers"], answer.get("target")]
+    if len(given) < 2 or not all(isinstance(x, int) or (isinstance(x, float) and x.is_integer()) for x in given):
+        return None
+    *numbers, target = map(int, given)
+    return numbers, target
 
 
 def countdown_reward(prompt: Any, response: str, answer: Any) -> float:
     """Countdown for language models: 1.0 if the response's answer reaches the target, else 0.0.
 
     answer: {"numbers": [...], "target": n}, or its JSON text. The answer is what stands in the last
-    <answer>...</answer>, else the last line; a trailing "= target" is allowed. Raises ValueError or TypeError
-    for an answer column of another form.
+    <answer>...</answer>, else the last line; a trailing "= target" is allowed. Raises ValueError for an answer
+    column of another form.
     """
-    import json
-
-    wanted = json.loads(answer) if isinstance(answer, str) else answer
-    if not isinstance(wanted, dict) or not {"numbers", "target"} <= wanted.keys():
-        raise ValueError(f'the answer of a countdown row must be {{"numbers": [...], "target": n}}, got {answer!r}')
-    tagged = _TAGGED.findall(response)
-    lines = (tagged[-1] if tagged else response).strip().splitlines()
+    wanted = read_wanted(answer)
+    if wanted is None:
+        raise ValueError(f'the answer of a countdown row must be {{"numbers": [...], "target": n}}, got {answer!r:.80}')
+    numbers, target = wanted
+    end = response.rfind("</answer>")
+    start = response.rfind("<answer>", 0, max(end, 0))
+    tagged = response[start + len("<answer>") : end] if 0 <= start < end else None
+    lines = (response if tagged is None else tagged).strip().splitlines()
     text = lines[-1].strip() if lines else ""
     expression, _, value = text.partition("=")
-    if value and value.strip() != str(wanted["target"]):
+    if value and value.strip() != str(target):
         return 0.0
-    return float(solve_infix(expression, wanted["numbers"], wanted["target"]) is not None)
+    return float(solve_infix(expression, numbers, target) is not None)

@@ -1,22 +1,21 @@
-"""Your own prompts (JSONL, parquet, a `datasets` folder or name) and the rewards for them."""
+"""Your own prompts, from whatever `rows` reads, and the rewards for them."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flowrl_kernels.trainer.tasks.answers import after_marks, equal, last_boxed, read_gold
 from flowrl_kernels.trainer.tasks.base import Problem, check_split
+from flowrl_kernels.trainer.tasks.countdown import read_wanted
+from flowrl_kernels.trainer.tasks.rows import rows
 
 if TYPE_CHECKING:
     from flowrl_kernels.trainer.config import TaskConfig
-
-_BOXED = re.compile(r"\\boxed\s*\{")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class FileTask:
 
     @classmethod
     def load(cls, cfg: TaskConfig) -> FileTask:
-        """Read the files of `cfg`. Raises ValueError naming the setting, or the file and line."""
+        """Read the files of `cfg`. Raises ValueError or FileNotFoundError naming the setting, and the file and line."""
         if not cfg.train and not cfg.valid and not cfg.test:
             raise ValueError('task.name = "file" needs task.train, or task.test to evaluate; all are empty')
         read_answer = None
@@ -45,11 +44,15 @@ class FileTask:
             from flowrl_kernels.trainer.tasks.code import row_reader
 
             read_answer = row_reader(cfg)
-        rows = {
-            split: read_problems(source, cfg.prompt_key, cfg.answer_key, cfg.system, read_answer) if source else []
-            for split, source in (("train", cfg.train), ("valid", cfg.valid), ("test", cfg.test))
-        }
-        return cls(rows, solved=1 - 1e-9 if cfg.reward == "code" else 0.5)
+        keys = (cfg.prompt_key, cfg.answer_key, cfg.system, read_answer)
+        found: dict[str, list[Problem]] = {}
+        for split, source in (("train", cfg.train), ("valid", cfg.valid), ("test", cfg.test)):
+            try:
+                found[split] = read_problems(source, *keys) if source else []
+            except (ValueError, FileNotFoundError) as error:
+                raise type(error)(f"task.{split}: {error}") from None
+            _comparable(found[split], split, cfg)
+        return cls(found, solved=1 - 1e-9 if read_answer else 0.5)
 
     def problems(self, split: str) -> Sequence[Problem]:
         return self.rows[check_split(split)]
@@ -76,6 +79,22 @@ class FileTask:
         return None
 
 
+def _comparable(problems: Sequence[Problem], split: str, cfg: TaskConfig) -> None:
+    """Refuse answers that the built-in reward could never compare, before the first step."""
+    if cfg.reward in ("", "exact", "math"):
+        wanted, fits = "text or a number", lambda answer: isinstance(answer, str | int | float)
+    elif cfg.reward == "countdown":
+        wanted, fits = '{"numbers": [...], "target": n}, or its JSON text', lambda a: read_wanted(a) is not None
+    else:
+        return
+    for problem in problems:
+        if not fits(problem.answer):
+            raise ValueError(
+                f"task.answer_key: the answer of problem {problem.id} of task.{split} must be {wanted} for "
+                f"task.reward = {cfg.reward or 'exact'!r}, got {problem.answer!r:.80}"
+            )
+
+
 def read_problems(
     source: str,
     prompt_key: str,
@@ -83,26 +102,71 @@ def read_problems(
     system: str = "",
     read_answer: Callable[[Mapping[str, Any], str], Any] | None = None,
 ) -> list[Problem]:
-    """Read one split: a .jsonl or .parquet file, a folder saved by `datasets`, or a `datasets` name.
+    """Read one split from anything that `rows.rows` reads.
 
-    A prompt is text or a list of chat messages; with `system`, every prompt becomes chat messages behind that
-    system message. read_answer: makes the answer of a whole row, (row, where) -> answer, instead of its
-    `answer_key`. Raises FileNotFoundError for a path that is not there, ValueError for a malformed row, named
-    by file and line (JSONL) or row, RuntimeError where a reader is not installed.
+    prompt_key, answer_key: a column, or a way into one by keys and list positions: `reward_model.ground_truth`,
+    `prompt.0.content`. read_answer: makes the answer of a whole row, (row, where) -> answer, instead of its
+    `answer_key`. A prompt is text or a list of chat messages; with `system`, every prompt becomes chat messages
+    behind that system message. Raises FileNotFoundError for a path that is not there, ValueError for a malformed row,
+    named by file and line (text) or row (tables), or a reader that is not installed.
     """
     problems: list[Problem] = []
-    for where, row in _rows(source):
+    for where, row in rows(source):
         if not isinstance(row, Mapping):
             raise ValueError(f"{where}: wanted an object with {prompt_key!r}, {answer_key!r}, got {row!r:.80}")
-        for key in (prompt_key,) if read_answer else (prompt_key, answer_key):
-            if row.get(key) is None:
-                columns = ", ".join(map(repr, row))
-                raise ValueError(f"{where}: no {key!r} in this row (it has {columns or 'nothing'})")
-        answer = read_answer(row, where) if read_answer else row[answer_key]
-        problems.append(Problem(len(problems), _prompt(row[prompt_key], system, where), answer))
+        prompt = _prompt(_value(row, prompt_key, where), system, where)
+        if read_answer is None:
+            answer = _answer(_value(row, answer_key, where), answer_key, where)
+        else:
+            answer = read_answer(_plain(row), where)
+        problems.append(Problem(len(problems), prompt, answer))
     if not problems:
         raise ValueError(f"{source}: no rows")
     return problems
+
+
+def _value(row: Mapping[str, Any], key: str, where: str) -> Any:
+    """The cell called `key`, or at the end of its dotted way; as plain Python."""
+    found: Any = row.get(key)
+    if "." in key and (way := _walk(row, key.split("."))) is not None:
+        if found is not None:
+            raise ValueError(f"{where}: {key!r} is both a column and a way into one; rename the column")
+        found = way
+    if found is None:
+        columns = ", ".join(map(repr, row))
+        raise ValueError(f"{where}: no {key!r} in this row (it has {columns or 'nothing'})")
+    return _plain(found)
+
+
+def _walk(value: Any, way: list[str]) -> Any:
+    for key in way:
+        if isinstance(value, Mapping):
+            value = value.get(key)
+        elif isinstance(value, list | tuple | np.ndarray) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return None
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Numpy arrays and numbers as lists and numbers: they come out of tables made by pandas."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _answer(answer: Any, key: str, where: str) -> Any:
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise ValueError(f"{where}: {key!r} is {answer}: no answer (an empty cell of a table?)")
+    if isinstance(answer, str | list | dict) and not (answer.strip() if isinstance(answer, str) else answer):
+        raise ValueError(f"{where}: {key!r} is empty")
+    return answer
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def _prompt(prompt: Any, system: str, where: str) -> str | list[dict[str, str]]:
@@ -112,96 +176,61 @@ def _prompt(prompt: Any, system: str, where: str) -> str | list[dict[str, str]]:
         if not system:
             return prompt
         return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-    messages = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, Mapping) else []
-    if not messages or not all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    ):
+    messages = prompt if isinstance(prompt, list) else []
+    chat = [_message(message, where) for message in messages if isinstance(message, Mapping)]
+    if not messages or len(chat) < len(messages):
         raise ValueError(f'{where}: the prompt must be text or a list of {{"role", "content"}}, got {prompt!r:.60}')
-    chat = [{"role": m["role"], "content": m["content"]} for m in messages]
+    if chat[-1]["role"] == "assistant":
+        raise ValueError(f"{where}: the prompt ends with the assistant's message; wanted what comes before the answer")
     if system and chat[0]["role"] != "system":
         chat.insert(0, {"role": "system", "content": system})
     return chat
 
 
-def _rows(source: str) -> Iterator[tuple[str, Any]]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        for index, row in enumerate(_datasets(source).load_from_disk(str(path))):
-            yield f"{source}: row {index + 1}", row
-    elif path.suffix in (".jsonl", ".json"):
-        with path.open(encoding="utf-8") as file:
-            for line, text in enumerate(file, start=1):
-                if not text.strip():
-                    continue
-                try:
-                    yield f"{source}:{line}", json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{source}:{line}: not JSON ({error}): {text.strip()[:80]!r}") from None
-    elif path.suffix == ".parquet":
-        if not path.is_file():
-            raise FileNotFoundError(f"{source}: no such file")
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise RuntimeError(f"{source}: reading parquet needs pyarrow (pip install pyarrow)") from error
-        for index, row in enumerate(parquet.read_table(path).to_pylist()):
-            yield f"{source}: row {index + 1}", row
-    elif path.suffix or source.startswith((".", "/", "~")):
-        wanted = "a .jsonl or .parquet file, a folder saved by `datasets`, or a name like org/data:split"
-        if path.exists():
-            raise ValueError(f"{source}: wanted {wanted}")
-        raise FileNotFoundError(f"{source}: no such file; wanted {wanted}")
-    else:
-        name, _, split = source.partition(":")
-        for index, row in enumerate(_datasets(source).load_dataset(name, split=split or "train")):
-            yield f"{source}: row {index + 1}", row
-
-
-def _datasets(source: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise RuntimeError(
-            f"{source}: is no .jsonl or .parquet file, and `datasets` is not installed (pip install datasets)"
-        ) from error
-    return datasets
-
-
-def last_boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{...} with matching braces; None where there is none."""
-    found = None
-    for match in _BOXED.finditer(text):
-        depth = 1
-        for at in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            if depth == 0:
-                found = text[match.end() : at]
-                break
-    return found
+def _message(message: Mapping[str, Any], where: str) -> dict[str, str]:
+    """A chat message; its content may come in parts, all of them text. Other fields must be empty."""
+    role, content = message.get("role"), message.get("content")
+    if (
+        isinstance(content, list)
+        and content
+        and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content)
+    ):
+        content = "".join(str(part.get("text") or "") for part in content)
+    if not isinstance(role, str) or not isinstance(content, str):
+        got = f"got {dict(message)!r:.60}"
+        raise ValueError(f'{where}: the prompt must be text or a list of {{"role", "content"}}, {got}')
+    if role not in ROLES:
+        raise ValueError(f"{where}: a message's role must be one of {', '.join(ROLES)}, got {role!r}")
+    more = [key for key, value in message.items() if key not in ("role", "content") and value not in (None, "", [])]
+    if more:
+        raise ValueError(f"{where}: a message has {', '.join(map(repr, more))} beside role and content; remove it")
+    return {"role": role, "content": content}
 
 
 def exact_reward(prompt: Any, response: str, answer: Any) -> float:
-    """1.0 if the last \\boxed{} of the response, or without one the whole response, is the answer's text."""
+    """1.0 if the last \\boxed{} of the response, or without one the whole response, is the answer's text.
+
+    Where the answer ends in "#### 18" as GSM8K's do, 18 is wanted, and a response may end that way too. 42.0 is "42":
+    tables make floats of whole numbers.
+    """
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    marked = after_marks(str(answer))
+    wanted = str(answer) if marked is None else marked
     boxed = last_boxed(response)
-    return float((response if boxed is None else boxed).strip() == str(answer).strip())
+    if boxed is None and marked is not None:
+        boxed = after_marks(response)
+    return float((response if boxed is None else boxed).strip() == wanted.strip())
 
 
 def math_reward(prompt: Any, response: str, answer: Any) -> float | None:
-    """1.0 if math-verify finds the response's final answer equal to `answer`, else 0.0.
+    """1.0 if the response's final answer equals `answer` as mathematics (tasks/answers.py), else 0.0.
 
-    None where math-verify cannot read `answer` itself: no response could then be scored. Must run where a
-    hang can be killed (reward.Scorer does): the library's own time limits need the main thread and are turned
-    off.
+    answer: text or a number; of a text with a \\boxed{} or a "####" what stands there. None where `answer` itself
+    cannot be read: no response could then be scored. Must run where a hang can be killed (reward.Scorer does):
+    math-verify's own time limits need the main thread and are turned off. Raises TypeError for another answer.
     """
-    from math_verify import parse, verify
-
-    text = str(answer)
-    # bare LaTeX is only read whole between dollars: plain "3\\sqrt{2}" would parse as 3
-    tries = [text] if "$" in text or "\\boxed" in text else [f"${text}$", text]
-    gold = next((found for t in tries if (found := parse(t, parsing_timeout=None))), None)
-    if not gold:
-        return None
-    # raise_on_error: a crash in the comparison is a crash, not a wrong answer
-    read = parse(response, parsing_timeout=None)
-    return float(verify(gold, read, timeout_seconds=None, raise_on_error=True))
+    if not isinstance(answer, str | int | float):
+        raise TypeError(f"the answer must be text or a number, got {type(answer).__name__}")
+    gold = read_gold(answer)
+    return None if gold is None else float(equal(gold, response))

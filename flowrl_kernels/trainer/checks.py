@@ -1,0 +1,152 @@
+"""What can be known before step 1 from settings, data and tokenizer: refused by name, before anything runs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from flowrl_kernels.trainer import losses
+from flowrl_kernels.trainer.config import Config
+from flowrl_kernels.trainer.evaluate import chosen
+from flowrl_kernels.trainer.packing import SHORT_ROW, plan
+from flowrl_kernels.trainer.tasks import Problem, Task
+
+# field of the config -> (module it needs, what to install)
+PACKAGES = {
+    "log.tensorboard": ("tensorboard", "tensorboard"),
+    "log.wandb": ("wandb", "wandb"),
+    "model.liger": ("liger_kernel", "liger"),
+}
+CENTRED = ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "reinforce_rej")  # a group of one gives an advantage of 0
+# defaults of fields that one algorithm reads; elsewhere a value of one's own would do nothing
+OF_ALGORITHMS = {
+    "kl": (0.0, ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "ppo", "reinforce_pp", "raft", "reinforce_rej")),
+    "entropy": (0.0, ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "ppo", "reinforce_pp", "raft", "reinforce_rej")),
+    "dual_clip": (0.0, ("grpo", "dapo", "dr_grpo", "gspo", "ppo", "reinforce_pp", "reinforce_rej")),
+    "gamma": (1.0, ("ppo", "reinforce_pp")),
+    "gae_lambda": (1.0, ("ppo",)),
+    "value_clip": (0.2, ("ppo",)),
+    "tis_cap": (0.0, ("flowrl",)),
+}
+
+
+def check_algorithm(config: Config) -> None:
+    """Refuses an algorithm with settings that it would ignore, or under which it has no gradient.
+
+    Settings that choose between tasks or describe another algorithm as a whole (preset, beta, log_z, reward; [log_z],
+    [critic], [warm], task.*) are left alone: one file serves several algorithms in `flowrl compare`.
+
+    Raises:
+        ValueError: naming the key, what was wanted and what came.
+    """
+    a, samples = config.algorithm, config.rollout.samples
+    for name, (default, readers) in OF_ALGORITHMS.items():
+        value = getattr(a, name)
+        if value != default and a.name not in readers:
+            raise ValueError(f"algorithm.{name}: wanted {default!r}, {a.name} does not use it; got {value!r}")
+    if a.clip is not None and a.name == "raft":
+        raise ValueError(f"algorithm.clip: wanted none, raft has no ratio to clip; got {a.clip!r}")
+    if a.clip is not None and not a.clip[0] < a.clip[1]:
+        raise ValueError(f"algorithm.clip: wanted a range [low, high] with low < high; got {list(a.clip)!r}")
+    if a.overlong_buffer > config.rollout.max_new_tokens:
+        most = config.rollout.max_new_tokens
+        raise ValueError(
+            f"algorithm.overlong_buffer: wanted at most rollout.max_new_tokens = {most}; got {a.overlong_buffer}"
+        )
+    if a.name == "flowrl":
+        losses.log_z_kind(config)  # the preset's name, and what goes with it
+        why = f"algorithm.reward = {a.reward!r}" if a.reward != "raw" else ""
+        why = f"log Z by the group's mean ({a.preset})" if losses.log_z_kind(config) in ("group", "through") else why
+    else:
+        why = a.name if a.name in CENTRED else ""
+    if a.filter_groups or a.unlikeliness > 0:
+        why = why or ("algorithm.filter_groups" if a.filter_groups else "algorithm.unlikeliness")
+    if samples < 2 and why:
+        raise ValueError(f"rollout.samples: wanted at least 2, {why} compares a group's responses; got {samples}")
+
+
+def check_packages(config: Config) -> None:
+    """Refuses what needs a package that is not installed."""
+    for field, (module, extra) in PACKAGES.items():
+        section, name = field.split(".")
+        if getattr(getattr(config, section), name) and importlib.util.find_spec(module) is None:
+            raise ValueError(f"{field}: {module} is not installed: pip install 'flowrl-kernels[{extra}]'")
+
+
+def check_splits(config: Config, task: Task) -> None:
+    """Refuses evaluations of a split that holds nothing."""
+    if config.eval.every and config.eval.every < config.run.steps and not len(task.problems("valid")):
+        raise ValueError(
+            f"eval.every: wanted a valid split to evaluate on (task.valid), or 0; got {config.eval.every} and none"
+        )
+
+
+def context_of(config: Config) -> int | None:
+    """The longest sequence of the model in the config, tokens; None where it has no limit."""
+    if not config.model.name:
+        return config.model.context
+    from transformers import AutoConfig
+
+    shape = AutoConfig.from_pretrained(config.model.name, trust_remote_code=config.model.trust_remote_code)
+    return getattr(shape.get_text_config(), "max_position_embeddings", None)
+
+
+def prompt_limit(config: Config, context: int | None) -> int | None:
+    """The longest prompt that leaves room for a whole response: `rollout.max_prompt_tokens`, within the context.
+
+    Raises:
+        ValueError: the two together exceed the context, or a response alone does.
+    """
+    r = config.rollout
+    left = None if context is None else context - r.max_new_tokens
+    if left is not None and max(r.max_prompt_tokens, 1) > left:
+        raise ValueError(
+            f"rollout.max_new_tokens: prompt ({max(r.max_prompt_tokens, 1)}) and response ({r.max_new_tokens}) exceed "
+            f"the model's context of {context}"
+        )
+    return r.max_prompt_tokens or left
+
+
+def check_evaluated(config: Config, task: Task, encode: Callable[[Problem], list[int]], context: int | None) -> None:
+    """Refuses prompts of an evaluation that leave no room for a response in the model's context."""
+    splits = ["test", "valid"] if config.eval.every else ["test"]
+    if not len(task.problems("test")):
+        splits = ["valid"]
+    for split in splits:
+        for problem in chosen(task, split, config.eval.problems) if len(task.problems(split)) else ():
+            tokens = len(encode(problem))
+            if context is not None and tokens + config.rollout.max_new_tokens > context:
+                raise ValueError(
+                    f"task.{split}: the prompt of problem {problem.id} ({tokens} tokens) and a response "
+                    f"({config.rollout.max_new_tokens}) exceed the model's context of {context}"
+                )
+
+
+def check_budgets(config: Config, longest: int) -> None:
+    """Refuses budgets that the longest prompt with the longest response, or such a group, does not fit into.
+
+    Args:
+        longest: tokens of the longest training prompt.
+    """
+    p, r = config.parallel, config.rollout
+    length = longest + r.max_new_tokens - 1  # the last token predicts nothing
+    for name, budget in (("max_tokens", p.max_tokens), ("row_tokens", p.row_tokens or p.max_tokens)):
+        if length > budget:
+            raise ValueError(
+                f"parallel.{name}: wanted at least {length}, for a prompt of {longest} and a response of "
+                f"{r.max_new_tokens} tokens; got {budget}"
+            )
+    if losses.whole_groups(config):
+        row = p.row_tokens or max(min(SHORT_ROW, p.max_tokens), length)
+        if len(plan([length] * r.samples, max_tokens=p.max_tokens, row_tokens=row)) > 1:
+            raise ValueError(
+                f"parallel.max_tokens: preset {config.algorithm.preset!r} wants a group in one micro-batch, up to "
+                f"{r.samples} x {length} tokens; got {p.max_tokens}"
+            )
+
+
+def refusal(error: Any, config: Config) -> ValueError:
+    """What a chat template's own refusal means to the user."""
+    key = "task.system" if config.task.system else "task.chat_template"
+    return ValueError(f"{key}: the chat template of {config.model.name!r} refuses these messages: {error}")
