@@ -12,8 +12,7 @@ ARGS ?=
 LAUNCH := $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train compare countdown test nightly hostile mutants fuzz test-integrations lint docs dist ends \
-  matrix bench bench-report csrc clean
+.PHONY: help setup train compare countdown test nightly hostile mutants fuzz test-integrations lint docs dist ends matrix bench bench-report csrc clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

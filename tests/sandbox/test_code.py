@@ -16,6 +16,7 @@ from flowrl_kernels.trainer.tasks.sums import Sums
 from tests.sandbox.hostile import KINDS, LIES, programs
 from tests.sandbox.run_hostile import Trap, run, summary
 
+needs_sandbox = pytest.mark.usefixtures("sandbox")
 ADD = CodeTests("programs", ("1 2\n", "3 4\n", "5 6\n"), ("3\n", "7\n", "11\n"))
 
 
@@ -99,40 +100,44 @@ def test_values_are_compared_as_json_has_them(value, wanted, tolerance, same):
     assert same_value(value, wanted, tolerance) is same
 
 
-@pytest.mark.usefixtures("sandbox")
-class TestRewards:
-    def test_a_program_passes_all_or_its_share(self):
-        good, half = (
-            "print(sum(map(int, input().split())))",
-            "a, b = map(int, input().split())\nprint(a + b if a < 5 else 0)",
-        )
-        assert why(code_reward("", good, ADD)) == (1.0, "")
-        assert why(code_reward("", half, ADD)) == (0.0, "")
-        assert why(code_reward("", half, CodeTests(**{**vars(ADD), "partial": True}))) == (2 / 3, "")
+@needs_sandbox
+def test_a_program_passes_all_or_its_share():
+    good, half = (
+        "print(sum(map(int, input().split())))",
+        "a, b = map(int, input().split())\nprint(a + b if a < 5 else 0)",
+    )
+    assert why(code_reward("", good, ADD)) == (1.0, "")
+    assert why(code_reward("", half, ADD)) == (0.0, "")
+    assert why(code_reward("", half, CodeTests(**{**vars(ADD), "partial": True}))) == (2 / 3, "")
 
-    def test_a_program_that_fails_says_how(self):
-        raised = code_reward("", "print(3); 1/0", ADD)
-        assert why(raised) == (0.0, "raised")
-        assert "ZeroDivisionError" in raised.reason
-        assert why(code_reward("", "while 1: pass", CodeTests(**{**vars(ADD), "deadline": 0.5}))) == (0.0, "timed_out")
-        slow = CodeTests(**{**vars(ADD), "seconds": 0.3, "partial": True, "deadline": 30.0})
-        assert why(code_reward("", "a, b = map(int, input().split())\nwhile a == 3: pass\nprint(a + b)", slow)) == (
-            2 / 3,
-            "timed_out",
-        )
 
-    def test_functions_are_called_by_name_also_in_a_class(self):
-        tests = CodeTests("calls", ([[3, 1]], [[2]]), ([1, 3], [2]), "order")
-        assert code_reward("", "def order(x): return tuple(sorted(x))", tests) == 1
-        assert (
-            code_reward("", "class Solution:\n  def order(self, x: List[int]) -> List[int]: return sorted(x)", tests)
-            == 1
-        )
-        assert code_reward("", "def order(x): return x", CodeTests(**{**vars(tests), "partial": True})) == 0.5
-        assert why(code_reward("", "def other(x): return x", tests)) == (0.0, "raised")
+@needs_sandbox
+def test_a_program_that_fails_says_how():
+    raised = code_reward("", "print(3); 1/0", ADD)
+    assert why(raised) == (0.0, "raised")
+    assert "ZeroDivisionError" in raised.reason
+    assert why(code_reward("", "while 1: pass", CodeTests(**{**vars(ADD), "deadline": 0.5}))) == (0.0, "timed_out")
+    slow = CodeTests(**{**vars(ADD), "seconds": 0.3, "partial": True, "deadline": 30.0})
+    assert why(code_reward("", "a, b = map(int, input().split())\nwhile a == 3: pass\nprint(a + b)", slow)) == (
+        2 / 3,
+        "timed_out",
+    )
 
-    def test_assertions_run_elsewhere_and_their_calls_cross(self):
-        tests = """if True:
+
+@needs_sandbox
+def test_functions_are_called_by_name_also_in_a_class():
+    tests = CodeTests("calls", ([[3, 1]], [[2]]), ([1, 3], [2]), "order")
+    assert code_reward("", "def order(x): return tuple(sorted(x))", tests) == 1
+    assert (
+        code_reward("", "class Solution:\n  def order(self, x: List[int]) -> List[int]: return sorted(x)", tests) == 1
+    )
+    assert code_reward("", "def order(x): return x", CodeTests(**{**vars(tests), "partial": True})) == 0.5
+    assert why(code_reward("", "def other(x): return x", tests)) == (0.0, "raised")
+
+
+@needs_sandbox
+def test_assertions_run_elsewhere_and_their_calls_cross():
+    tests = """if True:
             import math
             def check(candidate):
                 assert candidate([1, 2], scale=2) == [2, 4]
@@ -144,21 +149,23 @@ class TestRewards:
                 candidate(seen, scale=0)
                 assert seen == [3, 1, "seen"] or seen == [3, 1]
         """
-        row = {"test": tests, "entry_point": "f"}
-        right = "def f(x, scale=1): return [v * scale for v in x]"
-        assert code_reward("", right, read_tests(row, "")) == 1
-        assert code_reward("", right.replace("* scale", "+ scale"), read_tests(row, "")) == 0
+    row = {"test": tests, "entry_point": "f"}
+    right = "def f(x, scale=1): return [v * scale for v in x]"
+    assert code_reward("", right, read_tests(row, "")) == 1
+    assert code_reward("", right.replace("* scale", "+ scale"), read_tests(row, "")) == 0
 
-    def test_changes_of_an_argument_are_seen_and_generators_objects_and_closures_can_be_used(self):
-        row = {"test_list": [
-            "x = [2, 1]\nsort(x)\nassert x == [1, 2]",
-            "assert list(count(3)) == [0, 1, 2]",
-            "g = forever()\nassert [next(g), next(g)] == [0, 1]",
-            "s = Stack()\ns.push(3)\ns.push(4)\nassert s.pop() == 4 and s.items == [3] and len(s) == 1",
-            "assert adder(2)(3) == 5",
-            "import solution\nassert solution.LIMIT == LIMIT == 7",
-        ]}  # fmt: skip
-        right = """
+
+@needs_sandbox
+def test_changes_of_an_argument_are_seen_and_generators_objects_and_closures_can_be_used():
+    row = {"test_list": [
+        "x = [2, 1]\nsort(x)\nassert x == [1, 2]",
+        "assert list(count(3)) == [0, 1, 2]",
+        "g = forever()\nassert [next(g), next(g)] == [0, 1]",
+        "s = Stack()\ns.push(3)\ns.push(4)\nassert s.pop() == 4 and s.items == [3] and len(s) == 1",
+        "assert adder(2)(3) == 5",
+        "import solution\nassert solution.LIMIT == LIMIT == 7",
+    ]}  # fmt: skip
+    right = """
 import itertools
 LIMIT = 7
 def sort(x): x.sort()
@@ -171,12 +178,14 @@ class Stack:
     def pop(self): return self.items.pop()
     def __len__(self): return len(self.items)
 """
-        assert why(code_reward("", right, read_tests(row, ""))) == (1.0, "")
-        partial = CodeTests(**{**vars(read_tests(row, "")), "partial": True})
-        assert code_reward("", right.replace("x.sort()", "pass").replace("LIMIT = 7", "LIMIT = 8"), partial) == 4 / 6
+    assert why(code_reward("", right, read_tests(row, ""))) == (1.0, "")
+    partial = CodeTests(**{**vars(read_tests(row, "")), "partial": True})
+    assert code_reward("", right.replace("x.sort()", "pass").replace("LIMIT = 7", "LIMIT = 8"), partial) == 4 / 6
 
-    def test_unit_tests_and_pytest_functions_run(self):
-        unit = """
+
+@needs_sandbox
+def test_unit_tests_and_pytest_functions_run():
+    unit = """
 import unittest
 from solution import f
 class T(unittest.TestCase):
@@ -185,42 +194,50 @@ class T(unittest.TestCase):
         with self.assertRaises(ValueError): f(-1)
 if __name__ == "__main__": unittest.main()
 """
-        right = "def f(x):\n    if x < 0: raise ValueError(x)\n    return x * x"
-        plain = "from solution import f\ndef test_f():\n    assert f(3) == 9\ndef test_g():\n    assert f(1) == 1\n"
-        for test in (unit, plain):
-            tests = read_tests({"test_code": test}, "")
-            assert why(code_reward("", right, tests)) == (1.0, "")
-            assert code_reward("", "def f(x): return x", tests) == 0
-        assert code_reward("", "def f(x): return x", CodeTests(**{**vars(tests), "partial": True})) == 0.5
+    right = "def f(x):\n    if x < 0: raise ValueError(x)\n    return x * x"
+    plain = "from solution import f\ndef test_f():\n    assert f(3) == 9\ndef test_g():\n    assert f(1) == 1\n"
+    for test in (unit, plain):
+        tests = read_tests({"test_code": test}, "")
+        assert why(code_reward("", right, tests)) == (1.0, "")
+        assert code_reward("", "def f(x): return x", tests) == 0
+    assert code_reward("", "def f(x): return x", CodeTests(**{**vars(tests), "partial": True})) == 0.5
 
-    def test_a_test_that_passes_what_cannot_cross_gives_no_verdict(self):
-        tests = read_tests({"test": "def check(c):\n    assert c(lambda x: x) == 1", "entry_point": "f"}, "")
-        with pytest.raises(ValueError, match="passes the program a function; only plain values"):
-            code_reward("", "def f(g): return g(1)", tests)
 
-    def test_objects_do_not_judge_themselves(self):
-        tests = read_tests({"test": "def check(c):\n    assert abs(c(3) - 9) < 1e-6", "entry_point": "f"}, "")
-        liar = "class L:\n  def __sub__(self, o): return 0.0\n  def __abs__(self): return 0\ndef f(x): return L()"
-        assert code_reward("", liar, tests) == 0
-        assert code_reward("", "def f(x): return 9.0", tests) == 1
-        equal = read_tests({"test": "def check(c):\n    assert 9 == c(3) or 9 in [c(3)]", "entry_point": "f"}, "")
-        assert code_reward("", "class L:\n  __eq__ = lambda s, o: True\ndef f(x): return L()", equal) == 0
+@needs_sandbox
+def test_a_test_that_passes_what_cannot_cross_gives_no_verdict():
+    tests = read_tests({"test": "def check(c):\n    assert c(lambda x: x) == 1", "entry_point": "f"}, "")
+    with pytest.raises(ValueError, match="passes the program a function; only plain values"):
+        code_reward("", "def f(g): return g(1)", tests)
 
-    def test_numpy_is_there_where_it_is_installed(self):
-        pytest.importorskip("numpy")
-        tests = read_tests({"test_list": ["import numpy as np\nassert np.allclose(f([1, 2]), [2, 4])"]}, "")
-        assert why(code_reward("", "import numpy as np\ndef f(x): return 2 * np.array(x)", tests)) == (1.0, "")
 
-    def test_the_scorer_counts_programs_that_fail_and_scores_them_zero(self):
-        scorer = Scorer(TaskConfig(reward="code", reward_workers=2, reward_timeout=2.0), Sums())
-        tests = CodeTests(**{**vars(ADD), "deadline": 2.0})
-        good = "```python\nprint(sum(map(int, input().split())))\n```"
-        responses = [good, "1/0", "while 1: pass", "print(1)", good]
-        unjudged = read_tests({"test": "assert f(print)", "entry_point": "f"}, "")
-        problems = [Problem(0, "", tests)] * len(responses) + [Problem(1, "", unjudged)]
-        assert scorer.score(problems, [*responses, "def f(x): pass"]) == [1.0, 0.0, 0.0, 0.0, 1.0, None]
-        assert scorer.take_counts() == {"raised": 2, "timed_out": 1, "unscorable": 1}
-        scorer.close()
+@needs_sandbox
+def test_objects_do_not_judge_themselves():
+    tests = read_tests({"test": "def check(c):\n    assert abs(c(3) - 9) < 1e-6", "entry_point": "f"}, "")
+    liar = "class L:\n  def __sub__(self, o): return 0.0\n  def __abs__(self): return 0\ndef f(x): return L()"
+    assert code_reward("", liar, tests) == 0
+    assert code_reward("", "def f(x): return 9.0", tests) == 1
+    equal = read_tests({"test": "def check(c):\n    assert 9 == c(3) or 9 in [c(3)]", "entry_point": "f"}, "")
+    assert code_reward("", "class L:\n  __eq__ = lambda s, o: True\ndef f(x): return L()", equal) == 0
+
+
+@needs_sandbox
+def test_numpy_is_there_where_it_is_installed():
+    pytest.importorskip("numpy")
+    tests = read_tests({"test_list": ["import numpy as np\nassert np.allclose(f([1, 2]), [2, 4])"]}, "")
+    assert why(code_reward("", "import numpy as np\ndef f(x): return 2 * np.array(x)", tests)) == (1.0, "")
+
+
+@needs_sandbox
+def test_the_scorer_counts_programs_that_fail_and_scores_them_zero():
+    scorer = Scorer(TaskConfig(reward="code", reward_workers=2, reward_timeout=2.0), Sums())
+    tests = CodeTests(**{**vars(ADD), "deadline": 2.0})
+    good = "```python\nprint(sum(map(int, input().split())))\n```"
+    responses = [good, "1/0", "while 1: pass", "print(1)", good]
+    unjudged = read_tests({"test": "assert f(print)", "entry_point": "f"}, "")
+    problems = [Problem(0, "", tests)] * len(responses) + [Problem(1, "", unjudged)]
+    assert scorer.score(problems, [*responses, "def f(x): pass"]) == [1.0, 0.0, 0.0, 0.0, 1.0, None]
+    assert scorer.take_counts() == {"raised": 2, "timed_out": 1, "unscorable": 1}
+    scorer.close()
 
 
 def human_eval():
@@ -240,7 +257,7 @@ def wrong_and_right(rows):
     return right, wrong
 
 
-@pytest.mark.usefixtures("sandbox")
+@needs_sandbox
 def test_some_of_humaneval_s_solutions_pass_and_none_of_the_wrong_ones():
     rows = [row for row in human_eval() if int(row["task_id"].partition("/")[2]) in (0, 32, 38, 83, 148)]
     assert wrong_and_right(rows) == ([1.0] * 5, [0.0] * 5)
@@ -248,7 +265,7 @@ def test_some_of_humaneval_s_solutions_pass_and_none_of_the_wrong_ones():
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
-@pytest.mark.usefixtures("sandbox")
+@needs_sandbox
 def test_all_of_humaneval_s_solutions_pass_and_none_of_the_wrong_ones():
     right, wrong = wrong_and_right(human_eval())
     assert right == [1.0] * 164
@@ -256,7 +273,7 @@ def test_all_of_humaneval_s_solutions_pass_and_none_of_the_wrong_ones():
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.usefixtures("sandbox")
+@needs_sandbox
 def test_hostile_programs_get_nowhere():
     trap = Trap()
     batch = programs(trap.canary, 40, seed=int(trap.secret[7:11], 16))
@@ -296,7 +313,7 @@ def test_there_are_enough_kinds_and_a_seed_fixes_them():
 
 @pytest.mark.nightly
 @pytest.mark.timeout(6 * 3600)
-@pytest.mark.usefixtures("sandbox")
+@needs_sandbox
 def test_ten_thousand_hostile_programs_get_nowhere():
     command = [sys.executable, "-m", "tests.sandbox.run_hostile", "--programs", "10000", "--workers", "4"]
     done = subprocess.run([*command, "--seed", "10000"], capture_output=True, text=True, cwd=Path(__file__).parents[2])

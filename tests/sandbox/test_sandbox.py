@@ -56,6 +56,36 @@ def test_a_program_sees_the_interpreter_and_nothing_of_this_machine(run):
     assert lines[-1] in ("[]", "[[]]", "[[], []]")
 
 
+def test_a_program_can_write_to_tmp_and_nowhere_else(run):
+    source = """if True:
+        import os
+        folders = {os.path.join(top, name) for top, names, _ in os.walk("/") for name in names} | {"/"}
+        for folder in folders:
+            try:
+                os.close(os.open(folder + "/written", os.O_CREAT | os.O_WRONLY))
+                print(folder)
+            except OSError:
+                pass
+    """
+    assert sorted(run(source)["stdout"].split()) == ["/dev/shm", "/tmp"]  # one a link to the other
+
+
+def test_every_namespace_is_its_own(run):
+    run("print(1)")
+    for kind in ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts"):
+        inside, here = (os.readlink(f"/proc/{pid}/ns/{kind}") for pid in (run.box.pid, "self"))
+        assert inside != here, kind
+
+
+def test_every_process_is_filtered_and_can_gain_nothing(run):
+    run("print(1)")
+    for pid in (run.box.pid, *box._children(run.box.pid)):
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        assert status["NoNewPrivs"] == "1"
+        assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
+        assert status["Seccomp"] == "2"
+
+
 def test_output_input_exit_code_and_errors_come_out(run):
     answer = run("import sys\nprint(input()[::-1])\nprint('why', file=sys.stderr)\nsys.exit(7)", "abc\n")
     assert answer == {"how": "exit", "code": 7, "stdout": "cba\n", "stderr": "why\n"}
