@@ -86,6 +86,27 @@ def test_every_process_is_filtered_and_can_gain_nothing(run):
         assert status["Seccomp"] == "2"
 
 
+USUAL = {
+    "threads": "from concurrent.futures import ThreadPoolExecutor as T\nprint(T(2).submit(lambda: 42).result())",
+    "processes": "import multiprocessing as m\nwith m.Pool(2) as p: print(p.map(abs, [-42])[0])",
+    "coroutines": "import asyncio\nasync def f(): await asyncio.sleep(.01); return 42\nprint(asyncio.run(f()))",
+    "extension modules": "import sqlite3, ssl, hashlib, zlib, bz2, lzma, ctypes, decimal, uuid, datetime; print(42)",
+    "another Python": "import subprocess as s, sys\ns.run([sys.executable, '-S', '-c', 'print(42)'])",
+    "files": "import tempfile as t, shutil\nf = t.NamedTemporaryFile('w'); f.write('42'); f.flush()\n"
+    "shutil.copy(f.name, '/tmp/y'); print(open('/tmp/y').read())",
+    "deep recursion": "import sys, threading\nsys.setrecursionlimit(10**6); threading.stack_size(1 << 27)\n"
+    "def f(n): return n and f(n - 1) + 1\n"
+    "t = threading.Thread(target=lambda: print(f(50000) - 49958)); t.start(); t.join()",
+    "fast input": "import os, io\nprint(int(io.BytesIO(os.read(0, os.fstat(0).st_size or 8192)).readline()))",
+}
+
+
+@pytest.mark.parametrize("what", USUAL)
+def test_what_ordinary_programs_do_works(what, run):
+    answer = run(USUAL[what], "42\n")
+    assert (answer["stdout"].strip(), answer["code"]) == ("42", 0), answer
+
+
 def test_output_input_exit_code_and_errors_come_out(run):
     answer = run("import sys\nprint(input()[::-1])\nprint('why', file=sys.stderr)\nsys.exit(7)", "abc\n")
     assert answer == {"how": "exit", "code": 7, "stdout": "cba\n", "stderr": "why\n"}
@@ -227,6 +248,14 @@ def test_root_s_sandboxes_run_as_users_that_nobody_else_has(run):
     run("print(1)")
     if os.geteuid() == 0:
         assert os.stat(f"/proc/{run.box.pid}").st_uid == launch.user(1) != uid
+
+
+def test_a_container_with_few_users_has_one_for_a_sandbox_too(monkeypatch):
+    assert launch.user(0) != launch.user(1)
+    monkeypatch.setattr(launch, "_users", lambda: [(0, 1), (1, 65536)])
+    found = {launch.user(slot) for slot in range(64)}
+    assert len(found) == 64
+    assert all(32769 <= uid < 65537 for uid in found)
 
 
 def test_the_sandbox_dies_with_its_host(tmp_path):

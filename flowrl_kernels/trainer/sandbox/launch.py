@@ -113,12 +113,17 @@ def view() -> View:
     return View(tuple(sorted(pairs.items(), key=lambda p: p[1])), tuple(links), tuple(sorted(set(masks))), python)
 
 
+def _users() -> list[tuple[int, int]]:
+    """(first, count) of the users that exist in this user namespace."""
+    rows = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    return [(int(first), int(count)) for first, _, count in rows]
+
+
 def user(slot: int) -> int:
     """A user that nobody else has, for the sandbox in `slot` of this process: limits count by user."""
     first, count = _FIRST_USER, _USERS
     # in a container that has fewer users, from the upper half of the largest range it has
-    ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
-    start, _, size = max(ranges, key=lambda r: r[2])
+    start, size = max(_users(), key=lambda users: users[1])
     if not start <= first <= start + size - count:
         first, count = start + size // 2, max(1, size // 2)
     return first + (os.getpid() * 64 + slot % 64) % count
