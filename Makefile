@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-EXTRAS ?= train,math,bench,dev
+EXTRAS ?= train,math,code,bench,dev
 # TORCH_INDEX=<url> takes torch from another wheel index (a CUDA or ROCm one, say).
 TORCH_INDEX ?=
 # make train NPROC=2 RUN=runs/two ARGS="--run.seed 1"; ARGS=--resume goes on with a run that was cut off.
@@ -12,8 +12,7 @@ ARGS ?=
 LAUNCH := $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train compare countdown test nightly mutants fuzz test-integrations lint docs dist ends matrix bench \
-  bench-report csrc clean
+.PHONY: help setup train compare countdown test nightly hostile mutants fuzz test-integrations lint docs dist ends matrix bench bench-report csrc clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +44,10 @@ nightly: setup lint  ## what is too long for every push: long tests, every mutan
 	$(PY) -m pytest -n 2 -m nightly
 	$(PY) -m tests.mutants
 	$(PY) -m tests.fuzz
+
+# HOSTILE="--seed 3" runs others.
+hostile: setup  ## 2,000 programs that mean harm, each with a second in the sandbox to do it
+	$(PY) -m tests.sandbox.run_hostile --programs 2000 --workers 4 --deadline 1 $(HOSTILE)
 
 # Each change of tests/mutants/table.py must make a test fail. MUTANTS="--only presets" takes some of them.
 mutants: setup  ## each known fault, put into a copy, must make a named test fail

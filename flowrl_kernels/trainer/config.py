@@ -60,11 +60,17 @@ class TaskConfig:
     chat_template: bool = True
     """For "file": wrap text prompts as one user message in the tokenizer's chat template."""
     reward: str = ""
-    """"" for the task's own verifier, "math" (math-verify), "exact", "countdown", or "module:function"."""
+    """"" for the task's own verifier, "math" (math-verify), "exact", "countdown", "code", or "module:function"."""
     reward_timeout: float = 10.0
     """Longest time one response may take to score, seconds; then it is left out and counted."""
     reward_workers: int = 2
     """Processes that score responses where the verifier is not trusted to be quick."""
+    code_partial: bool = False
+    """For "code": reward the share of tests passed instead of all or nothing."""
+    code_tolerance: float = 0.0
+    """For "code": largest difference of numbers that count as equal, relative and absolute, where the row has none."""
+    code_memory: int = 1024
+    """For "code": most memory of one program, MiB."""
     numbers: int = 3
     """For "countdown": how many numbers a problem gives."""
     largest: int = 9

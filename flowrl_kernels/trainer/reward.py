@@ -40,21 +40,29 @@ _BUILT_IN = {
     "math": "flowrl_kernels.trainer.tasks.dataset:math_reward",
     "exact": "flowrl_kernels.trainer.tasks.dataset:exact_reward",
     "countdown": "flowrl_kernels.trainer.tasks.countdown:countdown_reward",
+    "code": "flowrl_kernels.trainer.tasks.code:code_reward",
 }
 
 
 def find_reward(name: str) -> Reward:
-    """The reward called "math", "exact", "countdown", or named as module:function.
+    """The reward called "math", "exact", "countdown", "code", or named as module:function.
 
     Raises ValueError naming what could not be imported or found.
     """
-    wanted = "task.reward must be math, exact, countdown or module:function"
+    wanted = "task.reward must be math, exact, countdown, code or module:function"
     found = find_own(_BUILT_IN.get(name, name), wanted)
     if name == "math":
         try:
             importlib.import_module("math_verify")
         except ImportError as error:
             raise ValueError(f"{wanted}, got {name!r}: {error} (pip install math-verify)") from error
+    if name == "code":
+        from flowrl_kernels.trainer.tasks.code import require_sandbox
+
+        try:
+            require_sandbox()
+        except RuntimeError as error:
+            raise ValueError(f"task.reward = {name!r} needs a sandbox, and none can run here: {error}") from error
     if inspect.isclass(found) or inspect.iscoroutinefunction(found):
         what = "a class" if inspect.isclass(found) else "asynchronous"
         raise ValueError(f"{wanted}, got {name!r}, which is {what}; name a plain function (prompt, response, answer)")
@@ -99,7 +107,8 @@ class Scorer:
     them.
 
     counts: {"raised", "timed_out", "unscorable"} since the last `take_counts`; unscorable counts every None,
-    the other two say why. last_error: the latest reason of the latest `score`, None where all were scored; reasons:
+    the other two say why. A program (reward "code") that fails counts in those two as well and is worth 0.
+    last_error: the latest reason of the latest `score`, None where all were scored; reasons:
     how often each came in it, at most 20 different ones. Raises ValueError for a reward that
     cannot be imported, RuntimeError where workers do not start.
     """
@@ -116,6 +125,8 @@ class Scorer:
         # rewards travel by name, tasks by value
         self._spec: str | Task = cfg.reward or task
         self._workers: list[_Worker | None] = [None] * cfg.reward_workers
+        if cfg.reward == "code":  # its own deadline comes first: a program that runs on is wrong, not unscorable
+            self._timeout += importlib.import_module("flowrl_kernels.trainer.tasks.code").GRACE_SECONDS
         self._failed_starts = 0
         self.counts = {"raised": 0, "timed_out": 0, "unscorable": 0}
         self.last_error: str | None = None
@@ -212,6 +223,9 @@ class Scorer:
             assert job is not None
             if kind == "raised":
                 self._lose("raised", value)
+            elif kind == "failed":
+                result[job], why, self.last_error = value
+                self.counts[why] += 1
             else:
                 result[job] = value
 
@@ -307,6 +321,8 @@ def work() -> None:
             else:
                 value = reward(problem.prompt, response, problem.answer)
             answer: tuple[str, Any] = ("ok", _checked(value))
+            if hasattr(value, "why"):
+                answer = ("failed", (_checked(value), value.why, value.reason))
         except Exception as error:
             answer = ("raised", _why(error))
         pipe.send(answer)

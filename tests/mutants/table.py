@@ -24,6 +24,7 @@ def of(file, *functions):
 
 
 FORMULAS = "test_value_and_both_gradients_equal_the_formulas"
+BOX = "trainer/sandbox/"
 LOOP, LOSSES, ADVANTAGE = "trainer/loop.py", "trainer/losses.py", "trainer/advantage.py"
 KINDS, FOLDER = "test_loss_kinds.py", "trainer/test_run_folder.py"
 ALGORITHMS = "trainer/algorithms.py"
@@ -344,5 +345,40 @@ ROWS = [
      "False and key.isdecimal()", of("trainer/test_tasks_rows.py", "test_nested_keys_lead_into_objects_and_lists")),
     ("a chat may end with the answer", "trainer/tasks/dataset.py", 'if chat[-1]["role"] == "assistant":', "if False:",
      of("trainer/test_tasks_rows.py", "test_chats_that_a_template_would_bend_are_refused")),
+    # --- the sandbox and code rewards
+    ("no system calls filtered", BOX + "launch.py", '"--seccomp", str(rules), ', "",
+     of("sandbox/test_sandbox.py", "test_every_process_is_filtered_and_can_gain_nothing")),
+    ("the host's network", BOX + "launch.py", '"--unshare-net", ', "",
+     of("sandbox/test_sandbox.py", "test_every_namespace_is_its_own")),
+    ("a writable root", BOX + "launch.py", '"/tmp", "--remount-ro", "/"]', '"/tmp"]',
+     of("sandbox/test_sandbox.py", "test_a_program_can_write_to_tmp_and_nowhere_else")),
+    ("a disk without end", BOX + "launch.py", '"--size", str(disk), ', "",
+     of("sandbox/test_sandbox.py", "test_disk_and_inodes_are_bounded")),
+    ("root stays root", BOX + "launch.py", "os.setresuid(user, user, user)", "pass",
+     of("sandbox/test_sandbox.py", "test_root_s_sandboxes_run_as_users_that_nobody_else_has")),
+    ("daemons live on", BOX + "inside.py", "os.kill(-1, signal.SIGKILL)", "os.kill(child, signal.SIGKILL)",
+     of("sandbox/test_sandbox.py", "test_a_daemon_does_not_hold_the_answer_up_and_does_not_survive_it")),
+    ("the environment stays", BOX + "inside.py", "os.environ.clear()", "pass",
+     of("sandbox/test_sandbox.py", "test_a_program_sees_the_interpreter_and_nothing_of_this_machine")),
+    ("a program without limits", BOX + "inside.py", 'os.closerange(3, _FDS)\n        limit(job["limits"])',
+     "os.closerange(3, _FDS)", of("sandbox/test_sandbox.py", "test_processes_are_bounded")),
+    ("threads cut off", BOX + "inside.py", "threading._shutdown()", "pass",
+     of("sandbox/test_sandbox.py", "test_what_is_registered_for_the_end_runs_and_threads_are_waited_for")),
+    ("memory unwatched", BOX + "box.py", 'raise Ended("memory")', "return",
+     of("sandbox/test_sandbox.py", "test_memory_is_bounded_for_one_process_and_for_all_together")),
+    ("inodes unwatched", BOX + "box.py", 'raise Ended("disk")', "return",
+     of("sandbox/test_sandbox.py", "test_disk_and_inodes_are_bounded")),
+    ("frames of any size", BOX + "box.py", "if size > most:", "if False:",
+     of("sandbox/test_sandbox.py", "test_frames_that_lie_about_themselves_end_the_program")),
+    ("a text keeps its class", BOX + "plain.py", "return str.__str__(value)", "return value",
+     of("sandbox/test_plain.py", "test_subclasses_cross_as_what_they_are_made_of")),
+    ("user namespaces inside", BOX + "seccomp.py", "0x7E020000", "0x6E020000",
+     of("sandbox/test_seccomp.py", "test_a_process_may_be_made_and_a_namespace_may_not")),
+    ("most tests are enough", "trainer/tasks/code.py", "float(share == 1)", "float(share > 0.5)",
+     of("sandbox/test_code.py", "test_a_program_passes_all_or_its_share")),
+    ("objects compute", BOX + "inside.py", '"__len__": len,', '"__len__": len, "__sub__": operator.sub,',
+     of("sandbox/test_code.py", "test_objects_do_not_judge_themselves")),
+    ("any pickle", "trainer/tasks/code_rows.py", "elif opcode.name not in _HARMLESS:", "elif False:",
+     of("sandbox/test_code_rows.py", "test_a_pickle_of_anything_but_one_text_is_refused_and_never_loaded")),
 ]  # fmt: skip
 MUTANTS = [Mutant(*row) for row in ROWS]

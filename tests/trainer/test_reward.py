@@ -166,7 +166,7 @@ def test_math_hangs_are_bounded_by_the_same_deadline():
     "name", ["maths", "no_such_module:f", "rewards_for_tests:none", "rewards_for_tests:not_a_function"]
 )
 def test_a_reward_that_is_not_there_is_refused_at_the_start(name):
-    with pytest.raises(ValueError, match=r"task\.reward must be math, exact, countdown or module:function"):
+    with pytest.raises(ValueError, match=r"task\.reward must be math, exact, countdown, code or module:function"):
         Scorer(TaskConfig(reward=name), Sums())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ class FileTask:
     alphabet: None = None
     max_prompt_tokens: None = None
     max_response_tokens: None = None
+    solved: float = 0.5  # a reward above this counts as solved
     trusted: bool = True  # exact comparison; other rewards run in their own processes
 
     @classmethod
@@ -38,14 +39,20 @@ class FileTask:
         """Read the files of `cfg`. Raises ValueError or FileNotFoundError naming the setting, and the file and line."""
         if not cfg.train and not cfg.valid and not cfg.test:
             raise ValueError('task.name = "file" needs task.train, or task.test to evaluate; all are empty')
+        read_answer = None
+        if cfg.reward == "code":
+            from flowrl_kernels.trainer.tasks.code import row_reader
+
+            read_answer = row_reader(cfg)
+        keys = (cfg.prompt_key, cfg.answer_key, cfg.system, read_answer)
         found: dict[str, list[Problem]] = {}
         for split, source in (("train", cfg.train), ("valid", cfg.valid), ("test", cfg.test)):
             try:
-                found[split] = read_problems(source, cfg.prompt_key, cfg.answer_key, cfg.system) if source else []
+                found[split] = read_problems(source, *keys) if source else []
             except (ValueError, FileNotFoundError) as error:
                 raise type(error)(f"task.{split}: {error}") from None
             _comparable(found[split], split, cfg)
-        return cls(found)
+        return cls(found, solved=1 - 1e-9 if read_answer else 0.5)
 
     def problems(self, split: str) -> Sequence[Problem]:
         return self.rows[check_split(split)]
@@ -54,7 +61,7 @@ class FileTask:
         return exact_reward(problem.prompt, response, problem.answer)
 
     def correct(self, reward: float) -> bool:
-        return reward > 0.5
+        return reward > self.solved
 
     def canonical(self, problem: Problem, response: str) -> str | None:
         return None
@@ -88,11 +95,18 @@ def _comparable(problems: Sequence[Problem], split: str, cfg: TaskConfig) -> Non
             )
 
 
-def read_problems(source: str, prompt_key: str, answer_key: str, system: str = "") -> list[Problem]:
+def read_problems(
+    source: str,
+    prompt_key: str,
+    answer_key: str,
+    system: str = "",
+    read_answer: Callable[[Mapping[str, Any], str], Any] | None = None,
+) -> list[Problem]:
     """Read one split from anything that `rows.rows` reads.
 
     prompt_key, answer_key: a column, or a way into one by keys and list positions: `reward_model.ground_truth`,
-    `prompt.0.content`. A prompt is text or a list of chat messages; with `system`, every prompt becomes chat messages
+    `prompt.0.content`. read_answer: makes the answer of a whole row, (row, where) -> answer, instead of its
+    `answer_key`. A prompt is text or a list of chat messages; with `system`, every prompt becomes chat messages
     behind that system message. Raises FileNotFoundError for a path that is not there, ValueError for a malformed row,
     named by file and line (text) or row (tables), or a reader that is not installed.
     """
@@ -101,7 +115,11 @@ def read_problems(source: str, prompt_key: str, answer_key: str, system: str = "
         if not isinstance(row, Mapping):
             raise ValueError(f"{where}: wanted an object with {prompt_key!r}, {answer_key!r}, got {row!r:.80}")
         prompt = _prompt(_value(row, prompt_key, where), system, where)
-        problems.append(Problem(len(problems), prompt, _answer(_value(row, answer_key, where), answer_key, where)))
+        if read_answer is None:
+            answer = _answer(_value(row, answer_key, where), answer_key, where)
+        else:
+            answer = read_answer(_plain(row), where)
+        problems.append(Problem(len(problems), prompt, answer))
     if not problems:
         raise ValueError(f"{source}: no rows")
     return problems
