@@ -15,6 +15,7 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed: the kernels are unproved here")
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "tests" / "interpreter").glob("test_*.py"))
+NIGHTLY = [file for file in FILES if "mark.nightly" in file.read_text()]
 
 
 def run(*arguments, **environment):
@@ -25,12 +26,18 @@ def run(*arguments, **environment):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # a minute or two each, several times that beside other work
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_kernels_are_right_under_the_interpreter(file):
+@pytest.mark.parametrize(
+    ("file", "marked"),
+    [(file, "not nightly") for file in FILES]
+    + [pytest.param(f, "nightly", marks=pytest.mark.nightly) for f in NIGHTLY],
+    ids=lambda given: given.stem if isinstance(given, Path) else given,
+)
+def test_the_kernels_are_right_under_the_interpreter(file, marked):
     if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
         pytest.skip("triton 3.6's interpreter wants numpy below 2.4: the kernels are unproved here")
     done = run(
-        "-m", "pytest", str(file), "-p", "no:xdist", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning",
+        "-m", "pytest", str(file), "-m", marked, "-p", "no:xdist", "-p", "no:cacheprovider",
+        "-W", "ignore::RuntimeWarning",
         TRITON_INTERPRET="1", OMP_NUM_THREADS="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

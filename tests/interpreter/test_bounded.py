@@ -62,8 +62,7 @@ def test_the_true_error_stays_under_the_bound_and_the_bound_under_epsilon(plans,
         assert relative_error(g, e)[0] < max(5 * epsilon, 1e-3)
 
 
-@pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 1.5e-3), (torch.float16, 2e-3)])
-def test_on_an_rl_like_batch_it_drops_much_and_loses_little(plans, dtype, rel):
+def test_on_an_rl_like_batch_it_drops_much_and_loses_little(plans, dtype, within):
     hidden, weight, target, grad = rl_like_inputs(192, 96, 5000, zipf=1.2, dtype=dtype)
     grad = grad * 64 if dtype == torch.float16 else grad  # the outputs are float16: keep them in its range
     report = torch.zeros(3)
@@ -76,7 +75,7 @@ def test_on_an_rl_like_batch_it_drops_much_and_loses_little(plans, dtype, rel):
     _, _, *expected = oracle(hidden, weight, target, grad)
     for g, e in zip(got, expected):
         assert g.dtype == dtype
-        assert_grad_close(g, e, rel=rel, row=0.2)
+        assert_grad_close(g, e, rel=max(within, 1.5e-3), row=0.2)
 
 
 @pytest.mark.parametrize("columns", [TILE, WIDE])
@@ -130,7 +129,6 @@ def test_rows_of_dlogits_still_sum_to_zero(any_share):
     assert dx[:, -1].abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_bias_main_grad_scale_and_a_temperature_per_token_take_the_same_path(any_share, dtype):
     n, h, v = 70, 40, 1900
     hidden, weight, target, grad = rl_like_inputs(n, h, v, zipf=1.2, dtype=dtype)
@@ -174,8 +172,8 @@ def test_slabs_frozen_parts_and_a_pointer_path_change_nothing_that_matters(any_s
     assert_grad_close(dw, whole[1], rel=1e-6)
 
 
-def test_rows_that_take_no_part_may_hold_anything_and_get_no_gradient(any_share):
-    hidden, weight, target, grad = rl_like_inputs(90, 40, 2000, zipf=1.2)
+def test_rows_that_take_no_part_may_hold_anything_and_get_no_gradient(any_share, dtype, within):
+    hidden, weight, target, grad = rl_like_inputs(90, 40, 2000, zipf=1.2, dtype=dtype)
     grad[10:50], target[60] = 0.0, -100
     keep = (grad != 0) & (target >= 0)
     alone = torch.zeros(3)
@@ -186,12 +184,12 @@ def test_rows_that_take_no_part_may_hold_anything_and_get_no_gradient(any_share)
     got = gradients(hidden, weight, target, grad, report=report)
     assert torch.equal(report, alone)
     assert (got[0][~keep] == 0).all()
-    assert_grad_close(got[0][keep], dx, rel=1e-6)
-    assert_grad_close(got[1], dw, rel=1e-6)
+    assert_grad_close(got[0][keep], dx, rel=within / 10)
+    assert_grad_close(got[1], dw, rel=within / 10)
 
 
-def test_softcap_an_entropy_gradient_and_what_does_not_pay_take_the_exact_path():
-    hidden, weight, target, grad = rl_like_inputs(40, 16, 1500, zipf=1.2)
+def test_softcap_an_entropy_gradient_and_what_does_not_pay_take_the_exact_path(dtype):
+    hidden, weight, target, grad = rl_like_inputs(40, 16, 1500, zipf=1.2, dtype=dtype)
     for settings in ({"softcap": 30.0}, {"entropy": True}):
         report, x = torch.full((3,), 9.0), hidden.clone().requires_grad_()
         out = linear_logprob(x, weight, target, epsilon=0.01, report=report, impl="triton", **settings)
@@ -209,8 +207,8 @@ def test_softcap_an_entropy_gradient_and_what_does_not_pay_take_the_exact_path()
     assert got[0].isnan().any()
 
 
-def test_no_row_at_all_and_no_live_row_give_zeros():
-    hidden, weight, target, _ = rl_like_inputs(40, 16, 1500, zipf=1.2)
+def test_no_row_at_all_and_no_live_row_give_zeros(dtype):
+    hidden, weight, target, _ = rl_like_inputs(40, 16, 1500, zipf=1.2, dtype=dtype)
     for rows in (0, 40):
         report = torch.full((3,), 9.0)
         dx, dw = gradients(hidden[:rows], weight, target[:rows], torch.zeros(rows), report=report)
@@ -219,8 +217,8 @@ def test_no_row_at_all_and_no_live_row_give_zeros():
     assert report.tolist() == [0.0, 0.0, 0.0]
 
 
-def test_two_bounded_runs_give_the_same_bits(any_share):
-    hidden, weight, target, grad = rl_like_inputs(70, 48, 2000, zipf=1.2, dtype=torch.float16)
+def test_two_bounded_runs_give_the_same_bits(any_share, dtype):
+    hidden, weight, target, grad = rl_like_inputs(70, 48, 2000, zipf=1.2, dtype=dtype)
     report = torch.zeros(3)
     first, second = (gradients(hidden, weight, target, 64 * grad, report=report) for _ in range(2))
     assert report[2] == 0

@@ -40,7 +40,7 @@ def moved(monkeypatch):
     return of
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("entropy", [False, True])
 def test_logprob_reads_the_logits_once_forward_and_reads_and_writes_them_once_backward(moved, dtype, entropy):
     case = Case("tiny", "logprob", "cuda", 8, 0, 5003, dtype=dtype, entropy=entropy)
@@ -66,7 +66,6 @@ def test_residual_reads_its_tokens_once_and_writes_the_gradient_once(moved):
     assert read + written + back_read + back_written <= 1.05 * case.bytes()["step"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_single_pass_turns_logits_into_dz_at_a_read_and_a_write(moved, dtype):
     n, v = 6, 9000
     logits = torch.randn(n, 9088)

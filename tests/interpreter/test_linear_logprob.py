@@ -1,4 +1,4 @@
-"""The Triton linear_logprob under the interpreter; in float32 and float16, because its bfloat16 dot is wrong."""
+"""The Triton linear_logprob under the interpreter."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from flowrl_kernels.reference.linear_logprob import linear_logprob as reference
 from flowrl_kernels.testing import assert_grad_close, oracle, peaked_inputs, poisoned_memory
 from flowrl_kernels.triton import linear_logprob as op
 
-DTYPES = [torch.float32, torch.float16]
 ONE = torch.ones(1)
 
 
@@ -29,7 +28,6 @@ def normal(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "h", "v"), [(37, 72, 2500), (45, 71, 1037), (1, 8, 5), (33, 64, 256)])
 def test_peaked_logits_keep_the_precision_of_float32(dtype, n, h, v):
     hidden, weight, target = peaked_inputs(n, h, v, dtype=dtype, peak=40.0)
@@ -41,9 +39,8 @@ def test_peaked_logits_keep_the_precision_of_float32(dtype, n, h, v):
     assert (out[2] >= 0).all()
 
 
-@pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
 @pytest.mark.parametrize(("n", "h", "v"), [(37, 72, 2500), (45, 71, 1037)])
-def test_gradients_match_float64_on_peaked_logits(dtype, rel, n, h, v):
+def test_gradients_match_float64_on_peaked_logits(dtype, within, n, h, v):
     hidden, weight, target = peaked_inputs(n, h, v, dtype=dtype, peak=30.0)
     grad = normal(n) * 1e-6  # a sequence's share of a mean: below what float16 resolves without a factor
     _, _, dx, dw = oracle(hidden, weight, target, grad)
@@ -55,24 +52,23 @@ def test_gradients_match_float64_on_peaked_logits(dtype, rel, n, h, v):
         got_dx, got_dw, got_db = backward(grad * 2**20, hidden, weight, target, saved, needs=(True, True, True))
         dx, dw, grad = dx * 2**20, dw * 2**20, grad * 2**20
     assert got_dx.dtype == got_dw.dtype == dtype
-    assert_grad_close(got_dx, dx, rel=rel)
-    assert_grad_close(got_dw, dw, rel=rel, row=50 * rel)
+    assert_grad_close(got_dx, dx, rel=within)
+    assert_grad_close(got_dw, dw, rel=within, row=50 * within)
     z = hidden.double() @ weight.double().T
     dz = grad.double()[:, None] * (torch.nn.functional.one_hot(target, v) - torch.softmax(z, -1))
     assert_grad_close(got_db, dz.sum(0), rel=1e-5)
 
 
-def test_small_float16_coefficients_do_not_underflow():
-    hidden, weight, target = peaked_inputs(20, 32, 300, dtype=torch.float16, peak=20.0)
+def test_small_coefficients_do_not_underflow(dtype, within):
+    hidden, weight, target = peaked_inputs(20, 32, 300, dtype=dtype, peak=20.0)
     grad = normal(20) * 1e-7
     _, _, _, dw = oracle(hidden, weight, target, grad)
     main = torch.zeros(300, 32)
     _, dweight, _ = backward(grad, hidden, weight, target, forward(hidden, weight, target), main_grad=main)
     assert dweight is None
-    assert_grad_close(main, dw, rel=1.8e-3)
+    assert_grad_close(main, dw, rel=min(within, 1.8e-3), row=50 * within)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_keeps_its_bits_under_permutation_padding_and_splitting(dtype):
     hidden, weight, target = peaked_inputs(70, 40, 2300, dtype=dtype)
     whole = forward(hidden, weight, target, entropy=True, stats=True)
@@ -82,7 +78,7 @@ def test_a_row_keeps_its_bits_under_permutation_padding_and_splitting(dtype):
         assert torch.equal(a, b[..., order])
     parts = [forward(hidden[s], weight, target[s]) for s in (slice(0, 1), slice(1, 34), slice(34, 70))]
     for i in range(2):
-        assert torch.equal(torch.cat([part[i] for part in parts]), whole[i])
+        assert torch.equal(torch.cat([part[i] for part in parts], -1), whole[i])
     padded = torch.cat([torch.full_like(hidden[:9], float("nan")), hidden])
     skipped = torch.cat([torch.full((9,), -1), target])
     out = forward(padded, weight, skipped)
@@ -91,8 +87,8 @@ def test_a_row_keeps_its_bits_under_permutation_padding_and_splitting(dtype):
     assert (out[1][:, :9] == 0).all()
 
 
-def test_flags_do_not_change_the_bits():
-    hidden, weight, target = peaked_inputs(20, 24, 600)
+def test_flags_do_not_change_the_bits(dtype):
+    hidden, weight, target = peaked_inputs(20, 24, 600, dtype=dtype)
     plain = forward(hidden, weight, target)
     for entropy, stats in ((True, False), (False, True), (True, True)):
         out = forward(hidden, weight, target, entropy=entropy, stats=stats)
@@ -100,9 +96,9 @@ def test_flags_do_not_change_the_bits():
         assert torch.equal(out[1], plain[1])
 
 
-def test_bias_scale_softcap_temperature_and_both_gradients_follow_the_formula():
+def test_bias_scale_softcap_temperature_and_both_gradients_follow_the_formula(dtype, within):
     n, h, v = 21, 24, 517
-    hidden, weight, target = peaked_inputs(n, h, v)
+    hidden, weight, target = peaked_inputs(n, h, v, dtype=dtype)
     bias, temperature = normal(v), normal(n, seed=2).abs() + 0.5
     g, ge = normal(n, seed=3), normal(n, seed=4)
     for softcap in (None, 15.0):
@@ -114,13 +110,13 @@ def test_bias_scale_softcap_temperature_and_both_gradients_follow_the_formula():
         assert (out[0] - exact.logp).abs().max() < 2e-5
         assert (out[2] - exact.entropy).abs().max() < 2e-5
         got = backward(g, hidden, weight, target, out, grad_entropy=ge, needs=(True, True, True), **settings)
-        assert_grad_close(got[0], dx, rel=1e-5)
-        assert_grad_close(got[1], dw, rel=1e-5)
+        assert_grad_close(got[0], dx, rel=within)
+        assert_grad_close(got[1], dw, rel=within, row=50 * within)
         assert_grad_close(got[2], db, rel=1e-5)
 
 
-def test_banned_tokens_give_minus_infinity_and_never_nan():
-    hidden, weight, target = peaked_inputs(12, 16, 700)
+def test_banned_tokens_give_minus_infinity_and_never_nan(dtype):
+    hidden, weight, target = peaked_inputs(12, 16, 700, dtype=dtype)
     bias = torch.zeros(700)
     bias[:300] = -torch.inf  # two whole tiles of 128 and a part
     target[:6], target[6:] = 3, 500
@@ -139,23 +135,23 @@ def test_banned_tokens_give_minus_infinity_and_never_nan():
     assert (every[1] == -torch.inf).all()
 
 
-def test_logits_far_below_zero_do_not_underflow():
-    hidden, weight, target = torch.ones(4, 8), torch.full((300, 8), -100.0), torch.arange(4)
+def test_logits_far_below_zero_do_not_underflow(dtype):
+    hidden, weight, target = torch.ones(4, 8, dtype=dtype), torch.full((300, 8), -100.0, dtype=dtype), torch.arange(4)
     out = forward(hidden, weight, target, entropy=True)
     assert torch.allclose(out[0], torch.full((4,), 300.0).log().neg(), atol=2e-4)
     assert torch.allclose(out[2], torch.full((4,), 300.0).log(), atol=2e-4)
 
 
-def test_nan_is_not_hidden():
-    hidden, weight, target = peaked_inputs(5, 8, 200)
+def test_nan_is_not_hidden(dtype):
+    hidden, weight, target = peaked_inputs(5, 8, 200, dtype=dtype)
     hidden[2, 3] = float("nan")
     out = forward(hidden, weight, target, entropy=True)
     assert out[1].isnan().any(0).tolist() == [False, False, True, False, False]
     assert out[2].isnan().tolist() == [False, False, True, False, False]
 
 
-def test_skipped_rows_and_rows_without_a_target():
-    hidden, weight, target = peaked_inputs(100, 16, 300)
+def test_skipped_rows_and_rows_without_a_target(dtype, within):
+    hidden, weight, target = peaked_inputs(100, 16, 300, dtype=dtype)
     logp, _, _, _ = oracle(hidden, weight, target)
     skipped = target.clone()
     skipped[10:90] = -1
@@ -175,11 +171,11 @@ def test_skipped_rows_and_rows_without_a_target():
     assert dw.isfinite().all()
     assert (dx[10:90] == 0).all()
     p = torch.softmax(hidden[5].double() @ weight.double().T, -1)
-    assert_grad_close(dx[5:6], -(p @ weight.double())[None], rel=1e-5)
+    assert_grad_close(dx[5:6], -(p @ weight.double())[None], rel=2 * within)  # 16 elements
 
 
-def test_zero_and_strided_gradients():
-    hidden, weight, target = peaked_inputs(40, 16, 300)
+def test_zero_and_strided_gradients(dtype):
+    hidden, weight, target = peaked_inputs(40, 16, 300, dtype=dtype)
     saved = forward(hidden, weight, target)
     wide = normal(40, 3)
     a = backward(wide[:, 1], hidden, weight, target, saved)
@@ -192,8 +188,8 @@ def test_zero_and_strided_gradients():
     assert all((g == 0).all() for g in none)
 
 
-def test_frozen_parts_run_no_product(monkeypatch):
-    hidden, weight, target = peaked_inputs(10, 16, 300)
+def test_frozen_parts_run_no_product(monkeypatch, dtype):
+    hidden, weight, target = peaked_inputs(10, 16, 300, dtype=dtype)
     saved = forward(hidden, weight, target)
     calls = []
     product = op.matmul_into
@@ -212,18 +208,17 @@ def test_frozen_parts_run_no_product(monkeypatch):
     assert torch.equal(dw, both[1])
 
 
-def test_main_grad_is_added_to_in_float32():
-    hidden, weight, target = peaked_inputs(40, 16, 300)
+def test_main_grad_is_added_to_in_float32(dtype, within):
+    hidden, weight, target = peaked_inputs(40, 16, 300, dtype=dtype)
     grad = normal(40)
     saved = forward(hidden, weight, target)
     main = torch.full((300, 16), 3.0)
     _, dw, _ = backward(grad, hidden, weight, target, saved, main_grad=main)
     assert dw is None
-    assert_grad_close(main - 3.0, oracle(hidden, weight, target, grad)[3], rel=1e-5)
+    assert_grad_close(main - 3.0, oracle(hidden, weight, target, grad)[3], rel=min(within, 1.8e-3), row=50 * within)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_slabs_and_row_blocks_add_up(monkeypatch, dtype):
+def test_slabs_and_row_blocks_add_up(monkeypatch, dtype, within):
     hidden, weight, target = peaked_inputs(75, 32, 900, dtype=dtype, peak=20.0)
     grad, target[30] = normal(75), -1
     grad[30] = 0.0
@@ -234,15 +229,14 @@ def test_slabs_and_row_blocks_add_up(monkeypatch, dtype):
     main = torch.ones(900, 32)
     backward(grad, hidden, weight, target, saved, main_grad=main, needs=(False, True, False))
     _, _, exact_dx, exact_dw = oracle(hidden, weight, target.where(target >= 0, 0), grad)
-    rel = 1e-5 if dtype == torch.float32 else 2e-3
-    assert_grad_close(dx, exact_dx, rel=rel)
-    assert_grad_close(dw, exact_dw, rel=rel)
-    assert_grad_close(main - 1.0, exact_dw, rel=rel)
+    assert_grad_close(dx, exact_dx, rel=within)
+    assert_grad_close(dw, exact_dw, rel=within)
+    assert_grad_close(main - 1.0, exact_dw, rel=within)
     assert db.abs().sum() > 0
 
 
-def test_tile_statistics_bound_the_mass_from_above_within_one_float16_step():
-    hidden, weight, target = peaked_inputs(40, 32, 1037, peak=40.0)
+def test_tile_statistics_bound_the_mass_from_above_within_one_float16_step(dtype):
+    hidden, weight, target = peaked_inputs(40, 32, 1037, dtype=dtype, peak=40.0)
     stats = forward(hidden, weight, target, stats=True)[3].double()  # [9, 40]
     z = hidden.double() @ weight.double().T
     exact = torch.stack([torch.logsumexp(part, -1) for part in z.split(128, dim=1)])
@@ -252,24 +246,25 @@ def test_tile_statistics_bound_the_mass_from_above_within_one_float16_step():
     assert (stats - exact <= step * 1.01 + 1e-4).all()
 
 
-def test_two_runs_give_the_same_bits():
-    hidden, weight, target = peaked_inputs(50, 32, 700, dtype=torch.float16)
+def test_two_runs_give_the_same_bits(dtype):
+    hidden, weight, target = peaked_inputs(50, 32, 700, dtype=dtype)
     grad = normal(50)
     runs = [backward(grad, hidden, weight, target, forward(hidden, weight, target)) for _ in range(2)]
     assert torch.equal(runs[0][0], runs[1][0])
     assert torch.equal(runs[0][1], runs[1][1])
 
 
-def test_the_exact_backward_reports_itself():
-    hidden, weight, target = peaked_inputs(4, 8, 130)
+def test_the_exact_backward_reports_itself(dtype):
+    hidden, weight, target = peaked_inputs(4, 8, 130, dtype=dtype)
     saved = forward(hidden, weight, target)
     report = torch.full((3,), float("nan"))
     backward(torch.ones(4), hidden, weight, target, saved, report=report)
     assert report.tolist() == [0.0, 1.0, 0.0]
 
 
-def test_no_rows_at_all():
-    hidden, weight, target = torch.empty(0, 8), torch.randn(130, 8), torch.empty(0, dtype=torch.int64)
+def test_no_rows_at_all(dtype):
+    hidden, weight = torch.empty(0, 8, dtype=dtype), torch.randn(130, 8).to(dtype)
+    target = torch.empty(0, dtype=torch.int64)
     out = forward(hidden, weight, target, entropy=True, stats=True)
     assert [tuple(t.shape) for t in out] == [(0,), (2, 0), (0,), (2, 0)]
     dx, dw, db = backward(torch.empty(0), hidden, weight, target, out, needs=(True, True, True))
@@ -278,19 +273,19 @@ def test_no_rows_at_all():
     assert (db == 0).all()
 
 
-def test_a_weight_that_is_a_slice_of_a_wider_one():
-    hidden, weight, target = peaked_inputs(9, 16, 200)
-    wide = torch.randn(200, 48)
+def test_a_weight_that_is_a_slice_of_a_wider_one(dtype):
+    hidden, weight, target = peaked_inputs(9, 16, 200, dtype=dtype)
+    wide = torch.randn(200, 48).to(dtype)
     wide[:, 16:32] = weight
     assert torch.equal(forward(hidden, wide[:, 16:32], target)[1], forward(hidden, weight, target)[1])
-    shifted = torch.randn(200, 17)
+    shifted = torch.randn(200, 17).to(dtype)
     shifted[:, 1:] = weight  # rows off the 16-byte grid: the path without descriptors
     assert torch.equal(forward(hidden, shifted[:, 1:], target)[1], forward(hidden, weight, target)[1])
 
 
-def test_a_row_keeps_its_bits_whatever_the_weights_address():
-    hidden, weight, target = peaked_inputs(20, 32, 1100)
-    buffer = torch.empty(1 + weight.numel())
+def test_a_row_keeps_its_bits_whatever_the_weights_address(dtype):
+    hidden, weight, target = peaked_inputs(20, 32, 1100, dtype=dtype)
+    buffer = torch.empty(1 + weight.numel(), dtype=dtype)
     apart = buffer[1:].view(weight.shape).copy_(weight)
     assert apart.data_ptr() % 16
     for aligned, shifted in zip(
@@ -303,8 +298,8 @@ def test_a_row_keeps_its_bits_whatever_the_weights_address():
         assert torch.equal(a, b)
 
 
-def test_junk_temperatures_of_skipped_rows_reach_nothing():
-    hidden, weight, target = peaked_inputs(20, 16, 300, dtype=torch.float16)
+def test_junk_temperatures_of_skipped_rows_reach_nothing(dtype):
+    hidden, weight, target = peaked_inputs(20, 16, 300, dtype=dtype)
     target[3:9] = -1
     degrees = torch.ones(20)
     clean = forward(hidden, weight, target, temperature=degrees)

@@ -7,7 +7,6 @@ from flowrl_kernels.reference.logprob import logprob as reference
 from flowrl_kernels.testing import assert_grad_close
 from flowrl_kernels.triton import logprob as op
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ONE = torch.ones(1)
 
 
@@ -17,10 +16,9 @@ def peaked(n, v, dtype=torch.float32):
     return logits, torch.where(torch.rand(n, generator=make) < 0.5, logits.argmax(1), torch.arange(n) % v)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("v", [5, 4096, 9001])
-def test_values_and_both_gradients_match_float64(dtype, softcap, v):
+def test_values_and_both_gradients_match_float64(dtype, within, softcap, v):
     n = 5
     logits, target = peaked(n, v, dtype)
     temperature = torch.rand(n, generator=torch.Generator().manual_seed(1)) + 0.5
@@ -35,15 +33,15 @@ def test_values_and_both_gradients_match_float64(dtype, softcap, v):
     got = op.logprob_bwd(g, ge, logits, target, temperature, softcap, *out, False)
     assert torch.equal(logits, before)
     assert got.dtype == dtype
-    # the interpreter truncates to bfloat16 where a GPU rounds to nearest
-    assert_grad_close(got, expected, rel={torch.float32: 1e-5, torch.float16: 1e-3}.get(dtype, 8e-3))
+    # five logits a row are few: one rounding to bfloat16 may be all of the error
+    assert_grad_close(got, expected, rel=within if v > 5 else 2 * within)
     same = op.logprob_bwd(g, ge, logits, target, temperature, softcap, *out, True)
     assert same.data_ptr() == logits.data_ptr()
     assert torch.equal(same, got)
 
 
-def test_a_row_keeps_its_bits_and_the_entropy_flag_changes_none():
-    logits, target = peaked(9, 5000)
+def test_a_row_keeps_its_bits_and_the_entropy_flag_changes_none(dtype):
+    logits, target = peaked(9, 5000, dtype)
     whole = op.logprob_fwd(logits, target, ONE, None, True)
     plain = op.logprob_fwd(logits, target, ONE, None, False)
     assert plain[2].shape == (0,)
@@ -53,23 +51,23 @@ def test_a_row_keeps_its_bits_and_the_entropy_flag_changes_none():
         assert torch.equal(torch.cat(rows, -1), whole[i])
 
 
-def test_skipped_rows_are_not_read_and_get_zero_gradient():
-    logits, target = peaked(4, 300)
+def test_skipped_rows_are_not_read_and_get_zero_gradient(dtype, within):
+    logits, target = peaked(4, 300, dtype)
     logits[1] = float("nan")
     target[1], target[2] = -1, 300  # skipped; no target here
     out = op.logprob_fwd(logits, target, ONE, None, True)
     assert all((t[..., 1] == 0).all() for t in out)
     assert out[0][2] == -torch.inf  # no target here
-    assert torch.isclose(out[1][:, 2].sum(), torch.logsumexp(logits[2], 0), atol=1e-5)
+    assert torch.isclose(out[1][:, 2].sum(), torch.logsumexp(logits[2].float(), 0), atol=1e-5)
     g = torch.tensor([1.0, 0.0, 1.0, 0.0])
     d = op.logprob_bwd(g, None, logits, target, ONE, None, *out, False)
     assert (d[1] == 0).all()
     assert (d[3] == 0).all()
-    assert_grad_close(d[2:3], -torch.softmax(logits[2:3].double(), -1), rel=1e-5)
+    assert_grad_close(d[2:3], -torch.softmax(logits[2:3].double(), -1), rel=within)
 
 
-def test_banned_tokens_give_minus_infinity_and_never_nan():
-    logits, target = peaked(3, 9000)
+def test_banned_tokens_give_minus_infinity_and_never_nan(dtype):
+    logits, target = peaked(3, 9000, dtype)
     logits[:, :5000] = -torch.inf
     target[:] = torch.tensor([3, 6000, 7000])
     out = op.logprob_fwd(logits, target, ONE, None, True)
@@ -81,9 +79,9 @@ def test_banned_tokens_give_minus_infinity_and_never_nan():
     assert (d[1:, :5000] == 0).all()
 
 
-def test_rows_of_a_wider_tensor_and_strided_gradients():
-    logits, target = peaked(6, 400)
-    wide = torch.randn(6, 1000)
+def test_rows_of_a_wider_tensor_and_strided_gradients(dtype):
+    logits, target = peaked(6, 400, dtype)
+    wide = torch.randn(6, 1000).to(dtype)
     wide[:, 77:477] = logits
     a, b = (op.logprob_fwd(t, target, ONE, None, False) for t in (logits, wide[:, 77:477]))
     assert torch.equal(a[1], b[1])
@@ -94,7 +92,7 @@ def test_rows_of_a_wider_tensor_and_strided_gradients():
     assert torch.equal(wide[:, 77:477], first)
 
 
-def test_no_rows_at_all():
-    logits, target = torch.empty(0, 9), torch.empty(0, dtype=torch.int64)
+def test_no_rows_at_all(dtype):
+    logits, target = torch.empty(0, 9, dtype=dtype), torch.empty(0, dtype=torch.int64)
     out = op.logprob_fwd(logits, target, ONE, None, True)
     assert op.logprob_bwd(out[0], None, logits, target, ONE, None, *out, False).shape == (0, 9)

@@ -12,8 +12,6 @@ from flowrl_kernels.triton import linear_residual as room
 from flowrl_kernels.triton import matmul
 from tests.test_single_pass import LENGTHS, batch, run
 
-DTYPES = [torch.float32, torch.float16]
-WITHIN = {torch.float32: 1e-5, torch.float16: 2e-3}
 TRITON = {"impl": "triton"}
 
 
@@ -39,10 +37,16 @@ def head_of(vocab_size, num_tokens):
     return {"bias": bias, "temperature": temperature, "softcap": 30.0, "logit_scale": 1.1}
 
 
-@pytest.mark.parametrize("tokens", [14, 1000])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("full", [False, True], ids=["plain", "full head"])
-def test_one_pass_equals_two_and_keeps_the_bits_of_logp(monkeypatch, counted, tokens, dtype, full):
+@pytest.mark.parametrize(
+    ("tokens", "full"),
+    [
+        (14, True),
+        (1000, False),
+        pytest.param(14, False, marks=pytest.mark.nightly),
+        pytest.param(1000, True, marks=pytest.mark.nightly),
+    ],
+)
+def test_one_pass_equals_two_and_keeps_the_bits_of_logp(monkeypatch, counted, tokens, dtype, within, full):
     monkeypatch.setattr(operator, "chunk_tokens", lambda *_: tokens)
     monkeypatch.setattr(room, "BLOCK", 256)  # several steps along a row, each over logits already read
     data = batch(dtype)
@@ -59,11 +63,10 @@ def test_one_pass_equals_two_and_keeps_the_bits_of_logp(monkeypatch, counted, to
     assert all(torch.equal(one.metrics[k], two.metrics[k]) for k in two.metrics)
     for got, expected in zip(one_grads, two_grads):
         assert got.dtype == expected.dtype
-        assert_grad_close(got, expected, rel=WITHIN[dtype], row=0.2)
+        assert_grad_close(got, expected, rel=2 * within, row=0.2)  # each is rounded by itself
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_match_float64(monkeypatch, counted, dtype):
+def test_gradients_match_float64(monkeypatch, counted, dtype, within):
     monkeypatch.setattr(operator, "chunk_tokens", lambda *_: 14)
     data = batch(dtype)
     head = head_of(1300, len(data[0]))
@@ -86,20 +89,19 @@ def test_gradients_match_float64(monkeypatch, counted, dtype):
             w = (logp.detach() - old)[low:high].sum().exp().clamp(0.8, 1.2)
             loss = loss + w * d.square() / len(reward)
     for a, b in zip(got, torch.autograd.grad(loss * 2**10, exact)):
-        assert_grad_close(a, b, rel=WITHIN[dtype], row=0.05)
+        assert_grad_close(a, b, rel=within, row=40 * within)
 
 
-def test_the_weight_stays_exactly_one_on_the_first_minibatch(counted):
-    data = list(batch())
+def test_the_weight_stays_exactly_one_on_the_first_minibatch(counted, dtype):
+    data = list(batch(dtype))
     data[4] = linear_logprob(*data[:3], impl="triton").logp
     out, _ = run(True, data, settings=TRITON)
     assert counted
     assert torch.equal(out.weight, (LENGTHS > 0).float())
 
 
-@pytest.mark.parametrize("tokens", [14, 1000])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_masked_tokens_are_skipped_and_never_read(monkeypatch, counted, tokens, dtype):
+@pytest.mark.parametrize("tokens", [14, pytest.param(1000, marks=pytest.mark.nightly)])
+def test_masked_tokens_are_skipped_and_never_read(monkeypatch, counted, tokens, dtype, within):
     monkeypatch.setattr(operator, "chunk_tokens", lambda *_: tokens)
     data = list(batch(dtype))
     mask = torch.rand(len(data[0]), generator=torch.Generator().manual_seed(2)) < 0.6
@@ -114,12 +116,15 @@ def test_masked_tokens_are_skipped_and_never_read(monkeypatch, counted, tokens, 
     assert (grads[0][~mask] == 0).all()
     for got, same, expected in zip(grads, clean_grads, two_grads):
         assert torch.equal(got, same)
-        assert_grad_close(got, expected, rel=WITHIN[dtype], row=0.2)
+        assert_grad_close(got, expected, rel=2 * within, row=0.2)  # each is rounded by itself
 
 
-@pytest.mark.parametrize("preset", ["group", "tb_ppo_style", "token_log_z_beta30"])
-def test_rows_whose_sequences_depend_on_each_other_need_one_chunk(monkeypatch, counted, preset):
-    data = batch()
+@pytest.mark.parametrize(
+    ("preset", "dtype"),
+    [("group", torch.float32), ("tb_ppo_style", torch.float16), ("token_log_z_beta30", torch.bfloat16)],
+)
+def test_rows_whose_sequences_depend_on_each_other_need_one_chunk(monkeypatch, counted, preset, dtype, within):
+    data = batch(dtype)
     groups = torch.tensor([0, 0, 0, 1, 1, 2])
     arguments = {"settings": {"preset": preset, **TRITON}, "groups": groups}
     arguments["log_z"] = "group" if preset == "group" else ...
@@ -131,7 +136,7 @@ def test_rows_whose_sequences_depend_on_each_other_need_one_chunk(monkeypatch, c
     assert torch.equal(one.loss, two.loss)
     for got, expected in zip(one_grads, two_grads):
         if expected is not None:
-            assert_grad_close(got, expected, rel=1e-5)
+            assert_grad_close(got, expected, rel=2 * within, row=100 * within)
 
 
 def test_a_sequence_longer_than_the_buffer_makes_its_own_logits_twice(monkeypatch, counted):
@@ -147,9 +152,9 @@ def test_a_sequence_longer_than_the_buffer_makes_its_own_logits_twice(monkeypatc
     assert out.dbias.norm() > 0
 
 
-def test_frozen_parts_run_no_product(monkeypatch, counted):
+def test_frozen_parts_run_no_product(monkeypatch, counted, dtype):
     monkeypatch.setattr(operator, "chunk_tokens", lambda *_: 14)
-    hidden, weight, target, ref, old, reward, log_z = batch()
+    hidden, weight, target, ref, old, reward, log_z = batch(dtype)
     shapes = []
     product = matmul.matmul_into
 
@@ -177,15 +182,15 @@ def test_frozen_parts_run_no_product(monkeypatch, counted):
     assert found["hidden"][1] is None
 
 
-def test_two_runs_give_the_same_bits():
-    data = batch(torch.float16)
+def test_two_runs_give_the_same_bits(dtype):
+    data = batch(dtype)
     first, second = (run(True, data, settings=TRITON)[1] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_a_wrong_target_is_nan_in_the_loss_and_its_sequences_gradient(monkeypatch):
+def test_a_wrong_target_is_nan_in_the_loss_and_its_sequences_gradient(dtype):
     """As in two passes, where looking at the targets would cost a sync; here the launcher is called by itself."""
-    hidden, weight, target, ref, old, reward, log_z = batch()
+    hidden, weight, target, ref, old, reward, log_z = batch(dtype)
     clean = target.clone()
     clean[3] = 1300
     from flowrl_kernels.presets import PRESETS
@@ -201,8 +206,8 @@ def test_a_wrong_target_is_nan_in_the_loss_and_its_sequences_gradient(monkeypatc
     assert out.dhidden[7:].isfinite().all()
 
 
-def test_a_batch_without_tokens_gets_zeros():
-    hidden, weight, target, *_ = batch()
+def test_a_batch_without_tokens_gets_zeros(dtype):
+    hidden, weight, target, *_ = batch(dtype)
     x, w = hidden[:0].clone().requires_grad_(), weight.clone().requires_grad_()
     nothing = torch.zeros(0)
     module = LinearFlowRLLoss(**TRITON)
