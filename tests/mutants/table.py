@@ -231,7 +231,7 @@ ROWS = [
     ("an infinite beta", "losses.py", "if value is not None and not abs(value) < math.inf:", "if False:",
      of("test_loss_arguments.py", "test_flowrl_loss_refuses[beta infinite]")),
     ("a backend that is not there", "dispatch.py", "if stem not in STEMS[impl]:", "if False:",
-     of("test_loss_arguments.py", "test_flowrl_loss_refuses[a backend that is not there]")),
+     of("test_dispatch.py", "test_a_stem_that_an_implementation_does_not_have_is_named")),
     ("log Z starts anywhere", "nn.py", "nn.init.zeros_(self.out.weight)", "pass",
      of("test_log_partition.py", "test_it_starts_at_zero_and_learns")),
     ("log Z reads the padding", "nn.py", ".masked_fill(~segments.mask[..., None], 0.0)", "",
