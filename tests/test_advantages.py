@@ -218,3 +218,43 @@ def test_the_target_of_gflowrl_is_its_clipped_gap():
     torch.testing.assert_close(got, torch.tensor([0.1, -0.1, 0.0], dtype=torch.float64))
     far = advantages.gflowrl_target(reward, ratio, torch.tensor([0, 0, 1]), beta=8.0)
     torch.testing.assert_close(far, torch.tensor([0.2, -0.28, 0.0], dtype=torch.float64))
+
+
+ROW, IDS = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0, 0, 1])
+FLAT = torch.ones(3, 2)
+BAD = {
+    "raft of a list": (lambda: advantages.raft([1.0]), TypeError, "reward: .*list"),
+    "eps below 0": (lambda: advantages.group_normalize(ROW, IDS, eps=-1), ValueError, "eps: .*at least 0.*-1"),
+    "scale as text": (lambda: advantages.group_normalize(ROW, IDS, scale="no"), TypeError, "scale: .*'no'"),
+    "tolerance as text": (lambda: advantages.reinforce_rej(ROW, IDS, tolerance="0"), TypeError, "tolerance: .*'0'"),
+    "strength as a list": (
+        lambda: advantages.unlikeliness_reward(ROW, ROW, IDS, strength=[0.5]), TypeError, r"strength: .*\[0.5\]",
+    ),
+    "gamma infinite": (lambda: advantages.gae(ROW, FLAT, FLAT, gamma=math.inf), ValueError, "gamma: .*inf"),
+    "lam as None": (lambda: advantages.gae(ROW, FLAT, FLAT, lam=None), TypeError, "lam: .*None"),
+    "no value": (lambda: advantages.gae(ROW, None, FLAT), TypeError, "value: .*NoneType"),
+    "gamma as an array": (
+        lambda: advantages.reinforce_pp_advantage(ROW, FLAT, gamma=torch.ones(2)), ValueError, r"gamma: .*\(2,\)",
+    ),
+    "a mask of fractions": (lambda: advantages.whiten(FLAT, 0.5 * FLAT), ValueError, "mask: .*other values"),
+    "a complex mask": (lambda: advantages.whiten(FLAT, FLAT * 1j), TypeError, "mask: .*complex64"),
+    "boundaries that fall": (
+        lambda: advantages.gae(ROW, ROW, ROW > -1, cu_seqlens=torch.tensor([0, 2, 1, 3])), ValueError,
+        "cu_seqlens: .*rising",
+    ),
+    "no rollouts": (lambda: advantages.optimal_value(torch.ones(2, 0)), ValueError, r"reference_rewards: .*\(2, 0\)"),
+    "rewards of another number": (
+        lambda: advantages.qrpo_target(ROW, torch.ones(2, 4), beta=1.0), ValueError, r"reward: .*\(2,\).*\(3,\)",
+    ),
+    "a clip of one": (lambda: advantages.gflowrl_target(ROW, ROW, IDS, clip=(0.2,)), ValueError, "clip: .*low, high"),
+    "ratios of another number": (
+        lambda: advantages.gflowrl_target(ROW, ROW[:2], IDS), ValueError, r"log_ratio_ref: .*\(2,\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_an_argument_that_cannot_be_meant_is_named(case):
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call()

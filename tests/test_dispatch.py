@@ -71,3 +71,8 @@ def test_every_public_name_loads():
         assert getattr(flowrl_kernels, name) is not None
     with pytest.raises(AttributeError):
         flowrl_kernels.no_such_name  # noqa: B018
+
+
+def test_a_stem_that_an_implementation_does_not_have_is_named():
+    with pytest.raises(RuntimeError, match="impl='triton'.*no triton implementation of context_parallel"):
+        dispatch.resolve("context_parallel", "triton", torch.ones(1))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,7 +66,20 @@ FLOW = {
     "a reference beside another anchor": ({"anchor": "old", "logp_old": X}, ValueError, "logp_ref: .*anchor='old'"),
     "beta as text": ({"beta": "3"}, TypeError, "beta: wanted a number; got '3'"),
     "beta that is learned": ({"beta": torch.ones((), requires_grad=True)}, ValueError, "beta: .*item"),
-    "length_normalize as text": ({"length_normalize": "no"}, ValueError, "length_normalize: "),
+    "length_normalize as a list": (
+        {"length_normalize": [1.0]},
+        TypeError,
+        r"length_normalize: .*True or False.*\[1.0\]",
+    ),
+    "phi as a list": ({"phi": ["exp"]}, ValueError, r"phi: wanted one of .*\['exp'\]"),
+    "ratio as an array": ({"ratio": np.ones(3)}, ValueError, "ratio: wanted one of .*array"),
+    "log_z as an array": ({"log_z": np.ones(2)}, ValueError, "log_z: wanted a tensor.*array"),
+    "preset as a list": ({"preset": ["paper"]}, ValueError, r"preset: wanted one of .*\['paper'\]"),
+    "impl as an array": ({"impl": np.ones(2)}, TypeError, "impl: wanted one of .*array"),
+    "groups that nothing reads, as an array": ({"groups": np.ones(3)}, TypeError, "groups: .*ndarray"),
+    "normalizer that is complex": ({"normalizer": torch.ones(1) * 1j}, TypeError, "normalizer: .*complex64"),
+    "beta that is complex": ({"beta": torch.tensor(1j)}, TypeError, "beta: .*complex64"),
+    "length_normalize as text": ({"length_normalize": "no"}, TypeError, "length_normalize: "),
     "a length per token": (
         {"length_normalize": True, "preset": "token_log_z_beta30"},
         ValueError,
@@ -82,7 +96,7 @@ FLOW = {
     "normalizer of three numbers": ({"normalizer": (1, 2, 3)}, ValueError, "normalizer: "),
     "normalizer with a 0": ({"normalizer": (4, 0)}, ValueError, "normalizer: .*above 0"),
     "impl unknown": ({"impl": "fast"}, ValueError, "impl: .*'chunked'.*'fast'"),
-    "a backend that is not there": ({"impl": "cuda"}, RuntimeError, "'cuda'.*cannot run"),
+    "a backend that is not there": ({"impl": "cuda"}, ValueError, "impl: .*'cuda'.*holds no operator"),
 }
 
 

@@ -122,12 +122,14 @@ def test_policy_gradients(ratio, aggregate, per_token, layout, poison):
     tensors = made()
     if per_token:
         tensors["reward"] = torch.randn(B, T, generator=torch.Generator().manual_seed(8))
+    bounds = {"dual_clip": 2.0} if ratio in ("token", "sequence") else {}
+    bounds |= {"horizon": 9} if aggregate == "seq-mean-token-sum-norm" else {}
 
     def run(given, place):
         return named(
             policy_gradient_loss(
-                given["logp"], given["old"], given["reward"], ratio=ratio, aggregate=aggregate, kl=0.1, horizon=9,
-                logp_ref=given["ref"], dual_clip=2.0, **place,
+                given["logp"], given["old"], given["reward"], ratio=ratio, aggregate=aggregate, kl=0.1,
+                logp_ref=given["ref"], **bounds, **place,
             )
         )  # fmt: skip
 

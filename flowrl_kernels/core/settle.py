@@ -112,6 +112,8 @@ def settle(
         row = dataclasses.replace(row, log_z=log_z)
     reward = checks.floating(given_reward, reward, dims=1)
     checks.same_device(given_reward, reward, "logp", logp)
+    if groups is not None:
+        checks.same_device("groups", checks.integers("groups", groups, tuple(reward.shape)), "logp", logp)
     segments = segments_of(logp, mask, cu_seqlens, "logp", reward, given_reward)
     for name, value in ((given_anchor, logp_ref), ("logp_old", logp_old), ("logp_sampler", logp_sampler)):
         check_tokens(name, value, logp)
@@ -127,7 +129,6 @@ def settle(
     elif row.log_z in ("group", "through"):
         if groups is None:
             checks.fail("groups", f"[B] integer ids, for log_z={row.log_z!r}", None)
-        checks.same_device("groups", checks.integers("groups", groups, tuple(reward.shape)), "logp", logp)
         if row.level == "token":
             checks.fail("log_z", "a tensor or None at token level", repr(row.log_z))
     if anchor_is_given or row.anchor == "ref":
