@@ -125,6 +125,8 @@ class Scorer:
         # rewards travel by name, tasks by value
         self._spec: str | Task = cfg.reward or task
         self._workers: list[_Worker | None] = [None] * cfg.reward_workers
+        if cfg.reward == "code" and cfg.name in ("sums", "countdown"):
+            raise ValueError(f"task.reward = 'code' needs rows with tests (task.name = 'file'), got {cfg.name!r}")
         if cfg.reward == "code":  # its own deadline comes first: a program that runs on is wrong, not unscorable
             self._timeout += importlib.import_module("flowrl_kernels.trainer.tasks.code").GRACE_SECONDS
         self._failed_starts = 0

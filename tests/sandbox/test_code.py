@@ -229,7 +229,7 @@ def test_numpy_is_there_where_it_is_installed():
 
 @needs_sandbox
 def test_the_scorer_counts_programs_that_fail_and_scores_them_zero():
-    scorer = Scorer(TaskConfig(reward="code", reward_workers=2, reward_timeout=2.0), Sums())
+    scorer = Scorer(TaskConfig(name="file", reward="code", reward_workers=2, reward_timeout=2.0), Sums())
     tests = CodeTests(**{**vars(ADD), "deadline": 2.0})
     good = "```python\nprint(sum(map(int, input().split())))\n```"
     responses = [good, "1/0", "while 1: pass", "print(1)", good]
@@ -238,6 +238,8 @@ def test_the_scorer_counts_programs_that_fail_and_scores_them_zero():
     assert scorer.score(problems, [*responses, "def f(x): pass"]) == [1.0, 0.0, 0.0, 0.0, 1.0, None]
     assert scorer.take_counts() == {"raised": 2, "timed_out": 1, "unscorable": 1}
     scorer.close()
+    with pytest.raises(ValueError, match="needs rows with tests .*, got 'countdown'"):
+        Scorer(TaskConfig(name="countdown", reward="code"), Sums())
 
 
 def human_eval():

@@ -294,7 +294,7 @@ def test_without_a_sandbox_code_rewards_are_refused_by_name(broken, monkeypatch)
     with pytest.raises(ValueError, match=r"task\.reward = 'code' needs a sandbox, and none can run here: "):
         find_reward("code")
     with pytest.raises(ValueError, match="needs a sandbox"):
-        Scorer(TaskConfig(reward="code"), Sums())
+        Scorer(TaskConfig(name="file", reward="code"), Sums())
 
 
 def test_a_start_that_fails_says_why(monkeypatch):
