@@ -3,7 +3,7 @@
 import pytest
 from fuzz.run import DOORS, SLOW, fuzz, missing, report, warm_up
 
-INPUTS = 30
+INPUTS = 16
 
 
 @pytest.fixture(scope="module", autouse=True)

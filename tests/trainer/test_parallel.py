@@ -47,7 +47,10 @@ ALGORITHMS = {
 }
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+OFTEN = ("flowrl", "grpo", "ppo")  # the others share their code, and run nightly
+
+
+@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.nightly) for n in ALGORITHMS])
 def test_the_gradient_is_the_same_for_any_split_into_micro_batches(tmp_path, name):
     whole = alone(tmp_path / "a", *ALGORITHMS[name])
     for i, split in enumerate((["20", "0"], ["64", "16"])):
@@ -71,14 +74,15 @@ def test_bfloat16_trains_on_float32_master_weights(tmp_path):
     assert 0.9 < cosine < 1 - 1e-7  # the same direction, by other arithmetic
 
 
+TIED = "a replica on each, tied head"
 CASES = {
     "sharded": ("flowrl", [], []),
-    "a replica on each, tied head": ("grpo", ["--model.tied", "True"], ["--parallel.replicate", "2"]),
+    TIED: ("grpo", ["--model.tied", "True"], ["--parallel.replicate", "2"]),
 }
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["sharded", pytest.param(TIED, marks=pytest.mark.nightly)])
 def test_two_ranks_have_the_gradients_of_one_which_can_resume_their_run(tmp_path, case):
     name, args, mesh = CASES[case]
     args = [*ALGORITHMS[name], *args, "--algorithm.minibatch_prompts", "4", "--parallel.max_tokens", "40"]

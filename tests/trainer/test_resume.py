@@ -58,9 +58,12 @@ def test_resuming_with_other_numbers_is_refused_by_field(tmp_path):
         train(tmp_path, "run", "--run.steps", "2", "--run.resume", "True", "--optim.lr", "0.5")
 
 
-def test_a_run_killed_three_times_ends_with_the_numbers_of_one_that_was_not(tmp_path):
+@pytest.mark.parametrize(
+    ("last", "every", "moments"), [(8, 2, (5,)), pytest.param(40, 4, (6, 15, 27), marks=pytest.mark.nightly)]
+)
+def test_a_killed_run_ends_with_the_numbers_of_one_that_was_not(tmp_path, last, every, moments):
     """SIGKILL at moments that fall into steps, evaluations and checkpoints as they may."""
-    settings = ["--run.steps", "40", "--checkpoint.every", "4", "--eval.every", "10"]
+    settings = ["--run.steps", str(last), "--checkpoint.every", str(every), "--eval.every", str(2 * every + 2)]
     want = train(tmp_path, "whole", *settings)
     file = tmp_path / "empty.toml"
     file.write_text("")
@@ -68,7 +71,7 @@ def test_a_run_killed_three_times_ends_with_the_numbers_of_one_that_was_not(tmp_
     command += arguments(tmp_path, "killed", *settings)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run, resume = tmp_path / "killed", []
-    for steps in (6, 15, 27):
+    for steps in moments:
         process = subprocess.Popen([*command, *resume], env=environment, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while _last_step(run) < steps and process.poll() is None and time.monotonic() < deadline:
@@ -81,7 +84,7 @@ def test_a_run_killed_three_times_ends_with_the_numbers_of_one_that_was_not(tmp_
     done = subprocess.run([*command, *resume], env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     assert numbers(tmp_path, "killed") == numbers(tmp_path, "whole")
-    assert numbers(tmp_path, "killed")[-1] == {"step": 40, "kind": "final", **want}
+    assert numbers(tmp_path, "killed")[-1] == {"step": last, "kind": "final", **want}
 
 
 def _last_step(run: Path) -> int:

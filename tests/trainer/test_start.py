@@ -74,7 +74,7 @@ def said(tmp_path, capsys, *args):
         ("rollout.temperature inf", "rollout.temperature: wanted a finite number"),
         ("optim.lr nan", "optim.lr: wanted"),
         ("log.samples_every 0", "log.samples_every: wanted at least 1; got 0"),
-        ("run.device cuda", "run.device = 'cuda', and PyTorch sees no CUDA device"),
+        ("run.device cuda", "run.device: 'cuda' was asked for, and PyTorch sees no CUDA device"),
         ("model.liger True", "model.liger: liger_kernel is not installed: pip install 'flowrl-kernels[liger]'"),
         ("log.tensorboard True", "log.tensorboard: tensorboard is not installed"),
         ("log.wandb True", "log.wandb: wandb is not installed"),
