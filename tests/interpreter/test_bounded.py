@@ -83,7 +83,7 @@ def test_it_drops_the_pairs_of_the_definition_in_torch_and_gives_its_gradients(a
     seen = []
 
     def spy(*arguments):  # the two forwards round differently: a pair on the edge may fall either way
-        seen.append(make_plan(*arguments, columns))
+        seen.append(make_plan(*arguments))
         return seen[-1]._replace(active=plans[0].active[grad != 0])
 
     monkeypatch.setattr(definition, "make_plan", spy)
