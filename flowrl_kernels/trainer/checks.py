@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from typing import Any
 
-from flowrl_kernels.trainer import algorithms, losses
+from flowrl_kernels.trainer import algorithms, objective, packages
+from flowrl_kernels.trainer.batches import SHORT_ROW, plan
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.evaluate import chosen
-from flowrl_kernels.trainer.packing import SHORT_ROW, plan
 from flowrl_kernels.trainer.tasks import Problem, Task
-
-# field of the config -> (module it needs, what to install)
-PACKAGES = {
-    "log.tensorboard": ("tensorboard", "tensorboard"),
-    "log.wandb": ("wandb", "wandb"),
-    "model.liger": ("liger_kernel", "liger"),
-}
 
 
 def check_algorithm(config: Config) -> None:
@@ -44,9 +35,9 @@ def check_algorithm(config: Config) -> None:
             f"algorithm.overlong_buffer: wanted at most rollout.max_new_tokens = {most}; got {a.overlong_buffer}"
         )
     if algorithm.residual:
-        losses.log_z_kind(config)  # the preset's name, and what goes with it
+        objective.log_z_kind(config)  # the preset's name, and what goes with it
         why = f"algorithm.reward = {a.reward!r}" if a.reward != "raw" else ""
-        why = f"log Z by the group's mean ({a.preset})" if losses.log_z_kind(config) in ("group", "through") else why
+        why = f"log Z by the group's mean ({a.preset})" if objective.log_z_kind(config) in ("group", "through") else why
     else:
         why = a.name if algorithm.compares else ""
     if a.filter_groups or a.unlikeliness > 0:
@@ -57,10 +48,10 @@ def check_algorithm(config: Config) -> None:
 
 def check_packages(config: Config) -> None:
     """Refuses what needs a package that is not installed."""
-    for field, (module, extra) in PACKAGES.items():
+    for field in packages.PACKAGES:
         section, name = field.split(".")
-        if getattr(getattr(config, section), name) and importlib.util.find_spec(module) is None:
-            raise ValueError(f"{field}: {module} is not installed: pip install 'flowrl-kernels[{extra}]'")
+        if getattr(getattr(config, section), name):
+            packages.require(field)
 
 
 def check_splits(config: Config, task: Task) -> None:
@@ -112,6 +103,35 @@ def check_evaluated(config: Config, task: Task, encode: Callable[[Problem], list
                 )
 
 
+def fitting(
+    config: Config, task: Task, encode: Callable[[Problem], list[int]], limit: int | None
+) -> tuple[list[Problem], list[str]]:
+    """The training problems whose prompts fit, and what the log should say of those that do not.
+
+    Raises:
+        ValueError: there are none.
+    """
+    problems = list(task.problems("train"))
+    kept = [p for p in problems if limit is None or len(encode(p)) <= limit]
+    if not kept:
+        r = config.rollout
+        why = ""
+        if not r.max_prompt_tokens and limit is not None:
+            context = limit + r.max_new_tokens
+            why = f"; with a response of {r.max_new_tokens} they exceed the model's context of {context}"
+        raise ValueError(f"task: no training problem (of {len(problems)}) with a prompt of at most {limit} tokens{why}")
+    left = len(problems) - len(kept)
+    return kept, [f"{left} of {len(problems)} prompts are longer than {limit} tokens: left out"] if left else []
+
+
+def check_answer(config: Config, task: Task) -> None:
+    """Refuses responses that cannot hold the task's longest answer."""
+    budget = config.rollout.max_new_tokens
+    answer = task.max_response_tokens if not config.model.name else None
+    if answer is not None and answer > budget:
+        raise ValueError(f"rollout.max_new_tokens: {task.name}'s longest answer has {answer} tokens; got {budget}")
+
+
 def check_budgets(config: Config, longest: int) -> None:
     """Refuses budgets that the longest prompt with the longest response, or such a group, does not fit into.
 
@@ -126,16 +146,10 @@ def check_budgets(config: Config, longest: int) -> None:
                 f"parallel.{name}: wanted at least {length}, for a prompt of {longest} and a response of "
                 f"{r.max_new_tokens} tokens; got {budget}"
             )
-    if losses.whole_groups(config):
+    if objective.whole_groups(config):
         row = p.row_tokens or max(min(SHORT_ROW, p.max_tokens), length)
         if len(plan([length] * r.samples, max_tokens=p.max_tokens, row_tokens=row)) > 1:
             raise ValueError(
                 f"parallel.max_tokens: preset {config.algorithm.preset!r} wants a group in one micro-batch, up to "
                 f"{r.samples} x {length} tokens; got {p.max_tokens}"
             )
-
-
-def refusal(error: Any, config: Config) -> ValueError:
-    """What a chat template's own refusal means to the user."""
-    key = "task.system" if config.task.system else "task.chat_template"
-    return ValueError(f"{key}: the chat template of {config.model.name!r} refuses these messages: {error}")

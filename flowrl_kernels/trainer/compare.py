@@ -14,7 +14,8 @@ from typing import Any, get_args
 
 from flowrl_kernels.trainer import config_file, parallel, run_folder
 from flowrl_kernels.trainer.config import AlgorithmName, Config, check
-from flowrl_kernels.trainer.metrics import print_table, read_lines
+from flowrl_kernels.trainer.log import read_lines
+from flowrl_kernels.trainer.terminal import Terminal
 
 METHODS = ("flowrl", "grpo", "ppo", "reinforce_pp")  # of a file that names none in [compare.NAME] tables
 COLUMNS = {
@@ -133,7 +134,7 @@ def main(argv: Sequence[str]) -> int:
         runs.append(folder)
         rows.append({**row_of(folder, name), "minutes": (time.monotonic() - began) / 60})
     if rows:
-        print_table(f"{args.config}: the test split", rows)
+        Terminal().table(f"{args.config}: the test split", rows)
         (out / "compare.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         from flowrl_kernels.trainer.plot import plot_runs
 

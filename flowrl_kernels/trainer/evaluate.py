@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flowrl_kernels.trainer.config import EvalConfig
+from flowrl_kernels.trainer.reward import Scorer
 from flowrl_kernels.trainer.tasks.base import Problem, Task
-
-if TYPE_CHECKING:
-    from flowrl_kernels.trainer.config import EvalConfig
-    from flowrl_kernels.trainer.reward import Scorer
 
 
 class Response(NamedTuple):
@@ -32,30 +28,6 @@ Sample = Callable[[Sequence[Problem], int, int, int], list[list[Response]]]
 
 LogProbs = Callable[[list[Problem], list[str]], Tensor]
 """(problems, texts) -> [B] float64: log-probability of each text and its EOS at the sampling temperature."""
-
-
-QUIET_SECONDS = 10.0  # between lines where there is no terminal to draw a bar on
-
-
-class Meter:
-    """progress(done, total) on stderr: a bar that goes away on a terminal, else a line every ten seconds."""
-
-    def __init__(self, label: str):
-        self.label, self.start = label, time.monotonic()
-        self.quiet_until = self.start + QUIET_SECONDS
-        self.bar: Any = None
-
-    def __call__(self, done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = self.bar or tqdm(total=total, desc=self.label, unit="problem", leave=False)
-            self.bar.update(done - self.bar.n)
-            if done >= total:
-                self.bar.close()
-        elif time.monotonic() >= self.quiet_until:
-            self.quiet_until = time.monotonic() + QUIET_SECONDS
-            print(f"{self.label}: {done}/{total} problems", file=sys.stderr, flush=True)
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:

@@ -7,16 +7,18 @@ import importlib.util
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
-from flowrl_kernels.trainer import checkpoint, config_file, losses, measure, parallel, policy, report, setup
+from flowrl_kernels.trainer import checkpoint, config_file, measure, objective, parallel, policy, report
 from flowrl_kernels.trainer.config import Config, check
-from flowrl_kernels.trainer.evaluate import Meter, sampled
-from flowrl_kernels.trainer.metrics import print_table
+from flowrl_kernels.trainer.evaluate import sampled
 from flowrl_kernels.trainer.parallel import World
+from flowrl_kernels.trainer.parts import make_engine, make_text, stop_tokens
 from flowrl_kernels.trainer.reward import Scorer
 from flowrl_kernels.trainer.rollout import Sampling
 from flowrl_kernels.trainer.tasks import build_task
+from flowrl_kernels.trainer.terminal import Terminal
 
 
 def open_run(folder: Path) -> tuple[Config, Path]:
@@ -45,7 +47,7 @@ def source_of(config: Config) -> str:
 def restore(config: Config, newest: Path, world: World) -> policy.Policy:
     """The policy of a checkpoint, whole and in one process, however many ranks wrote it."""
     folder, source = Path(config.run.dir), source_of(config)
-    needs = losses.needs(config)
+    needs = objective.needs(config)
     model = policy.load_model(source, config.model, parallel.attention_of(config.model, config.parallel, world.device))
     actor = policy.make_policy(config, world, model, log_z=needs.log_z, value=needs.value)
     checkpoint.load_model(newest, folder, actor)
@@ -98,7 +100,7 @@ def export_run(folder: Path, out: Path, dtype: str | None = None, args: list[str
     try:
         policy.save_folder(
             actor, tokenizer, partial, world,
-            stop=setup.stop_tokens(actor, tokenizer), dtype=dtype or config.checkpoint.dtype,
+            stop=stop_tokens(actor, tokenizer), dtype=dtype or config.checkpoint.dtype,
         )  # fmt: skip
         os.rename(partial, out)
     except BaseException:
@@ -152,25 +154,22 @@ def evaluate_run(
     scorer = Scorer(config.task, task)
     if newest is not None:
         tokenizer = policy.load_tokenizer(source_of(config), config.model)
-        encode = setup.make_encoder(config, task, tokenizer)
+        text = make_text(config, task, tokenizer)
         actor = restore(config, newest, world)
     else:
-        tokenizer = setup.make_tokenizer(config, task)
-        encode = setup.make_encoder(config, task, tokenizer)
+        text = make_text(config, task)
         attention = parallel.attention_of(config.model, config.parallel, world.device)
         actor = policy.make_policy(config, world, policy.load_model(config.model.name, config.model, attention))
-    stop = setup.stop_tokens(actor, tokenizer)
-    sampling = Sampling(config.rollout.max_new_tokens, config.eval.temperature, stop)
-    sample = measure.make_sampler(
-        setup.make_engine(config, actor, world), encode, setup.make_decoder(tokenizer), sampling, world
-    )
+    sampling = Sampling(config.rollout.max_new_tokens, config.eval.temperature, stop_tokens(actor, text.tokenizer))
+    sample = measure.make_sampler(make_engine(config, actor, world), text, sampling, world)
     at_once = max(1, config.rollout.batch // config.eval.samples)  # what the engine decodes at once
+    terminal = Terminal()
     try:
-        show = Meter(f"{split} split")
+        show = partial(terminal.evaluating, split)
         done = sampled(task, split, sample, scorer, config.eval, config.eval.seed, at_once=at_once, progress=show)
     finally:
         scorer.close()
-    print_table(f"{source}, {split} split", done.figures)
+    terminal.table(f"{source}, {split} split", done.figures)
     for reason, count in done.reasons.items():
         print(f"{count} responses could not be scored: {reason}")
     found = report.contents(config, source, None if newest is None else newest.name, split, done, actor)

@@ -6,58 +6,31 @@ One step reads top to bottom in `_steps`; everything else here is what its lines
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowrl_kernels.trainer import (
-    advantage,
     checkpoint,
     config_file,
-    losses,
     measure,
+    objective,
     parallel,
     run_folder,
-    setup,
+    shaping,
     stop,
 )
+from flowrl_kernels.trainer.batches import MicroBatch, pack, stand_in
 from flowrl_kernels.trainer.config import Config
-from flowrl_kernels.trainer.packing import MicroBatch, pack, stand_in
-from flowrl_kernels.trainer.setup import Run
-from flowrl_kernels.trainer.tasks import Problem
+from flowrl_kernels.trainer.plot import plot_runs
+from flowrl_kernels.trainer.policy import Policy
+from flowrl_kernels.trainer.records import Lap, Progress, Result, Rollouts, Run, Shaped, Update
+from flowrl_kernels.trainer.run import export, prepare, resume
 
 
 class NotFinite(RuntimeError):
     """Too many updates in a row had a loss or gradient that is not finite."""
-
-
-@dataclass
-class Progress:
-    """What a checkpoint says about the loop; the position in the data follows from `step`."""
-
-    step: int = 0
-    updates: int = 0
-    skipped: int = 0
-    bad_in_a_row: int = 0
-    evaluated: int = -1  # the last step whose evaluation, where it has one, is done
-
-
-@dataclass
-class Rollouts:
-    """This rank's responses of one step, those of a prompt next to each other."""
-
-    problems: list[Problem]  # per sequence
-    numbers: list[int]  # per sequence, its number among those of all ranks
-    prompts: list[np.ndarray]
-    responses: list[np.ndarray]
-    logp: Tensor  # [B, T] fp32 as sampled
-    finished: Tensor  # [B] bool
-    texts: list[str]
-    reward: list[float | None] = field(default_factory=list)
 
 
 def train(config: Config) -> dict[str, float]:
@@ -72,8 +45,8 @@ def train(config: Config) -> dict[str, float]:
     with stop.watch() as watch:
         world = parallel.start(config.run, config.parallel)
         try:
-            run = setup.prepare(config, world)
-            progress = setup.resume(run, Progress)
+            run = prepare(config, world)
+            progress = resume(run)
             try:
                 with watch.waiting():
                     _steps(run, progress, watch)
@@ -91,12 +64,13 @@ def train(config: Config) -> dict[str, float]:
 
 def _steps(run: Run, progress: Progress, watch: stop.Watch) -> None:
     """The loop. An evaluation follows its step's checkpoint, and is made up for by a run resumed from there."""
-    config, needs = run.config, losses.needs(run.config)
+    config, needs = run.config, objective.needs(run.config)
     every = config.checkpoint.every
     while True:
         if progress.evaluated < progress.step:
             if split := due(config, progress.step):
-                measure.evaluation(run, progress.step, split if split == "valid" else measure.last_split(run))
+                split = split if split == "valid" else measure.last_split(run)
+                run.log.evaluation(progress.step, split, measure.evaluation(run, split))
             progress.evaluated = progress.step
         leave(run, progress, watch)
         if progress.step >= config.run.steps:
@@ -105,22 +79,23 @@ def _steps(run: Run, progress: Progress, watch: stop.Watch) -> None:
         rollouts = collect(run, step)
         lap("rollout")
         rollouts.reward = score_rewards(run, rollouts, step)
-        shaped = advantage.shape(config, rollouts, run.world)
+        shaped = shaping.shape(config, rollouts, run.world)
         lap("reward")
         updates = pack_updates(run, rollouts, shaped)
         batches = [batch for update in updates for batch in update.batches]
-        if needs.reference:
+        if run.reference is not None:
             score(run, run.reference, batches, "ref")
         if needs.old:
             score(run, run.policy, batches, "old")
-        advantage.finish(config, batches, run.world)
+        shaping.finish(config, batches, run.world)
         lap("score")
         results = [apply(run, progress, update) for _ in range(config.algorithm.epochs) for update in updates]
         run.engine.update_weights(run.weights(), progress.updates)
         lap("update")
         progress.step = step
-        run.log.step(step, measure.of_step(run, rollouts, shaped, updates, results, progress, lap))
-        measure.samples(run, rollouts, step)
+        run.log.step(step, measure.of_step(run, rollouts, updates, results, progress, lap))
+        if step == 1 or step % config.log.samples_every == 0:
+            run.log.samples(step, measure.samples(run, rollouts, config.log.samples))
         if step < config.run.steps and every and step % every == 0:
             save(run, progress)
         leave(run, progress, watch)
@@ -172,7 +147,7 @@ def collect(run: Run, step: int) -> Rollouts:
     asked = prompt_numbers(config.run.seed, step, r.prompts, len(train))
     numbers = share(config, run.world)
     problems = [train[asked[i]] for i in numbers]
-    prompts = [run.encode(problem) for problem in problems]
+    prompts = [run.text.encode(problem) for problem in problems]
     seed = config.run.seed * 2_000_003 + step
     out = run.engine.generate(prompts, r.samples, run.sampling, seed, numbers)
     n, tokens = r.samples, out.tokens.numpy()
@@ -184,7 +159,7 @@ def collect(run: Run, step: int) -> Rollouts:
         responses=[tokens[b, :length] for b, length in enumerate(lengths)],
         logp=out.logp,
         finished=out.finished,
-        texts=run.decode([tokens[b, :length].tolist() for b, length in enumerate(lengths)]),
+        texts=run.text.decode([tokens[b, :length].tolist() for b, length in enumerate(lengths)]),
     )
 
 
@@ -207,16 +182,7 @@ def score_rewards(run: Run, rollouts: Rollouts, step: int) -> list[float | None]
     return rewards
 
 
-@dataclass
-class Update:
-    """The micro-batches of one optimiser step on this rank, and what all ranks hold together."""
-
-    batches: list[MicroBatch]
-    tokens: int
-    sequences: int
-
-
-def pack_updates(run: Run, rollouts: Rollouts, shaped: advantage.Shaped) -> list[Update]:
+def pack_updates(run: Run, rollouts: Rollouts, shaped: Shaped) -> list[Update]:
     """Packs each update's sequences; every rank ends up with the same number of micro-batches."""
     config, world = run.config, run.world
     a, p = config.algorithm, config.parallel
@@ -233,7 +199,7 @@ def pack_updates(run: Run, rollouts: Rollouts, shaped: advantage.Shaped) -> list
             max_tokens=p.max_tokens,
             row_tokens=p.row_tokens,
             device=world.device,
-            together=config.rollout.samples if losses.whole_groups(config) else 1,
+            together=config.rollout.samples if objective.whole_groups(config) else 1,
             alone=run.policy.packing == "alone",
         )
         for batch in batches:
@@ -251,7 +217,7 @@ def pack_updates(run: Run, rollouts: Rollouts, shaped: advantage.Shaped) -> list
     return [Update(batches, int(t), int(s)) for batches, (t, s) in zip(packed, sums.tolist())]
 
 
-def fill(batch: MicroBatch, rollouts: Rollouts, shaped: advantage.Shaped, rows: Tensor) -> None:
+def fill(batch: MicroBatch, rollouts: Rollouts, shaped: Shaped, rows: Tensor) -> None:
     """Adds what is known per sequence (`shaped`) and per sampled token to a micro-batch."""
     device = batch.ids.device
     # a stand-in may be of a sequence without a reward; 0 * NaN would not be 0
@@ -262,24 +228,13 @@ def fill(batch: MicroBatch, rollouts: Rollouts, shaped: advantage.Shaped, rows: 
 
 
 @torch.no_grad()
-def score(run: Run, policy: Any, batches: list[MicroBatch], which: str) -> None:
+def score(run: Run, policy: Policy, batches: list[MicroBatch], which: str) -> None:
     """Log-probabilities under `policy` on the very micro-batches that training will see."""
     for batch in batches:
-        out = policy(losses.score_head(run.config, batch), batch.ids, batch.positions)
+        out = policy(objective.score_head(run.config, batch), batch.ids, batch.positions)
         batch.per_token[which] = out.logp
         if out.value is not None:
             batch.per_token["value"] = out.value
-
-
-@dataclass
-class Result:
-    """One optimiser step as every rank saw it; tensors stay on the device until the step is logged."""
-
-    outputs: list[Any]
-    loss: float
-    grad_norm: float
-    lr: float
-    skipped: bool
 
 
 def apply(run: Run, progress: Progress, update: Update) -> Result:
@@ -345,27 +300,17 @@ def save(run: Run, progress: Progress) -> None:
         run.log.note(str(error), progress.step)
 
 
-class Lap:
-    """Seconds by phase: `lap("name")` ends one."""
-
-    def __init__(self) -> None:
-        self.start = self.last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def __call__(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name], self.last = now - self.last, now
-
-
 def _finish(run: Run, progress: Progress) -> dict[str, float]:
     """Last checkpoint, final evaluation, exported model, plots; resuming a whole run does this again."""
     save(run, progress)
-    final = measure.final(run, progress.step)
+    step, split = progress.step, measure.last_split(run)
+    figures = measure.evaluation(run, split, last=True)
+    run.log.evaluation(step, split, figures)
+    run.log.final(step, figures)
+    run.log.ending(f"{run.config.algorithm.name} after {step} steps, {split} split", figures)
     if run.config.checkpoint.export:
-        setup.export(run, run.folder / "final")
+        export(run, run.folder / "final")
     if run.config.log.plots and run.world.main:
-        from flowrl_kernels.trainer.plot import plot_runs
-
         pictures = plot_runs([run.folder])
-        run.log.note(f"{len(pictures)} plots in {run.folder / 'plots'}", progress.step)
-    return final
+        run.log.note(f"{len(pictures)} plots in {run.folder / 'plots'}", step)
+    return figures

@@ -1,30 +1,24 @@
-"""What a step, an evaluation and a run are reported by."""
+"""What a step and an evaluation are reported by: counted here, written by `log`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowrl_kernels.trainer import losses, parallel
-from flowrl_kernels.trainer.evaluate import Meter, Response, Sample, exact, sampled
-from flowrl_kernels.trainer.metrics import read_lines
-from flowrl_kernels.trainer.packing import pack
+from flowrl_kernels.trainer import objective, parallel
+from flowrl_kernels.trainer.batches import MicroBatch, pack
+from flowrl_kernels.trainer.evaluate import LogProbs, Response, Sample, exact, sampled
 from flowrl_kernels.trainer.parallel import World
+from flowrl_kernels.trainer.parts import frozen_start
 from flowrl_kernels.trainer.policy import Policy
+from flowrl_kernels.trainer.records import Lap, Progress, Result, Rollouts, Run, Text, Update
 from flowrl_kernels.trainer.rollout import Engine, Sampling
-from flowrl_kernels.trainer.setup import Run, frozen_start
 from flowrl_kernels.trainer.tasks import Problem
-
-if TYPE_CHECKING:
-    from flowrl_kernels.trainer.advantage import Shaped
-    from flowrl_kernels.trainer.loop import Lap, Progress, Result, Rollouts, Update
-
 
 # the library's metrics under the names of a training log
 NAMES = {
@@ -42,7 +36,6 @@ NAMES = {
 def of_step(
     run: Run,
     rollouts: Rollouts,
-    shaped: Shaped,
     updates: list[Update],
     results: list[Result],
     progress: Progress,
@@ -115,22 +108,18 @@ def _merge(run: Run, local: dict[str, tuple[float, float]], extreme: dict[str, f
     return out
 
 
-def samples(run: Run, rollouts: Rollouts, step: int) -> None:
+def samples(run: Run, rollouts: Rollouts, count: int) -> list[dict[str, object]]:
     """A few responses with their rewards, to read."""
-    log = run.config.log
-    if not log.samples or (step != 1 and step % log.samples_every != 0):
-        return
-    rows = [
+    return [
         {"prompt": rollouts.problems[i].prompt, "response": rollouts.texts[i], "reward": rollouts.reward[i]}
-        for i in range(min(log.samples, len(rollouts.texts)))
+        for i in range(min(count, len(rollouts.texts)))
     ]
-    run.log.samples(step, rows)
 
 
 # ------------------------------------------------------------------------------------------------ evaluations
 
 
-def evaluation(run: Run, step: int, split: str, *, last: bool = False) -> dict[str, float]:
+def evaluation(run: Run, split: str, *, last: bool = False) -> dict[str, float]:
     """Samples and scores a split; without sampling noise too where the task lists its right answers.
 
     For a row whose optimum is known, also the distance to it; the baselines are measured against the paper's.
@@ -139,51 +128,36 @@ def evaluation(run: Run, step: int, split: str, *, last: bool = False) -> dict[s
     """
     config, task = run.config, run.task
     at_once = max(1, config.rollout.batch // config.eval.samples) * run.world.size  # what the engine decodes at once
-    show = Meter(f"{split} at step {step}") if run.world.main and config.log.progress else None
     out = sampled(
-        task, split, sampler(run), run.scorer, config.eval, config.eval.seed, at_once=at_once, progress=show
-    ).figures
+        task, split, sampler(run), run.scorer, config.eval, config.eval.seed, at_once=at_once,
+        progress=partial(run.log.evaluating, split),
+    ).figures  # fmt: skip
     if config.eval.exact:
-        chosen = losses.row(config)
+        chosen = objective.row(config)
         listed = task.responses(task.problems(split)[0]) is not None and (last or config.eval.kl_problems > 0)
         # the baselines have no reference of their own
-        reference = start_of(run) if listed and losses.has_optimum(config) else None
+        reference = frozen_start(run) if listed and objective.has_optimum(config) else None
         scale = 1.0 if chosen.scale is None else chosen.scale
         learned = log_z_of(run) if reference is not None and run.policy.log_z is not None else None
         figures = exact(
             task,
             split,
             summed_logp(run, run.policy),
-            None if reference is None else kept(summed_logp(run, reference), reference),
+            None if reference is None else kept(summed_logp(run, reference), run.start_logp),
             # a (log pi - log ref) = beta r - log Z, divided by a where that is a number: exact() knows a = 1 and 1/|y|
             None if learned is None else lambda problems: learned(problems) / scale,
             beta=chosen.beta / scale,
             cfg=config.eval,
             length_normalize=chosen.scale is None,
-            tokens=lambda text: len(run.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1,
+            tokens=lambda text: len(run.text.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1,
             kl_problems=None if last else config.eval.kl_problems,
         )
         out |= figures | {name: figures[name] * scale for name in ("log_z_exact", "log_z_error") if name in figures}
-    run.log.evaluation(step, split, out)
     return out
 
 
-_STARTS: WeakKeyDictionary[Policy, Policy] = WeakKeyDictionary()
-_KEPT: WeakKeyDictionary[Policy, dict[str, Tensor]] = WeakKeyDictionary()
-
-
-def start_of(run: Run) -> Policy:
-    """The model RL started from. The baselines are measured against the same optimum, and keep no reference."""
-    if run.reference is not None:
-        return run.reference
-    if run.policy not in _STARTS:
-        _STARTS[run.policy] = frozen_start(run)
-    return _STARTS[run.policy]
-
-
-def kept(logp: Any, reference: Policy) -> Any:
-    """`logp` of a frozen model, computed once for each problem's listed responses."""
-    known = _KEPT.setdefault(reference, {})
+def kept(logp: LogProbs, known: dict[str, Tensor]) -> LogProbs:
+    """`logp` of a frozen model, computed once for each problem's listed responses and kept in `known`."""
 
     def once(problems: list[Problem], texts: list[str]) -> Tensor:
         key = f"{problems[0].id} {problems[0].prompt!r} {hash(tuple(texts))}"
@@ -199,46 +173,20 @@ def last_split(run: Run) -> str:
     return next(name for name in ("test", "valid", "train") if len(run.task.problems(name)))
 
 
-def final(run: Run, step: int) -> dict[str, float]:
-    """The figures the run is judged by, beside those of its start, and where its time went."""
-    split = last_split(run)
-    out = evaluation(run, step, split, last=True)
-    run.log.final(step, out)
-    if run.world.main:
-        lines = read_lines(run.folder / "metrics.jsonl")
-        start = next((line for line in lines if line["kind"] == "eval" and line["step"] == 0), {})
-        rows = [{"figure": key, "start": start.get(key), "end": value} for key, value in out.items()]
-        run.log.table(f"{run.config.algorithm.name} after {step} steps, {split} split", rows)
-        spent = [line for line in lines if line["kind"] == "train"]
-        phases = [key for key in (spent[-1] if spent else {}) if key.startswith("time/")]
-        seconds = {key.removeprefix("time/"): sum(line[key] for line in spent) for key in phases}
-        whole = seconds.get("step") or 1.0
-        table = [{"phase": key, "seconds": s, "share": s / whole} for key, s in seconds.items()]
-        if table:
-            run.log.table("where the steps' time went", table)
-    return out
-
-
 def sampler(run: Run) -> Sample:
     """evaluate's `sample` with the run's policy."""
     sampling = Sampling(run.config.rollout.max_new_tokens, run.config.eval.temperature, run.sampling.stop)
-    return make_sampler(run.engine, run.encode, run.decode, sampling, run.world)
+    return make_sampler(run.engine, run.text, sampling, run.world)
 
 
-def make_sampler(
-    engine: Engine,
-    encode: Callable[[Problem], list[int]],
-    decode: Callable[[list[list[int]]], list[str]],
-    sampling: Sampling,
-    world: World,
-) -> Sample:
+def make_sampler(engine: Engine, text: Text, sampling: Sampling, world: World) -> Sample:
     """Each rank generates for its share of the problems, then every rank gets all responses."""
 
     def sample(problems: Sequence[Problem], n: int, seed: int, first: int = 0) -> list[list[Response]]:
         mine = list(range(world.rank, len(problems), world.size)) or [0]
-        out = engine.generate([encode(problems[i]) for i in mine], n, sampling, seed, [first + i for i in mine])
+        out = engine.generate([text.encode(problems[i]) for i in mine], n, sampling, seed, [first + i for i in mine])
         lengths = out.length.tolist()
-        texts = decode([out.tokens[b, :length].tolist() for b, length in enumerate(lengths)])
+        texts = text.decode([out.tokens[b, :length].tolist() for b, length in enumerate(lengths)])
         rows = [Response(*row) for row in zip(texts, lengths, out.finished.tolist())]
         found = {i: rows[k * n : (k + 1) * n] for k, i in enumerate(mine)}
         for other in parallel.gather(found, world):
@@ -248,22 +196,17 @@ def make_sampler(
     return sample
 
 
-def summed_logp(run: Run, policy: Policy) -> Any:
+def summed_logp(run: Run, policy: Policy) -> LogProbs:
     """evaluate's `LogProbs`: log-probability of each text and its end token, float64, on the CPU."""
-    p = run.config.parallel
 
     @torch.no_grad()
     def logp(problems: list[Problem], texts: list[str]) -> Tensor:
-        prompts = [np.asarray(run.encode(problem)) for problem in problems]
-        tokens = run.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        answers = [np.asarray(ids + [run.tokenizer.eos_token_id]) for ids in tokens]
+        prompts = [np.asarray(run.text.encode(problem)) for problem in problems]
+        tokens = run.text.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        answers = [np.asarray(ids + [run.text.tokenizer.eos_token_id]) for ids in tokens]
         out = torch.zeros(len(texts), dtype=torch.float64)
-        every = list(range(len(texts)))
-        for batch in pack(
-            every, prompts, answers, max_tokens=p.max_tokens, row_tokens=p.row_tokens, device=run.world.device,
-            alone=policy.packing == "alone",
-        ):  # fmt: skip
-            scored = policy(losses.score_head(run.config, batch), batch.ids, batch.positions)
+        for batch in packed(run, policy, prompts, answers):
+            scored = policy(objective.score_head(run.config, batch), batch.ids, batch.positions)
             total = scored.logp.new_zeros(batch.sequences, dtype=torch.float64)
             total.index_add_(0, batch.segment(), scored.logp.double())
             out[batch.which.cpu()] = total.cpu()
@@ -272,26 +215,31 @@ def summed_logp(run: Run, policy: Policy) -> Any:
     return logp
 
 
-def log_z_of(run: Run) -> Any:
+def log_z_of(run: Run) -> Callable[[list[Problem]], Tensor]:
     """evaluate's `log_z`: the learned log Z of each prompt, on the CPU."""
 
     @torch.no_grad()
     def log_z(problems: list[Problem]) -> Tensor:
-        prompts = [np.asarray(run.encode(problem)) for problem in problems]
-        dummy = [np.asarray([run.tokenizer.eos_token_id])] * len(prompts)
+        prompts = [np.asarray(run.text.encode(problem)) for problem in problems]
+        dummy = [np.asarray([run.text.tokenizer.eos_token_id])] * len(prompts)
         out = torch.zeros(len(prompts))
-        p = run.config.parallel
         assert run.policy.log_z is not None
         run.policy.log_z.eval()
-        for batch in pack(
-            list(range(len(prompts))), prompts, dummy, max_tokens=p.max_tokens, row_tokens=p.row_tokens,
-            device=run.world.device, alone=run.policy.packing == "alone",
-        ):  # fmt: skip
+        for batch in packed(run, run.policy, prompts, dummy):
             value = run.policy(
-                lambda actor, hidden, b=batch: losses.log_z(actor, hidden, b), batch.ids, batch.positions
+                lambda actor, hidden, b=batch: objective.log_z(actor, hidden, b), batch.ids, batch.positions
             )
             out[batch.which.cpu()] = value.float().cpu()
         run.policy.log_z.train()
         return out
 
     return log_z
+
+
+def packed(run: Run, policy: Policy, prompts: list[np.ndarray], responses: list[np.ndarray]) -> list[MicroBatch]:
+    """All of them, as the policy wants them."""
+    p = run.config.parallel
+    return pack(
+        list(range(len(prompts))), prompts, responses, max_tokens=p.max_tokens, row_tokens=p.row_tokens,
+        device=run.world.device, alone=policy.packing == "alone",
+    )  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flowrl_kernels.trainer.metrics import read_lines
+from flowrl_kernels.trainer.log import read_lines
 
 # Okabe and Ito's colours: distinct for most kinds of colour vision
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")

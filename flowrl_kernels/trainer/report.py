@@ -7,21 +7,18 @@ import json
 import math
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from flowrl_kernels.trainer import config_file
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.evaluate import Evaluation
+from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.tasks.base import Problem
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from flowrl_kernels.trainer.policy import Policy
 
 PACKAGES = ("flowrl-kernels", "torch", "transformers", "tokenizers", "numpy", "math-verify", "sympy", "pyarrow")
 # the settings that an evaluation reads

@@ -22,13 +22,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from decimal import Decimal
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from flowrl_kernels.trainer.config import TaskConfig
 from flowrl_kernels.trainer.tasks import find_own
 from flowrl_kernels.trainer.tasks.base import Problem, Task
-
-if TYPE_CHECKING:
-    from flowrl_kernels.trainer.config import TaskConfig
 
 Reward = Callable[[Any, str, Any], float | None]
 """(prompt, response, answer) -> reward, None for "cannot be scored"."""

@@ -16,18 +16,18 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowrl_kernels.trainer import fingerprint, parallel, policy, run_folder
+from flowrl_kernels.trainer.batches import MicroBatch, pack, stand_in
 from flowrl_kernels.trainer.config import Config
-from flowrl_kernels.trainer.metrics import Log
-from flowrl_kernels.trainer.packing import MicroBatch, pack, stand_in
-from flowrl_kernels.trainer.parallel import World
+from flowrl_kernels.trainer.log import Log
+from flowrl_kernels.trainer.objective import score_head
 from flowrl_kernels.trainer.policy import Policy
+from flowrl_kernels.trainer.records import Job
 from flowrl_kernels.trainer.tasks import Problem, Task
 
 RECIPE = 2  # part of the hash: raise it when the supervised steps change
@@ -42,66 +42,51 @@ class Start:
     seedling: Policy | None = None
 
 
-def find(
-    config: Config,
-    world: World,
-    task: Task,
-    tokenizer: Any,
-    encode: Callable[[Problem], list[int]],
-    attention: str | None,
-    resumed: bool,
-    log: Any,
-) -> Start:
-    """The model RL starts from, or the model to make it of; writes nothing. Every rank calls it.
+def find(job: Job, resumed: bool) -> tuple[Start, list[str]]:
+    """The model RL starts from, or the model to make it of, and what the log should say; writes nothing.
 
-    resumed: the run folder's own `start` is the one.
+    Every rank calls it. resumed: the run folder's own `start` is the one.
     """
+    config, world, task, tokenizer = job.config, job.world, job.text.task, job.text.tokenizer
+    notes: list[str] = []
     if config.model.name and not config.warm.steps:
-        return Start(config.model.name)
+        return Start(config.model.name), notes
     folder = Path(config.run.dir) / "start"
     if resumed and parallel.first(folder.exists, world):
-        return Start(str(folder))
-    key = parallel.first(lambda: digest(config, task, tokenizer, encode), world)
+        return Start(str(folder)), notes
+    key = parallel.first(lambda: digest(job), world)
     cached = Path(config.run.cache).expanduser() / f"warm-{key}"
     state = parallel.first(lambda: fingerprint.damage(cached) if cached.exists() else "absent", world)
     if state is None:
-        log.note(f"warm start read from {cached}")
-        return Start(str(cached), cached)
+        return Start(str(cached), cached), [f"warm start read from {cached}"]
     if state != "absent":
-        log.note(f"warm start in {cached} is damaged ({state}): made anew")
+        notes.append(f"warm start in {cached} is damaged ({state}): made anew")
     if config.model.name:
         empty = world.mesh is not None and not world.main
-        model = policy.load_model(config.model.name, config.model, attention, empty=empty)
+        model = policy.load_model(config.model.name, config.model, job.attention, empty=empty)
     elif world.mesh is not None and not world.main:
         with torch.device("meta"):
-            model = policy.build_model(config, tokenizer, attention)
+            model = policy.build_model(config, tokenizer, job.attention)
     else:
-        model = policy.build_model(config, tokenizer, attention)
+        model = policy.build_model(config, tokenizer, job.attention)
     if config.warm.steps and parallel.agree(lambda: _pairs(config, task, 0, 1), world) is None:
         raise ValueError(f"warm.steps: task {task.name!r} has no examples to learn from; set it to 0")
-    return Start("", cached, policy.make_policy(config, world, model))
+    return Start("", cached, policy.make_policy(config, world, model)), notes
 
 
-def settle(
-    start: Start,
-    config: Config,
-    world: World,
-    task: Task,
-    tokenizer: Any,
-    encode: Callable[[Problem], list[int]],
-    log: Log,
-) -> str:
+def settle(start: Start, job: Job, log: Log) -> str:
     """Name or folder of the model RL starts from, in the run folder where it was made here; trains it if need be."""
     if start.cached is None:
         return start.source
+    config, world = job.config, job.world
     cached, folder = start.cached, Path(config.run.dir) / "start"
     if start.seedling is not None:
         began = time.perf_counter()
-        train(config, world, task, tokenizer, encode, start.seedling, log)
+        train(job, start.seedling, log)
         if config.warm.steps:
             log.note(f"warm start took {time.perf_counter() - began:.1f} s")
         partial = cached.with_name(f"{cached.name}.{uuid.uuid4().hex[:12]}.incomplete")
-        policy.save_folder(start.seedling, tokenizer, partial, world)
+        policy.save_folder(start.seedling, job.text.tokenizer, partial, world)
         parallel.first(lambda: move(partial, cached), world)
         start.seedling = None
     parallel.first(lambda: copy(cached, folder), world)
@@ -113,8 +98,9 @@ def _pairs(config: Config, task: Task, step: int, count: int) -> list[tuple[Prob
     return task.warm_start(np.random.default_rng((config.run.seed, 2, step)), count)
 
 
-def digest(config: Config, task: Task, tokenizer: Any, encode: Callable[[Problem], list[int]]) -> str:
+def digest(job: Job) -> str:
     """Hash of everything the warm-started weights depend on: settings, the task's code, data and tokens, the model."""
+    config, task = job.config, job.text.task
     settings = {k: v for k, v in dataclasses.asdict(config.task).items() if not k.startswith("reward")}
     first = (_pairs(config, task, 0, config.warm.batch) or []) if config.warm.steps else []
     parts = {
@@ -125,8 +111,8 @@ def digest(config: Config, task: Task, tokenizer: Any, encode: Callable[[Problem
         "task": settings,
         "code": fingerprint.of_code(task, (config.task.name,), ours=True),
         "data": fingerprint.of([(p.id, p.prompt, p.answer) for p in task.problems("train")]),
-        "vocabulary": fingerprint.of(tokenizer.get_vocab()),
-        "examples": fingerprint.of([(encode(problem), text) for problem, text in first]),
+        "vocabulary": fingerprint.of(job.text.tokenizer.get_vocab()),
+        "examples": fingerprint.of([(job.text.encode(problem), text) for problem, text in first]),
         "warm": dataclasses.asdict(config.warm),
     }
     return fingerprint.of(parts)[:16]
@@ -158,20 +144,13 @@ def copy(source: Path, target: Path) -> None:
     run_folder.swap(partial, target)
 
 
-def train(
-    config: Config,
-    world: World,
-    task: Task,
-    tokenizer: Any,
-    encode: Callable[[Problem], list[int]],
-    actor: Policy,
-    log: Log,
-) -> None:
+def train(job: Job, actor: Policy, log: Log) -> None:
     """`warm.steps` supervised steps of cross-entropy on the task's example answers.
 
     Raises:
         ValueError: the task has no examples.
     """
+    config, world, task, tokenizer = job.config, job.world, job.text.task, job.text.tokenizer
     w, p = config.warm, config.parallel
     optimizer = torch.optim.AdamW(actor.parameters(), lr=w.lr, weight_decay=0.0, fused=True)
     falling = max(1, round(w.steps * w.decay))
@@ -180,7 +159,7 @@ def train(
         pairs = _pairs(config, task, step, w.batch)
         if pairs is None:
             raise ValueError(f"warm.steps: task {task.name!r} has no examples to learn from; set it to 0")
-        prompts = [np.asarray(encode(problem)) for problem, _ in pairs]
+        prompts = [np.asarray(job.text.encode(problem)) for problem, _ in pairs]
         texts = tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"]
         answers = [np.asarray(ids + end) for ids in texts]
         tokens = sum(map(len, answers))
@@ -206,7 +185,5 @@ def train(
 
 def cross_entropy(config: Config, batch: MicroBatch) -> Callable[[Policy, Tensor], Tensor]:
     """Head: minus the summed log-probability of the batch's response tokens."""
-    from flowrl_kernels.trainer.losses import score_head
-
     score = score_head(config, batch, temperature=1.0)
     return lambda actor, hidden: -score(actor, hidden).logp.sum()

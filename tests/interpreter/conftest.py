@@ -69,7 +69,7 @@ def pytest_configure(config):
         return
     from triton.runtime import interpreter
 
-    from flowrl_kernels import dispatch
+    from flowrl_kernels.core import dispatch
 
     config.stash[UNMENDED] = mend(interpreter)
     dispatch.interpreter_multiplies_bfloat16 = config.stash[UNMENDED] is None

@@ -5,7 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from flowrl_kernels import dispatch, linear_logprob, logprob
+from flowrl_kernels import linear_logprob, logprob
+from flowrl_kernels.core import dispatch
 from flowrl_kernels.testing import assert_grad_close, oracle, peaked_inputs
 
 

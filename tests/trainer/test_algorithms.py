@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 import tiny
 
-from flowrl_kernels.trainer import algorithms, checks, losses
+from flowrl_kernels.trainer import algorithms, checks, objective
 from flowrl_kernels.trainer.config import AlgorithmConfig, AlgorithmName
 
 
@@ -30,11 +30,13 @@ def test_a_setting_is_read_or_refused(name):
 
 
 def test_what_has_to_be_there_before_an_update_follows_from_the_row():
-    found = {name: losses.needs(tiny.config(algorithm={"name": name})) for name in algorithms.ALGORITHMS}
+    found = {name: objective.needs(tiny.config(algorithm={"name": name})) for name in algorithms.ALGORITHMS}
     assert {name for name, needs in found.items() if needs.reference} == {"flowrl"}
     assert {name for name, needs in found.items() if needs.value} == {"ppo"}
     assert {name for name, needs in found.items() if needs.old} == {"ppo"}  # flowrl's ratio is 1 after one update
-    paid = {name: losses.needs(tiny.config(algorithm={"name": name, "kl": 0.1})) for name in ("grpo", "reinforce_pp")}
+    paid = {
+        name: objective.needs(tiny.config(algorithm={"name": name, "kl": 0.1})) for name in ("grpo", "reinforce_pp")
+    }
     assert [paid[name].old for name in ("grpo", "reinforce_pp")] == [False, True]
     assert paid["grpo"].reference
 

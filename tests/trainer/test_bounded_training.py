@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from flowrl_kernels.trainer import config_file, loop, setup
+from flowrl_kernels.trainer import config_file, loop, parts
 from flowrl_kernels.trainer import policy as policies
 from flowrl_kernels.trainer.config import Config, check
 from flowrl_kernels.trainer.tasks import char_tokenizer
@@ -43,7 +43,7 @@ def test_a_built_vocabulary_is_rounded_up_and_its_last_rows_are_no_token():
     for multiple, rows in ((1, 14), (8, 16), (7, 14), (4096, 4096)):
         model = policies.build_model(tiny.config(model={"vocab_multiple": multiple}), tokenizer, "sdpa")
         assert model.get_output_embeddings().weight.shape[0] == rows
-    decode = setup.make_decoder(tokenizer)
+    decode = parts.make_decoder(tokenizer)
     three, four = tokenizer("34")["input_ids"]
     assert decode([[three, four], [three, 14, 15, four], [4095], []]) == ["34", "3\ufffd\ufffd4", "\ufffd", ""]
 
@@ -66,8 +66,8 @@ def test_settings_that_cannot_be_bounded_are_refused(sections, message):
 
 
 def test_an_exact_run_has_no_report_and_a_bounded_one_is_refused_on_resume():
-    from flowrl_kernels.trainer import losses
+    from flowrl_kernels.trainer import objective
 
-    assert losses.report_of(Config(), torch.device("cpu")) is None
+    assert objective.report_of(Config(), torch.device("cpu")) is None
     other = config_file.override(Config(), ["--parallel.epsilon", "0.01"])
     assert any("parallel.epsilon" in line for line in config_file.changed(Config(), other))

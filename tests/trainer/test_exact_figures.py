@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from flowrl_kernels.trainer import config_file, loop, setup
+from flowrl_kernels.trainer import config_file, loop
 from flowrl_kernels.trainer.config import Config
 
 PROBLEMS, BETA = 2, 4.0
@@ -22,8 +22,9 @@ def figures(policy, run, beta, normalized):
     for problem in run.task.problems("test")[:PROBLEMS]:
         answers = [f"{a}+{b}+{c}" for a in range(10) for b in range(10) for c in range(10)]
         right = torch.tensor([float(sum(map(int, t.split("+"))) == problem.answer) for t in answers]).double()
-        prompt = run.encode(problem)
-        rows = torch.tensor([prompt + run.tokenizer(t)["input_ids"] + [run.tokenizer.eos_token_id] for t in answers])
+        prompt = run.text.encode(problem)
+        ids, end = run.text.tokenizer(answers)["input_ids"], run.text.tokenizer.eos_token_id
+        rows = torch.tensor([prompt + row + [end] for row in ids])
         with torch.no_grad():
             logits = policy.model(input_ids=rows, use_cache=False).logits[:, len(prompt) - 1 : -1] / 0.9
         logp = torch.log_softmax(logits, -1).gather(2, rows[:, len(prompt) :, None])[..., 0].sum(1)
@@ -41,14 +42,14 @@ def figures(policy, run, beta, normalized):
 @pytest.mark.parametrize("preset", ["paper", "tb"])
 def test_the_exact_figures_are_those_of_the_configured_target(monkeypatch, tmp_path, preset):
     kept = {}
-    prepare = setup.prepare
+    prepare = loop.prepare
 
     def keeping(config, world):
         kept["run"] = prepare(config, world)
         kept["policy"] = copy.deepcopy(kept["run"].policy).double()
         return kept["run"]
 
-    monkeypatch.setattr(setup, "prepare", keeping)
+    monkeypatch.setattr(loop, "prepare", keeping)
     args = [*SMALL, "--run.dir", str(tmp_path / "run"), "--run.cache", str(tmp_path / "cache")]
     args += tiny.flags(f"algorithm.preset {preset}  algorithm.beta {BETA}")
     final = loop.train(config_file.override(Config(), args))

@@ -10,9 +10,10 @@ import tiny
 import torch
 
 from flowrl_kernels.testing import assert_grad_close
-from flowrl_kernels.trainer import config_file, loop, parallel, setup
+from flowrl_kernels.trainer import config_file, loop, parallel
+from flowrl_kernels.trainer import run as runs
 from flowrl_kernels.trainer.config import Config
-from flowrl_kernels.trainer.metrics import read_lines
+from flowrl_kernels.trainer.log import read_lines
 from flowrl_kernels.trainer.rollout import Generated
 from flowrl_kernels.trainer.rollout.hf import HFEngine
 
@@ -79,7 +80,7 @@ def rows():
     ]
 
 
-class Rewards(setup.Scorer):
+class Rewards(runs.Scorer):
     given = MIXED
 
     def score(self, problems, responses):
@@ -93,7 +94,7 @@ class Recorder:
         self.start = self.responses = None
         self.gradients, self.updates = [], []
         monkeypatch.setattr(Rewards, "given", rewards)
-        monkeypatch.setattr(setup, "Scorer", Rewards)
+        monkeypatch.setattr(runs, "Scorer", Rewards)
         generate, clip, apply = HFEngine.generate, parallel.clip, loop.apply
 
         def fixed(engine, prompts, n, *args, **kwargs):

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from flowrl_kernels.log_partition import LOG_Z_FILE
 from flowrl_kernels.presets import PRESETS
 from flowrl_kernels.trainer import __main__ as main
-from flowrl_kernels.trainer import config_file, loop, setup
+from flowrl_kernels.trainer import config_file, loop
+from flowrl_kernels.trainer import run as runs
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.loop import learning_rate, prompt_numbers, share
 
@@ -177,7 +178,7 @@ def test_another_runs_folder_is_not_overwritten_unasked(tmp_path):
 # ------------------------------------------------------------------------------------------- bad numbers
 
 
-class Rewards(setup.Scorer):
+class Rewards(runs.Scorer):
     """Scores every response by `give`, whatever it says."""
 
     give = staticmethod(lambda i: 1.0)
@@ -188,7 +189,7 @@ class Rewards(setup.Scorer):
 
 def train_with(monkeypatch, tmp_path, give, *args):
     monkeypatch.setattr(Rewards, "give", staticmethod(give))
-    monkeypatch.setattr(setup, "Scorer", Rewards)
+    monkeypatch.setattr(runs, "Scorer", Rewards)
     return loop.train(settings(tmp_path, *args))
 
 
@@ -226,7 +227,7 @@ def test_unscorable_responses_are_left_out_of_the_mean(monkeypatch, tmp_path):
 
 def test_an_update_that_is_not_finite_is_skipped_counted_and_named(monkeypatch, tmp_path):
     bad = iter([True, False, False])
-    make = setup.losses.make_loss
+    make = runs.objective.make_loss
 
     def poisoned(config):
         loss = make(config)
@@ -243,7 +244,7 @@ def test_an_update_that_is_not_finite_is_skipped_counted_and_named(monkeypatch, 
 
         return wrapped
 
-    monkeypatch.setattr(setup.losses, "make_loss", poisoned)
+    monkeypatch.setattr(runs.objective, "make_loss", poisoned)
     train_with(monkeypatch, tmp_path, lambda i: float(i % 3), "--run.steps", "3")
     rows = lines(tmp_path, "train")
     assert [row["skipped"] for row in rows] == [1, 1, 1]

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from flowrl_kernels.trainer import config_file, loop, losses, measure
+from flowrl_kernels.trainer import config_file, loop, measure, objective
 from flowrl_kernels.trainer.config import Config
 
 START = tiny.flags("run.steps 0  warm.steps 3  warm.batch 8  eval.exact True  eval.problems 2  checkpoint.export True")
@@ -63,7 +63,7 @@ def test_a_row_whose_optimum_is_not_known_has_no_distance_to_it(tmp_path, args):
 
 def test_baselines_are_measured_against_the_papers_optimum():
     for name in ("grpo", "ppo", "flowrl"):
-        assert losses.has_optimum(tiny.config(algorithm={"name": name}))
+        assert objective.has_optimum(tiny.config(algorithm={"name": name}))
 
 
 def test_a_responses_length_is_counted_in_the_tokenizers_tokens(monkeypatch, tmp_path):
@@ -82,6 +82,6 @@ def test_a_responses_length_is_counted_in_the_tokenizers_tokens(monkeypatch, tmp
             return {"input_ids": [text[0], *(text[i : i + 2] for i in range(1, len(text), 2))]}
 
     counted = seen[-1]
-    cell = next(c for c in counted.__closure__ if hasattr(c.cell_contents, "tokenizer"))
-    cell.cell_contents.tokenizer = Pairs()
+    cell = next(c for c in counted.__closure__ if hasattr(c.cell_contents, "text"))
+    cell.cell_contents.text.tokenizer = Pairs()
     assert counted("3+4+5") == 4

@@ -6,8 +6,8 @@ import torch
 
 from flowrl_kernels.log_partition import LOG_Z_FILE, LogPartition
 from flowrl_kernels.trainer import policy as policies
-from flowrl_kernels.trainer.losses import score_head
-from flowrl_kernels.trainer.packing import pack
+from flowrl_kernels.trainer.batches import pack
+from flowrl_kernels.trainer.objective import score_head
 from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.tasks import char_tokenizer
 

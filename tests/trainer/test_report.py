@@ -5,9 +5,9 @@ import pytest
 import tiny
 import torch
 
-from flowrl_kernels.trainer import policy, report
+from flowrl_kernels.trainer import policy, report, terminal
 from flowrl_kernels.trainer.config import EvalConfig, TaskConfig
-from flowrl_kernels.trainer.evaluate import Meter, Response, exact, sampled, spread, summarize
+from flowrl_kernels.trainer.evaluate import Response, exact, sampled, spread, summarize
 from flowrl_kernels.trainer.reward import Scorer
 from flowrl_kernels.trainer.tasks import build_task
 from flowrl_kernels.trainer.tasks.base import Problem
@@ -37,14 +37,15 @@ def test_an_evaluation_in_parts_draws_the_same_samples_and_tells_how_far_it_is()
     assert seen == [(4, 6), (6, 6)]
 
 
-def test_progress_is_a_line_every_ten_seconds_where_there_is_no_terminal(capsys):
-    meter = Meter("test split")
-    meter(1, 3)
-    assert capsys.readouterr().err == ""
-    meter.quiet_until = 0.0
-    meter(2, 3)
-    meter(3, 3)
-    assert capsys.readouterr().err == "test split: 2/3 problems\n"
+def test_progress_is_a_line_every_ten_seconds_where_there_is_no_terminal(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    screen = terminal.Terminal()
+    for second, done in ((100, 1), (109, 2), (110, 3), (111, 4), (120, 5), (121, 6)):
+        now[0] = float(second)
+        screen.evaluating("test", done, 6)
+    wanted = [f"evaluation (test): {done}/6 problems" for done in (3, 5)]
+    assert capsys.readouterr().err.splitlines() == wanted
 
 
 def test_the_file_holds_what_repeats_the_evaluation_and_every_result(tmp_path):

@@ -151,7 +151,7 @@ def test_resuming_without_a_checkpoint_says_so_and_keeps_the_log(place):
     train(place, "--run.resume", "True")
     text = (place / "run" / "metrics.jsonl").read_text()
     assert text.startswith(log + "\n")
-    from flowrl_kernels.trainer.metrics import read_lines
+    from flowrl_kernels.trainer.log import read_lines
 
     rows = read_lines(place / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2]

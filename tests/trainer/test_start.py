@@ -1,12 +1,14 @@
 """What is knowable at the start is refused at the start, by name and in one line, before any step."""
 
 import json
+import sys
 
 import pytest
 import tiny
 
 from flowrl_kernels.trainer import __main__ as main
-from flowrl_kernels.trainer import checks, config_file, loop, setup
+from flowrl_kernels.trainer import config_file, loop, packages
+from flowrl_kernels.trainer import run as runs
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.tasks import char_tokenizer
 
@@ -81,9 +83,8 @@ def said(tmp_path, capsys, *args):
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_by_name(tmp_path, capsys, monkeypatch, args, wanted):
-    find = checks.importlib.util.find_spec
-    absent = {module for module, _ in checks.PACKAGES.values()}
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None if name in absent else find(name))
+    for module, *_ in packages.PACKAGES.values():
+        monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(loop.parallel.torch.cuda, "is_available", lambda: False)
     words = [[f"--{key}", *values] for key, *values in (part.split() for part in args.split("  "))]
     assert wanted in said(tmp_path, capsys, *[word for part in words for word in part])
@@ -134,13 +135,13 @@ def test_a_chat_template_without_a_system_role_is_named(folder, tmp_path, capsys
     assert "no system role" in error
 
 
-class Silent(setup.Scorer):
+class Silent(runs.Scorer):
     def score(self, problems, responses):
         self.last_error = "ImportError: no module named verifier"
         return [None] * len(responses)
 
 
 def test_a_reward_that_scores_nothing_stops_the_run_with_its_reason(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(setup, "Scorer", Silent)
+    monkeypatch.setattr(runs, "Scorer", Silent)
     error = said(tmp_path, capsys)
     assert "task.reward: none of the first step's responses could be scored: ImportError: no module named" in error

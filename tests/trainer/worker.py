@@ -8,11 +8,12 @@ import sys
 
 import torch
 
-from flowrl_kernels.trainer import config_file, loop, parallel, setup
+from flowrl_kernels.trainer import config_file, loop, parallel
+from flowrl_kernels.trainer import run as runs
 from flowrl_kernels.trainer.config import Config
 
 
-class Digits(setup.Scorer):
+class Digits(runs.Scorer):
     """Rewards that random responses earn in many sizes, so that every group has something to learn from."""
 
     def score(self, problems, responses):
@@ -22,7 +23,7 @@ class Digits(setup.Scorer):
 def record(args):
     """{"gradients": [per update, fp64 flat], "weights": [per update, this rank's w], "final": figures}."""
     seen = {"gradients": [], "weights": []}
-    clip, apply, scorer = parallel.clip, loop.apply, setup.Scorer
+    clip, apply, scorer = parallel.clip, loop.apply, runs.Scorer
 
     def recording(parameters, max_norm):
         whole = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in parameters]
@@ -34,11 +35,11 @@ def record(args):
         seen["weights"].append(torch.cat([out.weight for out, _ in result.outputs]))
         return result
 
-    parallel.clip, loop.apply, setup.Scorer = recording, applying, Digits
+    parallel.clip, loop.apply, runs.Scorer = recording, applying, Digits
     try:
         seen["final"] = loop.train(config_file.override(Config(), args))
     finally:
-        parallel.clip, loop.apply, setup.Scorer = clip, apply, scorer
+        parallel.clip, loop.apply, runs.Scorer = clip, apply, scorer
     return seen
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from flowrl_kernels.trainer.config import TaskConfig
 from flowrl_kernels.trainer.tasks.base import Problem, Task
 from flowrl_kernels.trainer.tasks.tokenizer import char_tokenizer
-
-if TYPE_CHECKING:
-    from flowrl_kernels.trainer.config import TaskConfig
 
 __all__ = ["Problem", "Task", "build_task", "char_tokenizer", "find_own"]
 

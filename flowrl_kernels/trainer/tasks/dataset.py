@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from flowrl_kernels.trainer.config import TaskConfig
 from flowrl_kernels.trainer.tasks.answers import after_marks, equal, last_boxed, read_gold
 from flowrl_kernels.trainer.tasks.base import Problem, check_split
 from flowrl_kernels.trainer.tasks.countdown import read_wanted
 from flowrl_kernels.trainer.tasks.rows import rows
-
-if TYPE_CHECKING:
-    from flowrl_kernels.trainer.config import TaskConfig
 
 
 @dataclass(frozen=True)

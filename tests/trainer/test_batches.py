@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowrl_kernels.trainer.packing import build, pack, plan
+from flowrl_kernels.trainer.batches import build, pack, plan
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from flowrl_kernels.presets import Row, named
 from flowrl_kernels.trainer import algorithms
+from flowrl_kernels.trainer.batches import MicroBatch
 from flowrl_kernels.trainer.config import Config
-from flowrl_kernels.trainer.packing import MicroBatch
 from flowrl_kernels.trainer.policy import Policy
 
 Head = Callable[[Policy, Tensor], Any]

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor
 
-from flowrl_kernels.trainer import algorithms, losses, parallel
+from flowrl_kernels import advantages
+from flowrl_kernels.trainer import algorithms, objective, parallel
+from flowrl_kernels.trainer.batches import MicroBatch
 from flowrl_kernels.trainer.config import Config
-from flowrl_kernels.trainer.packing import MicroBatch
 from flowrl_kernels.trainer.parallel import World
-
-if TYPE_CHECKING:
-    from flowrl_kernels.trainer.loop import Rollouts
-
-
-@dataclass
-class Shaped:
-    """Per local sequence: whether it takes part, and named values."""
-
-    keep: list[bool]
-    values: dict[str, Tensor]  # [B] each
+from flowrl_kernels.trainer.records import Rollouts, Shaped
 
 
 def shape(config: Config, rollouts: Rollouts, world: World) -> Shaped:
@@ -30,8 +17,6 @@ def shape(config: Config, rollouts: Rollouts, world: World) -> Shaped:
 
     A response without a reward is left out of its group's statistics and of the loss.
     """
-    from flowrl_kernels import advantages
-
     a, r, algorithm = config.algorithm, config.rollout, algorithms.of(config)
     local = [
         (number, float("nan") if reward is None else reward, len(response), float(logp.sum()))
@@ -71,7 +56,7 @@ def finish(config: Config, batches: list[MicroBatch], world: World) -> None:
     """What needs log-probs or values: the group's log Z, advantages per token."""
     algorithm = algorithms.of(config)
     if algorithm.residual:
-        if losses.log_z_kind(config) == "group":
+        if objective.log_z_kind(config) == "group":
             group_log_z(config, batches)
     elif algorithm.tokens != "all":
         token_advantages(config, batches, world)
@@ -82,8 +67,6 @@ def finish(config: Config, batches: list[MicroBatch], world: World) -> None:
 
 def token_advantages(config: Config, batches: list[MicroBatch], world: World) -> None:
     """Advantages per token (with the critic's values: GAE; without: returns), whitened over all ranks' tokens."""
-    from flowrl_kernels import advantages
-
     a = config.algorithm
     for batch in batches:
         token, value = batch.per_token, batch.per_token.get("value")
@@ -94,7 +77,7 @@ def token_advantages(config: Config, batches: list[MicroBatch], world: World) ->
             gamma=a.gamma,
             lam=1.0 if value is None else a.gae_lambda,
             cu_seqlens=batch.cu_seqlens,
-            token_reward=-a.kl * (token["old"] - token["ref"]) if losses.kl_in_reward(config) else None,
+            token_reward=-a.kl * (token["old"] - token["ref"]) if objective.kl_in_reward(config) else None,
         )
         token["advantage"], token["returns"] = advantage, returns
     live = [batch.per_token["advantage"].double() for batch in batches if batch.live]
@@ -113,7 +96,7 @@ def group_log_z(config: Config, batches: list[MicroBatch]) -> None:
 
     VarGrad (arXiv 2010.10436): no network, no gradient. Groups never span ranks, but may span micro-batches.
     """
-    row = losses.row(config)
+    row = objective.row(config)
     own = []
     for batch in batches:
         token, count = batch.per_token, batch.cu_seqlens.diff()

@@ -4,7 +4,8 @@ import math
 import pytest
 
 from flowrl_kernels.trainer.config import LogConfig
-from flowrl_kernels.trainer.metrics import Log, print_table, read_lines
+from flowrl_kernels.trainer.log import Log, read_lines
+from flowrl_kernels.trainer.terminal import Terminal
 
 QUIET = LogConfig(progress=False)
 
@@ -45,7 +46,7 @@ def test_kinds_steps_and_a_torn_last_line(tmp_path, capsys):
 
 def test_a_resumed_run_appends(tmp_path):
     for step in (1, 2):
-        log = Log(tmp_path, QUIET, start=step - 1)
+        log = Log(tmp_path, QUIET)
         log.step(step, {"reward": 0.0})
         log.close()
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]
@@ -88,7 +89,7 @@ def test_an_absent_logger_is_an_error_that_names_its_switch(tmp_path, switch, mo
     import sys
 
     monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(switch, switch), None)
-    with pytest.raises(ValueError, match=rf"log\.{switch} is on"):
+    with pytest.raises(ValueError, match=rf"log\.{switch}: {switch} is not installed: pip install"):
         Log(tmp_path, LogConfig(**{switch: True}))
 
 
@@ -117,7 +118,7 @@ def test_tensorboard_and_wandb_get_the_same_figures(tmp_path, monkeypatch):
 
 
 def test_a_table_shows_gaps_as_dashes(capsys):
-    print_table("runs", [{"name": "a", "accuracy": 0.5}, {"name": "b", "kl": math.nan}])
+    Terminal().table("runs", [{"name": "a", "accuracy": 0.5}, {"name": "b", "kl": math.nan}])
     out = capsys.readouterr().out
     assert "0.500" in out
     assert out.count("–") == 3

@@ -1,0 +1,150 @@
+"""What the parts of a run hand each other; plain data, below everything that works on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowrl_kernels.trainer import policy
+from flowrl_kernels.trainer.batches import MicroBatch
+from flowrl_kernels.trainer.config import Config
+from flowrl_kernels.trainer.log import Log
+from flowrl_kernels.trainer.parallel import World
+from flowrl_kernels.trainer.policy import Policy
+from flowrl_kernels.trainer.reward import Scorer
+from flowrl_kernels.trainer.rollout import Engine, Sampling
+from flowrl_kernels.trainer.tasks import Problem, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Progress:
+    """What a checkpoint says about the loop; the position in the data follows from `step`."""
+
+    step: int = 0
+    updates: int = 0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    evaluated: int = -1  # the last step whose evaluation, where it has one, is done
+
+
+@dataclass
+class Text:
+    """The task and its way into tokens and back."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    encode: Callable[[Problem], list[int]]
+    decode: Callable[[list[list[int]]], list[str]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a model of this run is made under."""
+
+    config: Config
+    world: World
+    text: Text
+    attention: str | None  # of transformers
+
+
+@dataclass
+class Run:
+    """What a step needs; made once by `run.prepare`."""
+
+    config: Config
+    world: World
+    folder: Path
+    text: Text
+    problems: list[Problem]  # the train split, without prompts that are too long
+    policy: Policy
+    reference: Policy | None
+    engine: Engine
+    sampling: Sampling
+    optimizer: torch.optim.Optimizer
+    scorer: Scorer
+    log: Log
+    loss: Callable[..., Any]
+    inputs: dict[str, str]  # hashes of the data, the task's code and the model
+    saved: dict[str, Any] | None  # what the checkpoint says that this run was resumed from
+    start: Policy | None = None  # what RL started from, once an evaluation asked for it; `reference` where there is one
+    start_logp: dict[str, Tensor] = field(default_factory=dict)  # of each problem's listed responses under it
+
+    @property
+    def task(self) -> Task:
+        return self.text.task
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def total_updates(self) -> int:
+        r, a = self.config.rollout, self.config.algorithm
+        return self.config.run.steps * a.epochs * (r.prompts // (a.minibatch_prompts or r.prompts))
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        return policy.named_weights(self.policy)
+
+
+@dataclass
+class Rollouts:
+    """This rank's responses of one step, those of a prompt next to each other."""
+
+    problems: list[Problem]  # per sequence
+    numbers: list[int]  # per sequence, its number among those of all ranks
+    prompts: list[np.ndarray]
+    responses: list[np.ndarray]
+    logp: Tensor  # [B, T] fp32 as sampled
+    finished: Tensor  # [B] bool
+    texts: list[str]
+    reward: list[float | None] = field(default_factory=list)
+
+
+@dataclass
+class Shaped:
+    """Per local sequence: whether it takes part, and named values."""
+
+    keep: list[bool]
+    values: dict[str, Tensor]  # [B] each
+
+
+@dataclass
+class Update:
+    """The micro-batches of one optimiser step on this rank, and what all ranks hold together."""
+
+    batches: list[MicroBatch]
+    tokens: int
+    sequences: int
+
+
+@dataclass
+class Result:
+    """One optimiser step as every rank saw it; tensors stay on the device until the step is logged."""
+
+    outputs: list[tuple[Any, MicroBatch]]  # the library's LossOutput, and what it was of
+    loss: float
+    grad_norm: float
+    lr: float
+    skipped: bool
+
+
+class Lap:
+    """Seconds by phase: `lap("name")` ends one."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
