@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from flowrl_kernels import flowrl_loss
+from flowrl_kernels import LinearFlowRLLoss, flowrl_loss
 from flowrl_kernels.chunked import tiles
+from flowrl_kernels.ops.linear_residual import halved
 
 
 def test_tokens_before_the_first_boundary_are_refused():
@@ -19,3 +20,25 @@ def test_tile_statistics_are_never_below_what_they_bound_and_at_most_one_step_ab
     assert (half.float() >= value).all()
     below = torch.nextafter(half, torch.full_like(half, -torch.inf))
     assert (below.float() < value).all()
+
+
+def test_each_row_of_a_waiting_float16_gradient_keeps_eleven_bits():
+    rows = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1e-6], [1.0], [1e3], [1e9]])
+    half, inverse = halved(rows.clone())
+    assert half.dtype == torch.float16
+    error = (half.float() * inverse[:, None] - rows).abs().amax(1)
+    assert (error <= 2**-11 * rows.abs().amax(1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_later_backward_of_a_single_pass_leaves_the_first_gradient_alone(dtype):
+    make = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 3, 8, generator=make).to(dtype).requires_grad_()
+    weight, target = torch.randn(20, 8, generator=make).to(dtype), torch.randint(20, (2, 3), generator=make)
+    loss = LinearFlowRLLoss()(hidden, weight, target, torch.full((2, 3), -3.0), torch.ones(2), torch.zeros(2)).loss
+    (first,) = torch.autograd.grad(2 * loss, hidden, retain_graph=True)
+    before = first.clone()
+    (second,) = torch.autograd.grad(6 * loss, hidden)
+    assert torch.equal(first, before)
+    assert before.abs().max() > 0
+    torch.testing.assert_close(second, 3 * before, rtol=2e-3, atol=1e-6)
