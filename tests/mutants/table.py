@@ -42,8 +42,8 @@ ROWS = [
     ("value loss times 0", LOSSES, "total = total + value", "total = total + value * 0", golden("ppo")),
     ("exact beta is 1", "trainer/measure.py", "beta=losses.row(config).beta,", "beta=1.0,",
      of("trainer/test_exact_figures.py", "test_the_exact_figures_are_those_of_the_configured_target[paper]")),
-    ("a shard without mass", "ops/vocab_parallel.py", "(mass * (ent - own_log_sum - shift)).masked_fill(mass == 0, 0.0)",
-     "mass * (ent - own_log_sum - shift)",
+    ("a shard without mass", "ops/vocab_parallel.py",
+     "(mass * (ent - own_log_sum - shift)).masked_fill(mass == 0, 0.0)", "mass * (ent - own_log_sum - shift)",
      of("test_vocab_parallel_mass.py", "test_a_shard_without_mass_leaves_the_entropy_alone")),
     # --- trainer: losses
     ("grpo averages tokens", LOSSES, '(0.8, 1.2), "seq-mean-token-mean"),  # arXiv 2402.03300',
@@ -238,7 +238,7 @@ ROWS = [
      of("test_log_partition.py", "test_it_is_the_network_on_the_mean_of_the_tokens_that_count")),
     ("log Z reaches the backbone", "log_partition.py", "if self.detach:", "if False:",
      of("test_log_partition.py", "test_the_gradient_reaches_the_backbone_unless_detached")),
-    ("masked ids are looked at", "modules.py", "ids.long().masked_fill(~mask.to(torch.bool), -100)", "ids.long()",
+    ("masked ids are looked at", "modules.py", "ids.long().masked_fill(left_out, -100)", "ids.long()",
      of("test_nn.py", "test_masked_positions_are_not_looked_at")),
 ]  # fmt: skip
 MUTANTS = [Mutant(*row) for row in ROWS]
