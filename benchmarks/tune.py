@@ -66,6 +66,7 @@ def candidates(tile) -> list[tuple[str, dict]]:
 
 def tune_head(name: str, tokens: int, dtype: torch.dtype, repeats: int, deadline: float) -> dict:
     """Every candidate's forward time on one head, until the deadline."""
+    from flowrl_kernels.core.types import Head
     from flowrl_kernels.triton import linear_logprob as kernels
     from flowrl_kernels.triton import tiles
 
@@ -80,7 +81,7 @@ def tune_head(name: str, tokens: int, dtype: torch.dtype, repeats: int, deadline
     clock = measure.Clock("cuda")
 
     def run():
-        return kernels.linear_logprob_fwd(hidden, weight, target, None, one, 1.0, None, False, False)
+        return kernels.linear_logprob_fwd(hidden, target, Head(weight, None, one), False, False)
 
     expected = run()[:2]
     made = []

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flowrl_kernels import reference
 from flowrl_kernels.core import checks, dispatch
-from flowrl_kernels.core.head import accumulator, check_targets, checked_head, kept_of, temperature_of
+from flowrl_kernels.core.head import (
+    check_targets,
+    checked_budget,
+    checked_head,
+    kept_of,
+    refuse_reference,
+    temperature_of,
+)
 from flowrl_kernels.core.types import LogProb
 
 __all__ = ["linear_logprob", "logprob"]
@@ -72,67 +77,40 @@ def linear_logprob(
             or vocab_parallel. "reference" is plain torch and has them.
     """
     ignore_index, entropy = checks.integer("ignore_index", ignore_index), checks.flag("entropy", entropy)
-    head = checked_head(hidden, weight, target, bias, temperature, softcap, ignore_index, whole=vocab_parallel is None)
-    logit_scale, epsilon = checks.number("logit_scale", logit_scale), checks.number("epsilon", epsilon)
-    if not 0.0 <= epsilon < 1.0:
-        checks.fail("epsilon", "a number in [0, 1)", epsilon)
-    flat, weight, ids, rows_temperature, softcap, leading = head
-    accumulator("report", report, (3,), flat)
-    accumulator("main_grad", main_grad, tuple(weight.shape), flat)
-    if torch.is_grad_enabled():
-        if main_grad is not None and not weight.requires_grad:
-            checks.fail("main_grad", "a weight that requires a gradient beside it", "a frozen weight")
-        trained = any(t is not None and t.requires_grad for t in (flat, weight, bias))
-        if report is not None and not trained:
-            checks.fail("report", "an input that requires a gradient: the backward fills it", "frozen inputs")
+    flat, ids, head, leading = checked_head(
+        hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_index, whole=vocab_parallel is None
+    )
+    budget = checked_budget(flat, head, epsilon, report, main_grad)
     chosen = dispatch.resolve("linear_logprob", impl, flat)
     if vocab_parallel is not None:
         checks.process_group("vocab_parallel", vocab_parallel)
     exact_only = "kept" if kept is not None else "vocab_parallel"
     if kept is not None or vocab_parallel is not None:
         for name, given in (
-            ("epsilon", epsilon > 0.0),
+            ("epsilon", budget.epsilon > 0.0),
             ("report", report is not None),
             ("main_grad", main_grad is not None),
         ):
             if given:
                 checks.fail(exact_only, "neither epsilon, report nor main_grad beside it", name)
-    # autocast has had its say: inside, it would round the very products that must stay in fp32
-    with torch.autocast(flat.device.type, enabled=False):
-        if kept is not None:
-            if vocab_parallel is not None:
-                checks.fail("kept", "no vocab_parallel beside it", "both")
-            listed = kept_of(kept, flat, weight.shape[0])
-            from flowrl_kernels.ops.kept import KeptLogProb
-
-            logp, ent = KeptLogProb.call(
-                flat, weight, ids, *listed, bias, rows_temperature, logit_scale, softcap, ignore_index, entropy
-            )
-            return _shaped(logp, ent, leading)
+    if kept is not None:
         if vocab_parallel is not None:
-            if chosen == "reference":
-                raise RuntimeError("impl='reference' knows no vocab_parallel: use 'chunked' or 'triton'")
-            from flowrl_kernels.ops.vocab_parallel import VocabParallel
+            checks.fail("kept", "no vocab_parallel beside it", "both")
+        listed = kept_of(kept, flat, len(head.weight))
+        from flowrl_kernels.ops import kept as op
 
-            logp, ent = VocabParallel.call(
-                flat, weight, ids, bias, rows_temperature, logit_scale, softcap, ignore_index, entropy,
-                vocab_parallel, chosen,
-            )  # fmt: skip
-            return _shaped(logp, ent, leading)
+        return _shaped(op.apply(flat, ids, *listed, head, ignore_index, entropy), leading)
+    if vocab_parallel is not None:
         if chosen == "reference":
-            if epsilon > 0.0 or main_grad is not None or report is not None:
-                raise RuntimeError("impl='reference' is plain autograd: it takes neither epsilon, report nor main_grad")
-            logp, ent = reference.linear_logprob(
-                flat, weight, ids, bias, rows_temperature, logit_scale, softcap, ignore_index, entropy
-            )
-        else:
-            from flowrl_kernels.ops.linear_logprob import linear_logprob as op
+            raise RuntimeError("impl='reference' knows no vocab_parallel: use 'chunked' or 'triton'")
+        from flowrl_kernels.ops import vocab_parallel as sharded
 
-            logp, ent, _, _ = op(
-                flat, weight, ids, bias, rows_temperature, logit_scale,
-                softcap, ignore_index, entropy, epsilon, report, main_grad, chosen,
-            )  # fmt: skip
-    return _shaped(logp, ent if entropy else None, leading)
+        return _shaped(sharded.apply(flat, ids, head, ignore_index, entropy, vocab_parallel, chosen), leading)
+    if chosen == "reference":
+        refuse_reference(budget, main_grad)
+    from flowrl_kernels.ops.linear_logprob import apply
+
+    return _shaped(apply(flat, ids, head, ignore_index, entropy, chosen, budget, main_grad), leading)
 
 
 def logprob(
@@ -180,25 +158,13 @@ def logprob(
     check_targets(target, logits.shape[-1], ignore_index)
     chosen = dispatch.resolve("logprob", impl, logits)
     flat, ids = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
-    if chosen == "reference":
-        logp, ent = reference.logprob(flat, ids, rows_temperature, softcap, ignore_index, entropy)
-        return _shaped(logp, ent, leading)
-    if inplace_backward and not flat.is_contiguous():
+    if chosen != "reference" and inplace_backward and not flat.is_contiguous():
         checks.fail("logits", "a contiguous tensor, for inplace_backward=True", f"strides {logits.stride()}")
-    from flowrl_kernels.ops.logprob import logprob as op
+    from flowrl_kernels.ops.logprob import apply
 
-    logp, ent, _ = op(
-        flat.contiguous(),
-        ids.contiguous(),
-        rows_temperature,
-        softcap,
-        ignore_index,
-        entropy,
-        inplace_backward,
-        chosen,
-    )
-    return _shaped(logp, ent if entropy else None, leading)
+    out = apply(flat, ids, rows_temperature, softcap, ignore_index, entropy, inplace_backward, chosen)
+    return _shaped(out, leading)
 
 
-def _shaped(logp: Tensor, entropy: Tensor | None, leading: tuple[int, ...]) -> LogProb:
-    return LogProb(logp.reshape(leading), None if entropy is None else entropy.reshape(leading))
+def _shaped(out: LogProb, leading: tuple[int, ...]) -> LogProb:
+    return LogProb(out.logp.reshape(leading), None if out.entropy is None else out.entropy.reshape(leading))

@@ -9,15 +9,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flowrl_kernels import presets
 from flowrl_kernels.core import checks, dispatch
-from flowrl_kernels.core.settle import UNSET, bounds_of, flow_settings, no_tangent, settle
-from flowrl_kernels.core.types import METRICS, LossOutput
+from flowrl_kernels.core.settle import UNSET, Dials, Given, Settled, bounds_of, flow_settings, no_tangent, settle
+from flowrl_kernels.core.types import LossOutput
 from flowrl_kernels.presets.row import number
-from flowrl_kernels.reference import residual as reference
 
 __all__ = ["flowrl_loss", "residual_loss"]
 
@@ -96,10 +94,8 @@ def flowrl_loss(
         beta=beta, ratio=ratio, anchor=anchor, phi=phi, tis=tis, tis_cap=tis_cap, clip=clip,
         length_normalize=length_normalize,
     )  # fmt: skip
-    return _residual(
-        logp, logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer, preset,
-        presets.PRESETS["paper"], explicit, cp_group, impl,
-    )  # fmt: skip
+    given = Given(logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer)
+    return _residual(logp, given, Dials(preset, presets.PRESETS["paper"], explicit), cp_group, impl)
 
 
 def residual_loss(
@@ -157,10 +153,8 @@ def residual_loss(
     if log_z is not None:
         partition = log_z
     base = dataclasses.replace(presets.PRESETS["paper"], ratio=None, beta=1.0, anchor="old")
-    return _residual(
-        logp, anchor, target, partition, logp_old, None, mask, cu_seqlens, groups, normalizer, preset, base, explicit,
-        cp_group, impl, anchor_is_given=True,
-    )  # fmt: skip
+    given = Given(anchor, target, partition, logp_old, None, mask, cu_seqlens, groups, normalizer)
+    return _residual(logp, given, Dials(preset, base, explicit), cp_group, impl, anchor_is_given=True)
 
 
 def _anchor_of(preset: str, anchor: Tensor | None) -> None:
@@ -172,41 +166,25 @@ def _anchor_of(preset: str, anchor: Tensor | None) -> None:
 
 
 def _residual(
-    logp, logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer, preset, base, explicit,
-    cp_group, impl, anchor_is_given=False,
-) -> LossOutput:  # fmt: skip
+    logp: Tensor, given: Given, dials: Dials, cp_group: Any, impl: str, anchor_is_given: bool = False
+) -> LossOutput:
     checks.floating("logp", logp)
     if cp_group is not None:
         checks.process_group("cp_group", cp_group)
-    settled = settle(
-        logp, logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer, preset, base,
-        explicit, anchor_is_given,
-    )  # fmt: skip
+    settled = settle(logp, given, dials, anchor_is_given)
     chosen = dispatch.resolve("residual" if cp_group is None else "context_parallel", impl, logp)
     if chosen != "reference":
         no_tangent("logp", logp)
-        no_tangent("log_z", log_z)
-    row, anchor, old, sampler, reward, partition, segments, groups, scalar = settled
-    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
-    if cp_group is not None:
-        from flowrl_kernels.ops import context_parallel
-
-        given = (row, logp, anchor, old, sampler, reward, partition, segments, groups, scalar)
-        return output(*(value.to(dtype) for value in context_parallel.residual(*given, cp_group, chosen)))
-    if chosen == "reference":
-        terms = reference.residual(row, logp, anchor, old, sampler, reward, partition, segments, groups)
-        loss = reference.total(row, terms, scalar).to(dtype)
-        with torch.no_grad():
-            values = reference.metrics(terms, loss).to(dtype)
-        return output(loss, terms.residual.to(dtype), terms.weight.to(dtype), values)
-    from flowrl_kernels.ops.residual import residual as op
-
-    loss, d, weight, values, _, _ = op(
-        logp.contiguous(), partition, anchor, old, sampler, reward, segments.mask, segments.cu_seqlens, groups, scalar,
-        row.codes(), row.packed_numbers(), chosen,
-    )  # fmt: skip
-    return output(loss, d, weight, values)
+        no_tangent("log_z", given.log_z)
+    return run(logp, settled, cp_group, chosen)
 
 
-def output(loss: Tensor, residual: Tensor, weight: Tensor, metrics: Tensor) -> LossOutput:
-    return LossOutput(loss, residual, weight, dict(zip(METRICS, metrics.unbind())))
+def run(logp: Tensor, settled: Settled, cp_group: Any, impl: str) -> LossOutput:
+    """The loss of what is settled, by `impl`."""
+    from flowrl_kernels.ops import context_parallel, residual
+
+    row, anchors, each, segments = settled
+    if cp_group is None:
+        return residual.apply(row, logp, anchors, each, segments, impl)
+    out = context_parallel.residual(row, logp, anchors, each, segments, cp_group, impl)
+    return residual.output(*(value.to(residual.wide(logp)) for value in out))

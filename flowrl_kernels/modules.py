@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowrl_kernels.core import checks
-from flowrl_kernels.core.passes import linear_residual
-from flowrl_kernels.core.settle import check_settings, no_tangent
-from flowrl_kernels.core.types import LossOutput
-from flowrl_kernels.logprobs import linear_logprob
-from flowrl_kernels.losses import flowrl_loss
+from flowrl_kernels.core import checks, dispatch
+from flowrl_kernels.core.head import checked_budget, checked_head, refuse_reference
+from flowrl_kernels.core.passes import one_pass
+from flowrl_kernels.core.settle import Given, check_settings, dials_of, no_tangent, settle
+from flowrl_kernels.core.types import LossOutput, Needs
+from flowrl_kernels.losses import flowrl_loss, run
+from flowrl_kernels.ops import linear_logprob, linear_residual
 from flowrl_kernels.presets.row import number
 
 __all__ = ["FlowRLLoss", "LinearFlowRLLoss"]
@@ -102,50 +103,44 @@ class LinearFlowRLLoss(FlowRLLoss):
         """
         checks.floating("hidden", hidden)
         ids = checks.integers("target", target, tuple(hidden.shape[:-1]))
-        if mask is not None:
-            checks.plain("mask", mask)
-            if mask.shape != ids.shape:
-                checks.fail("mask", f"shape {tuple(ids.shape)} as target has", checks.shape(mask))
-            ids = ids.long().masked_fill(~mask.to(torch.bool), -100)
-        temperature = self.temperature if temperature is None else temperature
-        if mask is not None and isinstance(temperature, Tensor) and temperature.shape == ids.shape:
-            temperature = temperature.masked_fill(~mask.to(torch.bool), 1.0)
-        if main_grad is not None and isinstance(weight, Tensor) and not weight.requires_grad:
-            checks.fail("main_grad", "None beside a weight that wants no gradient", "a tensor")
-        if report is not None:
-            checks.floating("report", report, dims=1)
-            if report.shape != (3,):
-                checks.fail("report", "shape (3,)", checks.shape(report))
-        tensors: dict[str, Any] = {
-            "logp_old": logp_old, "mask": mask, "cu_seqlens": cu_seqlens, "groups": groups, "normalizer": normalizer,
-            "logp_sampler": logp_sampler,
-        }  # fmt: skip
-        head: dict[str, Any] = {
-            "bias": bias,
-            "temperature": temperature,
-            "logit_scale": number("logit_scale", logit_scale),
-            "softcap": None if softcap is None else number("softcap", softcap),
-        }
-        if self.settings.get("impl", "auto") != "reference":
+        impl = self.settings.get("impl", "auto")
+        if impl != "reference":
             for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias), ("log_z", log_z)):
                 no_tangent(name, value)
-        if self.single_pass and self.epsilon == 0.0 and main_grad is None and cp_group is None:
-            out = linear_residual(hidden, weight, ids, logp_ref, reward, log_z, tensors, head, self.settings)
-            if out is not None:
+        if cp_group is not None:
+            checks.process_group("cp_group", cp_group)
+        layout = torch.empty((), dtype=torch.float32, device=hidden.device).expand(ids.shape)
+        given = Given(logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer)
+        settled = settle(layout, given, dials_of(self.settings))
+        temperature = self.temperature if temperature is None else temperature
+        if mask is not None:
+            left_out = ~settled.segments.mask
+            ids = ids.long().masked_fill(left_out, -100)
+            if isinstance(temperature, Tensor) and temperature.shape == ids.shape:
+                temperature = temperature.masked_fill(left_out, 1.0)
+        scale, cap = number("logit_scale", logit_scale), None if softcap is None else number("softcap", softcap)
+        flat, ids, head, leading = checked_head(hidden, weight, ids, bias, temperature, scale, cap)
+        budget = checked_budget(flat, head, self.epsilon, report, main_grad)
+        grad = torch.is_grad_enabled()
+        need = Needs(*(grad and t is not None and t.requires_grad for t in (flat, head.weight, bias)))
+        chosen = dispatch.resolve("linear_residual", impl, flat)
+        plain = budget.epsilon == 0.0 and main_grad is None and cp_group is None
+        if self.single_pass and plain and any(need) and chosen != "reference":
+            most = linear_residual.chunk_tokens(len(head.weight), flat.device.type)
+            plan = one_pass(flat, settled, most)
+            if plan is not None:
+                out = linear_residual.apply(
+                    settled.row, flat, ids, head, settled.anchors, plan.each, plan.segments, plan.chunks, need, chosen
+                )
                 if report is not None:  # as an exact backward says
                     report.copy_(report.new_tensor([0.0, 1.0, 0.0]))
                 return out
-        logp = linear_logprob(
-            hidden,
-            weight,
-            ids,
-            epsilon=self.epsilon,
-            report=report,
-            main_grad=main_grad,
-            impl=self.settings.get("impl", "auto"),
-            **head,
-        ).logp
-        return super().forward(logp, logp_ref, reward, log_z, cp_group=cp_group, **tensors)
+        chosen = dispatch.resolve("linear_logprob", impl, flat)
+        if chosen == "reference":
+            refuse_reference(budget, main_grad)
+        logp = linear_logprob.apply(flat, ids, head, -100, False, chosen, budget, main_grad).logp.reshape(leading)
+        chosen = dispatch.resolve("residual" if cp_group is None else "context_parallel", impl, logp)
+        return run(logp, settled, cp_group, chosen)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, epsilon={self.epsilon}, {super().extra_repr()}"

@@ -26,6 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from flowrl_kernels.core.segments import Segments
+from flowrl_kernels.core.types import Anchors, Budget, Chunks, Head, Needs, Saved, Sequences, Upstream
 from flowrl_kernels.triton import tiles
 
 TARGETS = {
@@ -166,12 +168,11 @@ def linear_logprob(dtype, h=3584, v=152064, bias=False, softcap=None, entropy=Tr
     n = 8192
     hidden, weight = torch.empty(n, h, dtype=dtype), torch.empty(v, h, dtype=dtype)
     target, temperature = torch.empty(n, dtype=torch.int64), torch.empty(1)
-    b = torch.empty(v, dtype=dtype) if bias else None
-    out = op.linear_logprob_fwd(hidden, weight, target, b, temperature, 1.0, softcap, entropy, stats)
+    head = Head(weight, torch.empty(v, dtype=dtype) if bias else None, temperature, 1.0, softcap)
+    out = op.linear_logprob_fwd(hidden, target, head, entropy, stats)
     op.linear_logprob_bwd(
-        out[0], out[0] if entropy else None, hidden, weight, target, b, temperature, 1.0, softcap,
-        *out, 0.0, None, None, True, True, bias,
-    )  # fmt: skip
+        Upstream(out[0], out[0] if entropy else None), hidden, target, head, Saved(*out), Needs(True, True, bias)
+    )
 
 
 def bounded(dtype, h=3584, v=152064, more=False) -> None:
@@ -182,9 +183,9 @@ def bounded(dtype, h=3584, v=152064, more=False) -> None:
     hidden, weight, grad = torch.empty(n, h, dtype=dtype), torch.empty(v, h, dtype=dtype), torch.empty(n)
     b = torch.empty(v, dtype=dtype) if more else None
     op.linear_logprob_bwd(
-        grad, None, hidden, weight, torch.empty(n, dtype=torch.int64), b, torch.empty(1), 1.0, None,
-        grad, torch.empty(2, n), grad, torch.empty(-(-v // 128), n, dtype=torch.float16), 0.01, None,
-        torch.empty(v, h) if more else None, True, True, more,
+        Upstream(grad), hidden, torch.empty(n, dtype=torch.int64), Head(weight, b, torch.empty(1)),
+        Saved(grad, torch.empty(2, n), grad, torch.empty(-(-v // 128), n, dtype=torch.float16)),
+        Needs(True, True, more), Budget(0.01), torch.empty(v, h) if more else None,
     )  # fmt: skip
 
 
@@ -212,7 +213,8 @@ def residual(dtype, preset="paper", packed=False) -> None:
     groups = torch.empty(sequences, dtype=torch.int64) if row.log_z in ("group", "through") else None
     log_z = torch.empty(sequences) if groups is None else None
     mask = torch.empty(shape, dtype=torch.bool)
-    op.residual_fwd(row, logp, anchor, old, None, torch.empty(sequences), log_z, mask, cu_seqlens, groups, None)
+    each = Sequences(torch.empty(sequences), log_z, groups, None)
+    op.residual_fwd(row, logp, Anchors(anchor, old, None), each, Segments(mask, cu_seqlens))
 
 
 def linear_residual(dtype, h=3584, v=152064, softcap=None) -> None:
@@ -225,9 +227,9 @@ def linear_residual(dtype, h=3584, v=152064, softcap=None) -> None:
     target, mask = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.bool)
     ref, old, each = torch.empty(n), torch.empty(n), torch.empty(sequences)
     op.linear_residual_fwd(
-        named("paper"), hidden, weight, target, None, torch.empty(1), 1.0, softcap, ref, old, None, each, each, mask,
-        torch.empty(sequences + 1, dtype=torch.int64), None, n, [0, n], [0, sequences], torch.empty(1), True, True,
-        False,
+        named("paper"), hidden, target, Head(weight, None, torch.empty(1), 1.0, softcap), Anchors(ref, old, None),
+        Sequences(each, each, None, torch.empty(1)), Segments(mask, torch.empty(sequences + 1, dtype=torch.int64)),
+        Chunks(n, [0, n], [0, sequences]), Needs(True, True, False),
     )  # fmt: skip
 
 

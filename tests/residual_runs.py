@@ -3,6 +3,8 @@
 import torch
 
 from flowrl_kernels.chunked import residual as plain
+from flowrl_kernels.core.segments import Segments
+from flowrl_kernels.core.types import Anchors, Sequences
 from flowrl_kernels.testing import assert_grad_close, cu_seqlens_of
 
 NAMES = ("loss", "residual", "weight", "metrics", "dlogp", "dlog_z")
@@ -25,9 +27,10 @@ def run(launcher, row, data, cu_seqlens=None, normalizer=None):
     data = {k: v.double() if launcher is plain and v.is_floating_point() else v for k, v in data.items()}
     anchor = {"ref": data["ref"], "old": data["old"], None: None}[row.anchor]
     log_z = data["log_z"] if row.log_z == "learned" else None
+    divisor = None if normalizer is None else torch.tensor(normalizer, dtype=torch.float64)
     out = launcher.residual_fwd(
-        row, data["logp"], anchor, data["old"], data["sampler"], data["reward"], log_z, data["mask"], cu_seqlens,
-        data["groups"], None if normalizer is None else torch.tensor(normalizer, dtype=torch.float64),
+        row, data["logp"], Anchors(anchor, data["old"], data["sampler"]),
+        Sequences(data["reward"], log_z, data["groups"], divisor), Segments(data["mask"], cu_seqlens),
     )  # fmt: skip
     return dict(zip(NAMES, out))
 

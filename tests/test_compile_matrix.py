@@ -62,6 +62,7 @@ def test_no_flag_changes_the_layout_in_which_a_row_adds_up(arch, monkeypatch):
 
 
 def test_an_odd_number_of_rows_leaves_every_pointer_aligned_so_that_nothing_compiles_again(monkeypatch):
+    from flowrl_kernels.core.types import Head
     from flowrl_kernels.triton import linear_logprob, logprob
 
     seen = []
@@ -78,9 +79,8 @@ def test_an_odd_number_of_rows_leaves_every_pointer_aligned_so_that_nothing_comp
         monkeypatch.setattr(room, name, Spy())
     monkeypatch.setattr(linear_logprob, "gather_rows", lambda source, *_: source)
     target, temperature = torch.zeros(5, dtype=torch.int64), torch.ones(1)
-    linear_logprob.linear_logprob_fwd(
-        torch.zeros(5, 16), torch.zeros(300, 16), target, None, temperature, 1.0, None, True, True
-    )
+    head = Head(torch.zeros(300, 16), None, temperature)
+    linear_logprob.linear_logprob_fwd(torch.zeros(5, 16), target, head, True, True)
     logprob.logprob_fwd(torch.zeros(5, 300), target, temperature, None, True)
     assert len(seen) > 20
     assert all(tensor.data_ptr() % 16 == 0 for tensor in seen)

@@ -5,6 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowrl_kernels.chunked import bounded, linear_logprob, linear_residual
+from flowrl_kernels.core.segments import Segments
+from flowrl_kernels.core.types import Anchors, Budget, Chunks, Head, Needs, Saved, Sequences, Upstream
 from flowrl_kernels.presets import named
 from flowrl_kernels.testing import rl_like_inputs
 
@@ -33,16 +35,13 @@ def counted(run):
 
 def forward(op, data, stats):
     hidden, weight, target, _ = data
-    return op.linear_logprob_fwd(hidden, weight, target, None, ONE, 1.0, None, False, stats)
+    return op.linear_logprob_fwd(hidden, target, Head(weight, None, ONE), False, stats)
 
 
 def backward(op, data, kept, epsilon=0.0, report=None, needs=(True, True)):
     hidden, weight, target, grad = data
-    logp, lse, ent, stats = kept
-    return op.linear_logprob_bwd(
-        grad, None, hidden, weight, target, None, ONE, 1.0, None, logp, lse, ent, stats, epsilon, report, None,
-        *needs, False,
-    )  # fmt: skip
+    need, budget = Needs(*needs, False), Budget(epsilon, report)
+    return op.linear_logprob_bwd(Upstream(grad), hidden, target, Head(weight, None, ONE), Saved(*kept), need, budget)
 
 
 def check_two_passes(op, data, count):
@@ -78,9 +77,9 @@ def test_one_pass_does_six_and_four_for_a_frozen_head(data, needs, expected):
     edges = torch.arange(0, N + 1, N // 4)
     done, _ = counted(
         lambda: linear_residual.linear_residual_fwd(
-            named("paper"), hidden, weight, target, None, ONE, 1.0, None, logp, logp, None, each, each,
-            torch.ones(N, dtype=torch.bool), edges, None, N, [0, N // 2, N], [0, 2, 4], torch.full((), 4.0), *needs,
-            False,
+            named("paper"), hidden, target, Head(weight, None, ONE), Anchors(logp, logp, None),
+            Sequences(each, each, None, torch.full((), 4.0)), Segments(torch.ones(N, dtype=torch.bool), edges),
+            Chunks(N, [0, N // 2, N], [0, 2, 4]), Needs(*needs, False),
         )
     )  # fmt: skip
     assert done == pytest.approx(expected, rel=0.05)

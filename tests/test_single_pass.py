@@ -39,7 +39,7 @@ def run(single_pass, data, *, padded=False, log_z=..., settings=None, head=None,
 def counted(monkeypatch):
     calls = []
     whole = room.linear_residual_fwd
-    monkeypatch.setattr(room, "linear_residual_fwd", lambda *a, **k: calls.append(a[-5]) or whole(*a, **k))
+    monkeypatch.setattr(room, "linear_residual_fwd", lambda *a, **k: calls.append(a[7].bounds) or whole(*a, **k))
     return calls
 
 
@@ -89,7 +89,7 @@ def test_rows_whose_sequences_depend_on_each_other_need_one_chunk(monkeypatch, c
 def test_a_sequence_longer_than_the_buffer_makes_its_own_logits_twice_and_no_others(monkeypatch, counted):
     again = []
     whole = room.linear_logprob_bwd
-    monkeypatch.setattr(room, "linear_logprob_bwd", lambda *a: again.append(len(a[0])) or whole(*a))
+    monkeypatch.setattr(room, "linear_logprob_bwd", lambda *a: again.append(len(a[0].logp)) or whole(*a))
     monkeypatch.setattr(operator, "chunk_tokens", lambda *_: 11)
     head = {"bias": torch.linspace(-1, 1, 1300).requires_grad_(), "temperature": torch.linspace(0.5, 2, 32)}
     one, one_grads = run(True, batch(), head=head)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from flowrl_kernels.chunked import routing, tiles
 from flowrl_kernels.chunked.routing import SLACK, run_mass
-from flowrl_kernels.core.types import TILE
+from flowrl_kernels.chunked.tiles import Rows, Sinks
+from flowrl_kernels.core.types import TILE, Budget, Head
 
 COLUMNS = 1024  # vocabulary columns of one tile
 ROWS = 256  # rows whose dropped masses are in memory at once
@@ -56,27 +57,16 @@ def make_plan(
 
 
 def bounded_backward(
-    scale: Tensor,  # [R, 1] grad * logit_scale / temperature, every row active
-    x: Tensor,  # [R, H]
-    weight: Tensor,  # [V, H]
-    target: Tensor,  # [R]; V where the row has none
-    bias: Tensor | None,  # [V]
-    temperature: Tensor,  # [R, 1] or [1, 1]
-    logit_scale: float,
-    logp: Tensor,  # [R] of the target, from the forward
-    lse_parts: Tensor,  # [2, R, 1] maximum and log of the sum
+    rows: Rows,  # every one active, none with an entropy gradient
+    head: Head,  # without softcap
     tile_lse: Tensor,  # [ceil(V/128), R]
-    epsilon: float,
-    report: Tensor | None,  # [3]
-    dhidden: Tensor | None,  # [R, H] zeros, accumulated into
-    dweight: Tensor | None,  # [V, H] written
-    main_grad: Tensor | None,  # [V, H] accumulated into
-    dbias: Tensor | None,  # [V] accumulated into
-    inverse: Tensor | None = None,  # [1] what undoes the power of two that `scale` carries for float16
+    budget: Budget,
+    into: Sinks,
 ) -> bool:
     """Fills the gradients and `report`; False, with only `report` written, if the exact path is the better one."""
-    vocab_size = weight.shape[0]
-    target_rows = tiles.operand(weight.index_select(0, target.clamp_max(vocab_size - 1)))  # [R, H]
+    x, target, _, logp, lse_parts, scale, *_ = rows
+    epsilon, report = budget
+    vocab_size = len(head.weight)
     target_logp = logp.masked_fill(target == vocab_size, -torch.inf).clamp_max(0.0)
     lse = lse_parts.sum(0)[:, 0]  # the statistics are fp16: nothing there to keep apart
     live = None if tiles.host_knows(x) else scale[:, 0] != 0
@@ -87,19 +77,16 @@ def bounded_backward(
         report.copy_(torch.stack([plan.bound, plan.share, plan.share.new_zeros(())]) if pays else exact)
     if not pays:
         return False
-    _compute(
-        plan.active, scale, x, weight, target, target_logp, target_rows, bias, temperature, logit_scale, lse, lse_parts,
-        tile_lse, dhidden, dweight, main_grad, dbias, inverse,
-    )  # fmt: skip
+    _compute(plan.active, rows._replace(logp=target_logp), head, lse, tile_lse, into)
     return True
 
 
-def _compute(
-    active, scale, x, weight, target, target_logp, target_rows, bias, temperature, logit_scale, lse, lse_parts,
-    tile_lse, dhidden, dweight, main_grad, dbias, inverse,
-) -> None:  # fmt: skip
+def _compute(active: Tensor, rows: Rows, head: Head, lse: Tensor, tile_lse: Tensor, into: Sinks) -> None:
+    x, target, temperature, target_logp, lse_parts, scale, _, _, inverse = rows
+    weight, bias, dhidden, dweight, main_grad, dbias = head.weight, head.bias, *into
     vocab_size = weight.shape[0]
     num_rows, hidden_size = x.shape
+    target_rows = tiles.operand(weight.index_select(0, target.clamp_max(vocab_size - 1)))  # [R, H]
     rest = -torch.expm1(target_logp)[:, None]  # [R, 1] non-target mass
     target_gradient = scale * rest  # entry of dlogits at the target
     need_weight = dweight is not None or main_grad is not None
@@ -133,38 +120,38 @@ def _compute(
             if acc is not None:
                 mean_rows[runs] = _run_means(w, lse.dtype)
             part = None
-            rows = row_lists[tile]
-            if len(rows) > 0:
-                x_rows = x[rows]
-                z = tiles.logits_tile(x_rows, w, None if bias is None else bias[start:stop], logit_scale, None)
-                row_temperature = temperature if temperature.numel() == 1 else temperature[rows]
-                shifted = tiles.divide_by_temperature(z, row_temperature).sub_(lse_parts[0, rows])
-                p = shifted.exp_().mul_(lse_parts[1, rows].neg().exp())
-                local = (target[rows] - start)[:, None]
+            mine = row_lists[tile]
+            if len(mine) > 0:
+                x_rows = x[mine]
+                z = tiles.logits_tile(x_rows, w, None if bias is None else bias[start:stop], head.logit_scale, None)
+                row_temperature = temperature if temperature.numel() == 1 else temperature[mine]
+                shifted = tiles.divide_by_temperature(z, row_temperature).sub_(lse_parts[0, mine])
+                p = shifted.exp_().mul_(lse_parts[1, mine].neg().exp())
+                local = (target[mine] - start)[:, None]
                 outside = (local < 0) | (local >= stop - start)
                 local = local.clamp(0, stop - start - 1)
                 p.scatter_(1, local, torch.where(outside, p.gather(1, local), 0.0))  # the target's entry goes by itself
-                computed[rows] += p.sum(1)
-                dz = p.mul_(-scale[rows])
+                computed[mine] += p.sum(1)
+                dz = p.mul_(-scale[mine])
                 if dbias is not None:
                     dbias[start:stop] += dz.sum(0)
                 dz = dz.to(x.dtype)
                 if acc is not None:
-                    acc[rows] += tiles.product(dz, w)
+                    acc[mine] += tiles.product(dz, w)
                 if need_weight:
                     part = tiles.product(dz.T, x_rows)
-            mine = by_target[cuts[tile] : cuts[tile + 1]]  # rows whose target is in this tile
+            here = by_target[cuts[tile] : cuts[tile + 1]]  # rows whose target is in this tile
             if dbias is not None:
                 dbias[start:stop] -= _per_column(bias_spread[runs, None], stop - start)[:, 0]
-                tiles.add_rows(dbias, target[mine], target_gradient[mine, 0])
+                tiles.add_rows(dbias, target[here], target_gradient[here, 0])
             if need_weight:
                 part = w.new_zeros(w.shape, dtype=lse.dtype) if part is None else part
                 part -= _per_column(spread[runs], stop - start)
-                tiles.add_rows(part, target[mine] - start, target_gradient[mine] * x[mine].to(lse.dtype))
+                tiles.add_rows(part, target[here] - start, target_gradient[here] * x[here].to(lse.dtype))
                 part = part if inverse is None else part.mul_(inverse)
                 if main_grad is not None:
                     main_grad[start:stop] += part
-                else:
+                elif dweight is not None:
                     dweight[start:stop] = part
     if acc is not None:
         for own in blocks:
@@ -173,6 +160,7 @@ def _compute(
             owed = (rest[own] - computed[own, None]).clamp_min_(0.0) * scale[own]  # exactly what each row still owes
             acc[own] -= part.mul_(owed) @ mean_rows
         acc += target_gradient * target_rows.to(lse.dtype)
+        assert dhidden is not None
         dhidden.copy_(acc)
 
 

@@ -7,13 +7,14 @@ All that sequences have in common with their tokens are sums over them (docs/mat
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from flowrl_kernels.chunked import residual
+from flowrl_kernels.core.segments import Segments
+from flowrl_kernels.core.types import Anchors, Sequences
 from flowrl_kernels.presets.row import Row
 
 
@@ -28,8 +29,8 @@ def sum_over_ranks(own: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def residual_fwd(
-    group: dist.ProcessGroup, row: Row, *tensors: Any
+    group: dist.ProcessGroup, row: Row, logp: Tensor, anchors: Anchors, each: Sequences, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`chunked.residual.residual_fwd` of the whole sequences; dlogp holds this rank's tokens, dlog_z is whole."""
-    given: dict[str, Any] = {"over_ranks": partial(sum_over_ranks, group=group)}
-    return residual.residual_fwd(row, *tensors, **given)
+    over_ranks = partial(sum_over_ranks, group=group)
+    return residual.residual_fwd(row, logp, anchors, each, segments._replace(over_ranks=over_ranks))

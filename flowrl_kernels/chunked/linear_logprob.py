@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flowrl_kernels.chunked import tiles
 from flowrl_kernels.chunked.bounded import bounded_backward
-from flowrl_kernels.core.types import TILE
+from flowrl_kernels.chunked.tiles import Rows, Sinks
+from flowrl_kernels.core.types import EXACT, TILE, Budget, Head, Needs, Saved, Upstream
 
 
 def kept_rows(keep: Tensor) -> Tensor | None:
@@ -40,17 +41,14 @@ def clean(keep: Tensor, hidden: Tensor, temperature: Tensor) -> tuple[Tensor, Te
 
 def linear_logprob_fwd(
     hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
     target: Tensor,  # [N] int64; -1 skips the row, V means no target here
-    bias: Tensor | None,  # [V]
-    temperature: Tensor,  # [N] or [1]
-    logit_scale: float,
-    softcap: float | None,
+    head: Head,
     entropy: bool,
     stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Saved:
     """logp [N] (-inf without a target here), log-sum-exp [2, N] as maximum and log of the sum, entropy [N] or [0],
     tile log-sum-exp [ceil(V/128), N] fp16 or [0, 0]; all 0 in skipped rows."""
+    weight, bias, temperature, logit_scale, softcap = head
     num_tokens, hidden_size = hidden.shape
     vocab_size = weight.shape[0]
     live = target >= 0
@@ -97,35 +95,26 @@ def linear_logprob_fwd(
         skipped = target < 0
         logp, lse = logp.masked_fill(skipped, 0.0), lse.masked_fill(skipped, 0.0)
         ent = ent.masked_fill(skipped, 0.0) if entropy else ent
-        return logp, lse, ent, (tile_lse.masked_fill(skipped, 0.0) if stats else tile_lse).contiguous()
+        return Saved(logp, lse, ent, (tile_lse.masked_fill(skipped, 0.0) if stats else tile_lse).contiguous())
     stats_out = put(rows, tile_lse.T, num_tokens).T.contiguous() if stats else tile_lse
     ent = put(rows, ent, num_tokens) if entropy else ent
-    return put(rows, logp, num_tokens), put(rows, lse.T, num_tokens).T.contiguous(), ent, stats_out
+    return Saved(put(rows, logp, num_tokens), put(rows, lse.T, num_tokens).T.contiguous(), ent, stats_out)
 
 
 def linear_logprob_bwd(
-    grad_logp: Tensor,  # [N]
-    grad_entropy: Tensor | None,  # [N]
+    grad: Upstream,
     hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
     target: Tensor,  # [N]
-    bias: Tensor | None,
-    temperature: Tensor,  # [N] or [1]
-    logit_scale: float,
-    softcap: float | None,
-    logp: Tensor,  # [N]
-    lse: Tensor,  # [2, N]
-    entropy: Tensor,  # [N] or [0]
-    tile_lse: Tensor,  # [ceil(V/128), N] or [0, 0]
-    epsilon: float,
-    report: Tensor | None,  # [3]
-    main_grad: Tensor | None,  # [V, H] fp32
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    head: Head,
+    saved: Saved,
+    need: Needs,
+    budget: Budget = EXACT,
+    main_grad: Tensor | None = None,  # [V, H] fp32
     wide_hidden: bool = False,  # hidden's gradient as it was accumulated, not rounded to hidden's dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias; those not needed are None (weight's goes into main_grad if given)."""
+    (grad_logp, grad_entropy), (logp, lse, entropy, tile_lse), (epsilon, report) = grad, saved, budget
+    weight, _, temperature, logit_scale, softcap = head
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
     dtype, out_dtype = tiles.accumulator_dtype(hidden.dtype), hidden.dtype
     active = (target >= 0) & (grad_logp != 0)
@@ -151,49 +140,23 @@ def linear_logprob_bwd(
         factor = tiles.fp16_factor(grad_logp, grad_entropy, entropy, temperature[:, 0], logit_scale)
         scale, inverse = scale * factor, 1.0 / factor
         entropy_scale = None if entropy_scale is None else entropy_scale * factor
-    dhidden = x.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
-    dweight = torch.empty_like(weight) if need_weight and main_grad is None else None
-    dbias = x.new_zeros(vocab_size, dtype=dtype) if need_bias else None
+    dhidden = x.new_zeros(hidden.shape, dtype=dtype) if need.hidden else None
+    dweight = torch.empty_like(weight) if need.weight and main_grad is None else None
+    dbias = x.new_zeros(vocab_size, dtype=dtype) if need.bias else None
+    rows_in = Rows(
+        x, target, temperature, logp, lse, scale, entropy_scale, None if entropy_scale is None else entropy, inverse
+    )
+    into = Sinks(dhidden, dweight, main_grad if need.weight else None, dbias)
     exact_only = softcap is not None or grad_entropy is not None
     if epsilon > 0.0 and not exact_only and hidden.shape[0] > 0:
         stats = tile_lse if rows is None else tile_lse.index_select(1, rows)
-        done = bounded_backward(
-            scale, x, weight, target, bias, temperature, logit_scale, logp, lse, stats, epsilon, report,
-            dhidden, dweight, main_grad if need_weight else None, dbias, inverse,
-        )  # fmt: skip
+        done = bounded_backward(rows_in, head, stats, budget, into)
     else:
         done = False
         if report is not None:
             report.copy_(report.new_tensor([0.0, 1.0, float(epsilon > 0.0)]))
     if not done:
-        width = max(tiles.COLUMNS, min(8 * tiles.COLUMNS, tiles.BUFFER // max(1, hidden.shape[0]) // TILE * TILE))
-        row_step = max(1, tiles.BUFFER // width)
-        with tiles.exact_products():
-            for start, stop in tiles.column_tiles(vocab_size, width):
-                w = tiles.operand(weight[start:stop])
-                tile_bias = None if bias is None else bias[start:stop]
-                tile_grad = None
-                for low in range(0, x.shape[0], row_step):
-                    own = slice(low, low + row_step)
-                    dz = _dlogits(
-                        x[own], w, tile_bias, target[own] - start,
-                        temperature if temperature.numel() == 1 else temperature[own],
-                        logit_scale, softcap, logp[own, None], lse[:, own], scale[own],
-                        None if entropy_scale is None else entropy_scale[own],
-                        None if entropy_scale is None else entropy[own, None],
-                    )  # fmt: skip
-                    if dbias is not None:
-                        dbias[start:stop] += dz.sum(0)
-                    dz = dz.to(x.dtype)
-                    if dhidden is not None:
-                        accumulate(dhidden[own], dz, w)
-                    if need_weight:
-                        part = tiles.product(dz.T, x[own])
-                        tile_grad = part if tile_grad is None else tile_grad.add_(part)
-                if need_weight:
-                    if tile_grad is not None and inverse is not None:
-                        tile_grad.mul_(inverse)
-                    store(dweight, main_grad, start, stop, tile_grad)
+        _exact_backward(rows_in, head, into)
     if inverse is not None:
         dbias = None if dbias is None else dbias.mul_(inverse)
         dhidden = None if dhidden is None else dhidden.mul_(inverse)
@@ -223,25 +186,41 @@ def store(dweight: Tensor | None, main_grad: Tensor | None, start: int, stop: in
             dweight[start:stop] = part
 
 
-def _dlogits(
-    x: Tensor,  # [R, H]
-    weight: Tensor,  # [C, H]
-    bias: Tensor | None,  # [C]
-    local: Tensor,  # [R] target minus the first column
-    temperature: Tensor,  # [R, 1] or [1, 1]
-    logit_scale: float,
-    softcap: float | None,
-    target_logp: Tensor,  # [R, 1]
-    lse: Tensor,  # [2, R, 1]
-    scale: Tensor,  # [R, 1]
-    entropy_scale: Tensor | None,  # [R, 1]
-    entropy: Tensor | None,  # [R, 1]
-) -> Tensor:
-    """Gradient of the product hidden weight^T in one tile, fp32. [R, C]"""
-    z = tiles.logits_tile(x, weight, bias, logit_scale, softcap)
-    slope = None if softcap is None else (z / softcap).square_().neg_().add_(1.0)
-    z = tiles.divide_by_temperature(z, temperature)
-    dz = dlogits_(z, local[:, None], target_logp, lse, scale, entropy_scale, entropy)
+def _exact_backward(rows: Rows, head: Head, into: Sinks) -> None:
+    """Fills the gradients, a tile of the vocabulary and a block of rows at a time."""
+    dhidden, dweight, main_grad, dbias = into
+    num_rows = len(rows.x)
+    width = max(tiles.COLUMNS, min(8 * tiles.COLUMNS, tiles.BUFFER // max(1, num_rows) // TILE * TILE))
+    row_step = max(1, tiles.BUFFER // width)
+    with tiles.exact_products():
+        for start, stop in tiles.column_tiles(len(head.weight), width):
+            w = tiles.operand(head.weight[start:stop])
+            columns = head._replace(weight=w, bias=None if head.bias is None else head.bias[start:stop])
+            tile_grad = None
+            for low in range(0, num_rows, row_step):
+                own = slice(low, low + row_step)
+                part = rows.part(own)
+                dz = _dlogits(part, columns, start)
+                if dbias is not None:
+                    dbias[start:stop] += dz.sum(0)
+                dz = dz.to(part.x.dtype)
+                if dhidden is not None:
+                    accumulate(dhidden[own], dz, w)
+                if dweight is not None or main_grad is not None:
+                    product = tiles.product(dz.T, part.x)
+                    tile_grad = product if tile_grad is None else tile_grad.add_(product)
+            if tile_grad is not None and rows.inverse is not None:
+                tile_grad.mul_(rows.inverse)
+            store(dweight, main_grad, start, stop, tile_grad)
+
+
+def _dlogits(rows: Rows, columns: Head, start: int) -> Tensor:
+    """Gradient of the product hidden weight^T in the columns from `start` on, fp32. [R, C]"""
+    z = tiles.logits_tile(rows.x, columns.weight, columns.bias, columns.logit_scale, columns.softcap)
+    slope = None if columns.softcap is None else (z / columns.softcap).square_().neg_().add_(1.0)
+    z = tiles.divide_by_temperature(z, rows.temperature)
+    local, entropy = (rows.target - start)[:, None], None if rows.entropy is None else rows.entropy[:, None]
+    dz = dlogits_(z, local, rows.logp[:, None], rows.lse, rows.scale, rows.entropy_scale, entropy)
     return dz if slope is None else dz.mul_(slope)
 
 

@@ -25,6 +25,7 @@ from flowrl_kernels.chunked.linear_logprob import (
     take,
 )
 from flowrl_kernels.core.segments import Segments
+from flowrl_kernels.core.types import EXACT, Anchors, Chunks, Head, Needs, Saved, Sequences, Upstream
 from flowrl_kernels.presets.row import Row
 
 COLUMNS = 8 * tiles.COLUMNS  # of one tile of dlogits
@@ -50,35 +51,24 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def linear_residual_fwd(
     row: Row,
     hidden: Tensor,  # [N, H] response positions; anything where target is -1
-    weight: Tensor,  # [V, H]
     target: Tensor,  # [N]; -1 skips the row, V gives NaN
-    bias: Tensor | None,  # [V]
-    temperature: Tensor,  # [N] or [1]
-    logit_scale: float,
-    softcap: float | None,
-    anchor: Tensor | None,  # [N]
-    old: Tensor | None,  # [N]
-    sampler: Tensor | None,  # [N]
-    reward: Tensor,  # [B]
-    log_z: Tensor | None,  # [B]
-    mask: Tensor,  # [N] bool
-    cu_seqlens: Tensor,  # [B+1] int64
-    groups: Tensor | None,  # [B], for one chunk that holds the whole batch
-    most: int,  # rows whose logits are held at once; a chunk of more makes them twice
-    edges: list[int],  # the tokens at which chunks begin, and N
-    bounds: list[int],  # the sequences at which chunks begin, and B
-    normalizer: Tensor | None,  # scalar
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    head: Head,
+    anchors: Anchors,
+    each: Sequences,  # groups: for one chunk that holds the whole batch
+    segments: Segments,  # packed
+    chunks: Chunks,
+    need: Needs,
 ) -> SinglePass:
     """The loss of the batch with its gradients for an incoming one of 1; those not needed are None."""
     dtype = tiles.accumulator_dtype(hidden.dtype)
+    weight, _, temperature, logit_scale, _ = head
+    (most, edges, bounds), (mask, cu_seqlens, _) = chunks, segments
+    assert cu_seqlens is not None
     vocab_size = weight.shape[0]
     logp = torch.zeros(hidden.shape[0], dtype=dtype, device=hidden.device)
-    dhidden = torch.zeros_like(hidden, dtype=wide(hidden.dtype)) if need_hidden else None
-    dweight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
-    dbias = logp.new_zeros(vocab_size) if need_bias else None
+    dhidden = torch.zeros_like(hidden, dtype=wide(hidden.dtype)) if need.hidden else None
+    dweight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need.weight else None
+    dbias = logp.new_zeros(vocab_size) if need.bias else None
     parts, dlog_z = [], []
     with tiles.exact_products():
         for first, last, low, high in zip(bounds, bounds[1:], edges, edges[1:]):
@@ -89,72 +79,65 @@ def linear_residual_fwd(
             scale = temperature if temperature.numel() == 1 else take(rows, temperature[own])[0]
             if rows is None and not tiles.host_knows(hidden):  # no count of rows without a wait: all there, but clean
                 x, scale = clean(live, x, scale)
+            own_head = head._replace(temperature=scale)
             twice = len(x) > most
             z: list[Tensor] = []
             if twice:
-                own_logp, lse, *_ = linear_logprob_fwd(
-                    x, weight, ids, bias, scale, logit_scale, softcap, False, False
-                )  # fmt: skip
+                own_logp, lse, *_ = linear_logprob_fwd(x, ids, own_head, False, False)
             elif len(x):
-                z, lse, picked = _logits(tiles.operand(x), weight, ids, bias, scale[:, None], logit_scale, softcap)
+                z, lse, picked = _logits(tiles.operand(x), ids, own_head)
                 own_logp = tiles.log_softmax(picked, lse)
             else:
                 own_logp, lse = logp[:0], logp.new_zeros((2, 0))
             own_logp = own_logp.masked_fill(ids < 0, 0.0).masked_fill(ids >= vocab_size, torch.nan)
             logp[own] = put(rows, own_logp, high - low)
-            a, o, t = (None if tokens is None else tokens[own] for tokens in (anchor, old, sampler))
-            partition = None if log_z is None else log_z[first:last]
-            segments = Segments(mask[own], cu_seqlens[first : last + 1] - low)
-            terms, dlogp, dz_own = residual.sequences(
-                row, logp[own], a, o, t, reward[first:last], partition, segments, groups, normalizer
-            )
+            part_of = Sequences(
+                each.reward[first:last], None if each.log_z is None else each.log_z[first:last], each.groups,
+                each.normalizer,
+            )  # fmt: skip
+            own_segments = Segments(mask[own], cu_seqlens[first : last + 1] - low)
+            own_anchors = anchors.part(own)
+            terms, dlogp, dz_own = residual.sequences(row, logp[own], own_anchors, part_of, own_segments)
             parts.append(terms)
             dlog_z.append(dz_own)
             grad = take(rows, dlogp.to(dtype).masked_fill(~live, 0.0))[0]
             part = None
             if twice:
                 nothing = logp[:0]
-                part, _, dbias_own = linear_logprob_bwd(
-                    grad, None, x, weight, ids, bias, scale, logit_scale, softcap, own_logp, lse, nothing,
-                    nothing.view(0, 0), 0.0, None, dweight, need_hidden, need_weight, need_bias,
-                )  # fmt: skip
+                saved = Saved(own_logp, lse, nothing, nothing.view(0, 0))
+                part, _, dbias_own = linear_logprob_bwd(Upstream(grad), x, ids, own_head, saved, need, EXACT, dweight)
                 if dbias is not None and dbias_own is not None:
                     dbias += dbias_own
             elif len(x):
                 g = (grad * logit_scale)[:, None] / scale[:, None].to(dtype)
-                part = _products(z, own_logp, lse, ids, g, scale, softcap, x, weight, need_hidden, dweight, dbias)
+                rows_in = tiles.Rows(tiles.operand(x), ids, scale[:, None], own_logp, lse[..., None], g)
+                part = logp.new_zeros(x.shape) if need.hidden else None
+                _products(z, rows_in, own_head, tiles.Sinks(part, dweight, None, dbias))
             if dhidden is not None and part is not None:
                 dhidden[own] = put(rows, part, high - low)
             del z, part  # before the next chunk's
-    totals = residual.totals(row, residual.joined(parts), normalizer, dtype)
+    totals = residual.totals(row, residual.joined(parts), each.normalizer, dtype)
     dweight = None if dweight is None else dweight.to(wide(weight.dtype))
     return SinglePass(logp, *totals, torch.cat(dlog_z), dhidden, dweight, dbias)
 
 
-def _products(
-    z: list[Tensor], logp: Tensor, lse: Tensor, ids: Tensor, g: Tensor, scale: Tensor, softcap: float | None,
-    hidden: Tensor, weight: Tensor, need_hidden: bool, dweight: Tensor | None, dbias: Tensor | None,
-) -> Tensor | None:  # fmt: skip
-    """dhidden [R, H] of a chunk from its logits, which are overwritten; adds to dweight and dbias."""
-    x = tiles.operand(hidden)
-    part = logp.new_zeros(x.shape) if need_hidden else None
-    for tile, (start, stop) in zip(z, tiles.column_tiles(weight.shape[0], COLUMNS)):
-        dz = _dlogits_(tile, logp, lse, ids - start, g, scale[:, None], softcap)
+def _products(z: list[Tensor], rows: tiles.Rows, head: Head, into: tiles.Sinks) -> None:
+    """Adds a chunk's gradients from its logits, which are overwritten."""
+    dhidden, dweight, _, dbias = into
+    for tile, (start, stop) in zip(z, tiles.column_tiles(len(head.weight), COLUMNS)):
+        dz = _dlogits_(tile, rows, start, head.softcap)
         if dbias is not None:
             dbias[start:stop] += dz.sum(0)
-        dz = dz.to(x.dtype)
-        if part is not None:
-            accumulate(part, dz, tiles.operand(weight[start:stop]))
+        dz = dz.to(rows.x.dtype)
+        if dhidden is not None:
+            accumulate(dhidden, dz, tiles.operand(head.weight[start:stop]))
         if dweight is not None:
-            accumulate(dweight[start:stop], dz.T, x)
-    return part
+            accumulate(dweight[start:stop], dz.T, rows.x)
 
 
-def _logits(
-    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: Tensor, logit_scale: float,
-    softcap: float | None,
-) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+def _logits(x: Tensor, target: Tensor, head: Head) -> tuple[list[Tensor], Tensor, Tensor]:
     """Logits in tiles [R, COLUMNS], log-sum-exp [2, R], target logit [R]: the bits of `linear_logprob_fwd`."""
+    weight, bias, temperature, logit_scale, softcap = head
     num_rows, vocab_size = x.shape[0], weight.shape[0]
     dtype = tiles.accumulator_dtype(x.dtype)
     block = tiles.row_block(x.shape[1], vocab_size)
@@ -163,7 +146,7 @@ def _logits(
     z = [x.new_empty((num_rows, b - a), dtype=dtype) for a, b in tiles.column_tiles(vocab_size, COLUMNS)]
     starts = range(0, len(padded), block)
     sums = [tiles.Sums(block, z[0], False) for _ in starts]
-    scale = temperature.to(dtype)
+    scale = temperature.to(dtype)[:, None]
     if scale.shape[0] > 1:
         scale = torch.nn.functional.pad(scale, (0, 0, 0, -num_rows % block), value=1.0)
     for start, stop in tiles.column_tiles(vocab_size, tiles.COLUMNS):
@@ -185,12 +168,10 @@ def _logits(
     return z, lse, picked
 
 
-def _dlogits_(
-    z: Tensor, logp: Tensor, lse: Tensor, target: Tensor, scale: Tensor, temperature: Tensor, softcap: float | None
-) -> Tensor:
+def _dlogits_(z: Tensor, rows: tiles.Rows, start: int, softcap: float | None) -> Tensor:
     """Over the logits of a tile: the gradient of the product hidden weight^T. [R, C]"""
     slope = None
     if softcap is not None:
-        slope = (z * temperature).div_(softcap).square_().neg_().add_(1.0)
-    dz = dlogits_(z, target[:, None], logp[:, None], lse[..., None], scale)
+        slope = (z * rows.temperature).div_(softcap).square_().neg_().add_(1.0)
+    dz = dlogits_(z, (rows.target - start)[:, None], rows.logp[:, None], rows.lse, rows.scale)
     return dz if slope is None else dz.mul_(slope)

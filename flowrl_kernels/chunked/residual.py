@@ -5,13 +5,13 @@ dL/dlogp_bt = c_b a_b m_bt with c_b = w_b phi'(d_b) / normalizer (docs/maths.md,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowrl_kernels.core.segments import Segments, group_mean
+from flowrl_kernels.core.types import Anchors, Sequences
 from flowrl_kernels.presets.row import Row
 from flowrl_kernels.reference import residual as reference
 from flowrl_kernels.reference.residual import BOUND, Terms
@@ -34,21 +34,13 @@ def slope(d: Tensor, kind: str) -> Tensor:
 def residual_fwd(
     row: Row,
     logp: Tensor,  # [B, T] or [N]
-    anchor: Tensor | None,
-    old: Tensor | None,
-    sampler: Tensor | None,
-    reward: Tensor,  # [B]
-    log_z: Tensor | None,  # [B]
-    mask: Tensor,  # bool, the layout of logp
-    cu_seqlens: Tensor | None,  # int64 [B+1]
-    groups: Tensor | None,  # [B]
-    normalizer: Tensor | None,  # scalar, or [2]: sequences and tokens
-    over_ranks: Callable[[Tensor], Tensor] | None = None,  # of `Segments`
+    anchors: Anchors,
+    each: Sequences,
+    segments: Segments,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, residual [B], weight [B], metrics [12], dlogp (layout of logp), dlog_z [B]; all float64."""
-    segments = Segments(mask, cu_seqlens, over_ranks)
-    terms, dlogp, dlog_z = sequences(row, logp, anchor, old, sampler, reward, log_z, segments, groups, normalizer)
-    return *totals(row, terms, normalizer, logp.dtype), dlogp, dlog_z
+    terms, dlogp, dlog_z = sequences(row, logp, anchors, each, segments)
+    return *totals(row, terms, each.normalizer, logp.dtype), dlogp, dlog_z
 
 
 def totals(
@@ -71,19 +63,11 @@ def joined(parts: list[Terms]) -> Terms:
 
 
 def sequences(
-    row: Row,
-    logp: Tensor,
-    anchor: Tensor | None,
-    old: Tensor | None,
-    sampler: Tensor | None,
-    reward: Tensor,
-    log_z: Tensor | None,
-    segments: Segments,
-    groups: Tensor | None,
-    normalizer: Tensor | None,
+    row: Row, logp: Tensor, anchors: Anchors, each: Sequences, segments: Segments
 ) -> tuple[Terms, Tensor, Tensor]:
     """What each sequence adds to the loss, and the loss's gradients dlogp (layout of logp) and dlog_z [B]."""
-    terms = reference.residual(row, logp, anchor, old, sampler, reward, log_z, segments, groups)
+    (anchor, old, _), (reward, log_z, groups, normalizer) = anchors, each
+    terms = reference.residual(row, logp, anchors, each, segments)
     segments, count = terms.segments, terms.tokens
     length, used = count.clamp_min(1.0), count > 0
     per_sequence, per_token = reference.divisors(normalizer, count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,6 +126,36 @@ def divide_by_temperature(z: Tensor, temperature: Tensor) -> Tensor:
     if temperature.numel() == 1 and temperature.device.type == "cpu" and float(temperature) == 1.0:
         return z
     return z.div_(temperature)
+
+
+class Rows(NamedTuple):
+    """Some rows of a batch as a backward takes them."""
+
+    x: Tensor  # [R, H]
+    target: Tensor  # [R]; V where the row has none
+    temperature: Tensor  # [R, 1] or [1, 1]
+    logp: Tensor  # [R] of the target
+    lse: Tensor  # [2, R, 1] maximum and log of the sum
+    scale: Tensor  # [R, 1] grad * logit_scale / temperature
+    entropy_scale: Tensor | None = None  # [R, 1] the same of the entropy's
+    entropy: Tensor | None = None  # [R]
+    inverse: Tensor | None = None  # [1] what undoes the power of two that the scales carry for float16
+
+    def part(self, own: slice) -> Rows:
+        x, target, temperature, logp, lse, scale, entropy_scale, entropy, inverse = self
+        temperature = temperature if temperature.numel() == 1 else temperature[own]
+        second = None if entropy_scale is None else entropy_scale[own]
+        entropy = None if entropy is None else entropy[own]
+        return Rows(x[own], target[own], temperature, logp[own], lse[:, own], scale[own], second, entropy, inverse)
+
+
+class Sinks(NamedTuple):
+    """Where gradients go; None where they are not wanted."""
+
+    dhidden: Tensor | None  # [R, H] zeros, accumulated into
+    dweight: Tensor | None  # [V, H] written
+    main_grad: Tensor | None  # [V, H] accumulated into
+    dbias: Tensor | None  # [V] accumulated into
 
 
 class Sums:

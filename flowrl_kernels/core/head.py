@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.core import checks, dispatch
+from flowrl_kernels.core.types import Budget, Head
 
 
-class Head(NamedTuple):
-    """Checked arguments of a language-model head, flattened."""
+class Tokens(NamedTuple):
+    """Hidden states and targets against their contract, flattened, with the head that reads them."""
 
     hidden: Tensor  # [N, H] contiguous
-    weight: Tensor  # [V, H] contiguous
     target: Tensor  # [N] int64
-    temperature: Tensor  # [N] or [1]
-    softcap: float | None
+    head: Head
     leading: tuple[int, ...]
 
 
@@ -27,10 +26,11 @@ def checked_head(
     target: Tensor,
     bias: Tensor | None,
     temperature: float | Tensor,
+    logit_scale: float,
     softcap: float | None,
     ignore_index: int = -100,
     whole: bool = True,
-) -> Head:
+) -> Tokens:
     """The arguments of `linear_logprob` against their contract, after autocast."""
     hidden, weight = _autocast(checks.plain("hidden", hidden), checks.plain("weight", weight))
     checks.floating("hidden", hidden)
@@ -61,7 +61,31 @@ def checked_head(
     if whole:
         check_targets(target, vocab_size, ignore_index)
     flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-    return Head(flat, weight.contiguous(), target.reshape(-1).contiguous(), rows_temperature, softcap, leading)
+    head = Head(weight.contiguous(), bias, rows_temperature, checks.number("logit_scale", logit_scale), softcap)
+    return Tokens(flat, target.reshape(-1).contiguous(), head, leading)
+
+
+def checked_budget(
+    hidden: Tensor, head: Head, epsilon: float, report: Tensor | None, main_grad: Tensor | None
+) -> Budget:
+    """What a backward may leave out, and what it writes, against their contract."""
+    epsilon = checks.number("epsilon", epsilon)
+    if not 0.0 <= epsilon < 1.0:
+        checks.fail("epsilon", "a number in [0, 1)", epsilon)
+    accumulator("report", report, (3,), hidden)
+    accumulator("main_grad", main_grad, tuple(head.weight.shape), hidden)
+    if torch.is_grad_enabled():
+        if main_grad is not None and not head.weight.requires_grad:
+            checks.fail("main_grad", "a weight that requires a gradient beside it", "a frozen weight")
+        trained = any(t is not None and t.requires_grad for t in (hidden, head.weight, head.bias))
+        if report is not None and not trained:
+            checks.fail("report", "an input that requires a gradient: the backward fills it", "frozen inputs")
+    return Budget(epsilon, report)
+
+
+def refuse_reference(budget: Budget, main_grad: Tensor | None) -> None:
+    if budget.epsilon > 0.0 or main_grad is not None or budget.report is not None:
+        raise RuntimeError("impl='reference' is plain autograd: it takes neither epsilon, report nor main_grad")
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,97 +1,64 @@
-"""The loss from hidden states in one pass: whether a batch can take it, and the call."""
+"""One pass or two: the one place that decides, for a batch whose tensors and settings are checked."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 from functools import cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flowrl_kernels import presets
-from flowrl_kernels.core import dispatch
-from flowrl_kernels.core.head import checked_head
 from flowrl_kernels.core.segments import Segments
-from flowrl_kernels.core.settle import Settled, flow_settings, settle
-from flowrl_kernels.core.types import METRICS, LossOutput
-from flowrl_kernels.ops import linear_residual as op
+from flowrl_kernels.core.settle import Settled
+from flowrl_kernels.core.types import Chunks, Sequences
 
 logger = logging.getLogger("flowrl_kernels")
 ROW_BLOCK = 256  # rows that a forward takes together, on every backend or a multiple of it
 
 
-def linear_residual(
-    hidden: Tensor,  # [B, T, H] or [N, H]
-    weight: Tensor,  # [V, H]
-    target: Tensor,  # [B, T] or [N], -100 where masked out
-    logp_ref: Tensor | None,
-    reward: Tensor,  # [B]
-    log_z: Any,
-    tensors: dict[str, Any],
-    head: dict[str, Any],
-    settings: dict[str, Any],
-) -> LossOutput | None:
-    """The single-pass loss (docs/maths.md), or None if this batch has to take two passes."""
-    explicit = dict(settings)
-    impl, preset = explicit.pop("impl", "auto"), explicit.pop("preset", None)
-    bias = head["bias"]
-    wants = [isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
-    if not any(wants) or (chosen := dispatch.resolve("linear_residual", impl, hidden)) == "reference":
-        return None
-    stand_in = torch.empty((), dtype=torch.float32, device=hidden.device).expand(target.shape)
-    settled = settle(
-        stand_in,
-        logp_ref,
-        reward,
-        log_z,
-        preset=preset,
-        base=presets.PRESETS["paper"],
-        explicit=flow_settings(**explicit),
-        **tensors,
-    )
-    flat, w, ids, temperature, softcap, _ = checked_head(
-        hidden, weight, target, bias, head["temperature"], head["softcap"]
-    )
-    segments = settled.segments
+class OnePass(NamedTuple):
+    """A batch as the single pass takes it."""
+
+    segments: Segments  # packed
+    each: Sequences
+    chunks: Chunks
+
+
+def one_pass(hidden: Tensor, settled: Settled, most: int) -> OnePass | None:
+    """The batch in chunks for a single pass (docs/maths.md), or None if it has to take two.
+
+    hidden: [N, H]. most: the tokens whose logits are held at once.
+    """
+    segments, each, separate = settled.segments, settled.each, independent(settled)
     if segments.cu_seqlens is None:
-        step = target.shape[1]
-        edges = [step * i for i in range(target.shape[0] + 1)]
-        cu_seqlens = torch.arange(target.shape[0] + 1, device=hidden.device) * step
-        segments = Segments(segments.mask.reshape(-1), cu_seqlens)
+        num, step = segments.mask.shape
+        edges = [step * i for i in range(num + 1)]
+        cu_seqlens = torch.arange(num + 1, device=hidden.device) * step
     elif torch.compiler.is_compiling():
         return None  # the boundaries' values are not known to a traced graph
     else:
-        edges = segments.cu_seqlens.tolist()
-    rows = edges
+        cu_seqlens = segments.cu_seqlens
+        edges = cu_seqlens.tolist()
+    mask, rows = segments.mask.reshape(-1), edges
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # rows that count; elsewhere one would wait
-        counted = torch.nn.functional.pad(segments.mask.cumsum(0), (1, 0))
-        rows = counted[segments.cu_seqlens].tolist() if segments.cu_seqlens is not None else edges
-    most, separate = op.chunk_tokens(w.shape[0], hidden.device.type), independent(settled)
+        rows = torch.nn.functional.pad(mask.cumsum(0), (1, 0))[cu_seqlens].tolist()
     bounds = chunk_bounds(rows, most, separate, alone=separate and hidden.dtype != torch.float16)
-    if bounds is None or segments.cu_seqlens is None:
+    if bounds is None:
         _say_why(separate)
         return None
-    row = settled.row
-    per_token = [None if t is None else t.reshape(-1) for t in (settled.anchor, settled.old, settled.sampler)]
-    normalizer = settled.normalizer
-    if normalizer is None and independent(settled):
-        normalizer = torch.full((), float(max(1, len(reward))), dtype=torch.float64, device=hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
-        loss, d, weights, metrics, *_ = op.linear_residual(
-            flat, w, bias, settled.log_z, ids, temperature, float(head["logit_scale"]), softcap, *per_token,
-            settled.reward, segments.mask, segments.cu_seqlens, settled.groups,
-            most, [edges[i] for i in bounds], bounds, normalizer, row.codes(), row.packed_numbers(), wants, chosen,
-        )  # fmt: skip
-    return LossOutput(loss, d, weights, dict(zip(METRICS, metrics.unbind())))
+    if each.normalizer is None and separate:
+        own = torch.full((), float(max(1, len(each.reward))), dtype=torch.float64, device=hidden.device)
+        each = each._replace(normalizer=own)
+    return OnePass(Segments(mask, cu_seqlens), each, Chunks(most, [edges[i] for i in bounds], bounds))
 
 
 def independent(settled: Settled) -> bool:
     """Whether a sequence's coefficient needs nothing from other sequences."""
     row = settled.row
-    centred = row.log_z in ("group", "through") and settled.log_z is None
-    counted = row.level == "token" and settled.normalizer is None
+    centred = row.log_z in ("group", "through") and settled.each.log_z is None
+    counted = row.level == "token" and settled.each.normalizer is None
     return not (centred or counted or row.surrogate is not None)
 
 

@@ -14,6 +14,7 @@ from flowrl_kernels import presets
 from flowrl_kernels.core import checks, dispatch
 from flowrl_kernels.core.layout import check_tokens, normalizer_of, segments_of
 from flowrl_kernels.core.segments import Segments
+from flowrl_kernels.core.types import Anchors, Sequences
 from flowrl_kernels.presets.row import CHOICES, CLIPS, Row, number
 
 UNSET: Any = ...  # an argument that was not given: a preset may set it
@@ -33,6 +34,12 @@ def flow_settings(*, clip: Any = UNSET, length_normalize: Any = UNSET, **explici
     return explicit
 
 
+def dials_of(settings: dict[str, Any]) -> Dials:
+    """What a module holds, as a call reads it."""
+    explicit = {name: value for name, value in settings.items() if name not in ("preset", "impl")}
+    return Dials(settings.get("preset"), presets.PRESETS["paper"], flow_settings(**explicit))
+
+
 def check_settings(owner: str, settings: dict[str, Any]) -> None:
     """The settings a module holds, as far as its call would refuse them whatever the tensors.
 
@@ -43,8 +50,7 @@ def check_settings(owner: str, settings: dict[str, Any]) -> None:
         if name not in SETTINGS:
             near = difflib.get_close_matches(name, SETTINGS, n=1) or SETTINGS
             raise TypeError(f"{owner}: unknown setting {name!r}; wanted {', '.join(near)}")
-    explicit = {name: value for name, value in settings.items() if name not in ("preset", "impl")}
-    settled_row(settings.get("preset"), presets.PRESETS["paper"], flow_settings(**explicit))
+    settled_row(*dials_of(settings))
     checks.one_of("impl", settings.get("impl", "auto"), ("auto", *dispatch.IMPLS))
 
 
@@ -78,21 +84,37 @@ class Settled(NamedTuple):
     """A row with its tensors, checked: what every implementation reads."""
 
     row: Row
-    anchor: Tensor | None
-    old: Tensor | None
-    sampler: Tensor | None
-    reward: Tensor
-    log_z: Tensor | None
+    anchors: Anchors
+    each: Sequences
     segments: Segments
-    groups: Tensor | None
-    normalizer: Tensor | None
 
 
-def settle(
-    logp, logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer, preset, base, explicit,
-    anchor_is_given=False,
-) -> Settled:  # fmt: skip
+class Given(NamedTuple):
+    """The tensors of a call as the user gave them, unchecked. `anchor` and `reward` go by their names at the door."""
+
+    anchor: Any
+    reward: Any
+    log_z: Any
+    old: Any
+    sampler: Any
+    mask: Any
+    cu_seqlens: Any
+    groups: Any
+    normalizer: Any
+
+
+class Dials(NamedTuple):
+    """The settings of a call: a preset or a base, and what was given beside it."""
+
+    preset: str | None
+    base: Row
+    explicit: dict[str, Any]
+
+
+def settle(logp: Tensor, given: Given, dials: Dials, anchor_is_given: bool = False) -> Settled:
     """Preset and explicit arguments to one row, tensors checked against `logp` (of which only the layout is read)."""
+    logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer = given
+    preset, base, explicit = dials
     given_anchor, given_reward = ("anchor", "target") if anchor_is_given else ("logp_ref", "reward")
     row = settled_row(preset, base, explicit)
     for name in ("ratio", "clip"):
@@ -149,7 +171,8 @@ def settle(
     if row.surrogate is not None and divisor is not None and divisor.numel() == 1:
         checks.fail("normalizer", f"(sequences, tokens): preset={preset!r} divides by both", "one number")
     anchor, old, sampler = (None if t is None else t.detach() for t in (anchor, logp_old, logp_sampler))
-    return Settled(row, anchor, old, sampler, reward.detach(), partition, segments, groups, divisor)
+    each = Sequences(reward.detach(), partition, groups, divisor)
+    return Settled(row, Anchors(anchor, old, sampler), each, segments)
 
 
 def bounds_of(clip: Any) -> tuple[float | None, float | None]:

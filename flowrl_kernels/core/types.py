@@ -1,4 +1,4 @@
-"""Axis letters and the results the public functions return.
+"""Axis letters, the results the public functions return, and the structs that carry tensors between them.
 
 Axis letters, the same everywhere: ``N`` packed tokens, ``B`` sequences (responses), ``T`` padded response slots,
 ``H`` hidden size, ``V`` vocabulary, ``G`` rollouts per prompt.
@@ -15,6 +15,81 @@ METRICS = (
     "residual_mean_abs", "residual_max_abs", "weight_mean", "weight_min", "weight_max", "clipped_low", "clipped_high",
     "log_ratio_old_mean", "log_ratio_ref_mean", "log_z_mean", "log_z_std", "nonfinite",
 )  # fmt: skip
+
+
+class Head(NamedTuple):
+    """What makes logits of hidden states: softcap(logit_scale (hidden weight^T + bias)) / temperature."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    temperature: Tensor  # [N] or [1]
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+class Saved(NamedTuple):
+    """What the forward of a log-prob leaves for its backward."""
+
+    logp: Tensor  # [N], of the targets
+    lse: Tensor  # [2, N] log-sum-exp as maximum and log of the sum
+    entropy: Tensor  # [N] or [0]
+    tile_lse: Tensor  # [ceil(V/128), N] fp16 or [0, 0]
+
+
+class Upstream(NamedTuple):
+    """The gradients that come in."""
+
+    logp: Tensor  # [N]
+    entropy: Tensor | None = None  # [N]
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Budget(NamedTuple):
+    """How much softmax mass a backward may leave out, and where it reports what it did."""
+
+    epsilon: float = 0.0
+    report: Tensor | None = None  # [3]
+
+
+EXACT = Budget()
+
+
+class Anchors(NamedTuple):
+    """Other policies' log-probs of the same tokens, in the layout of logp; detached."""
+
+    anchor: Tensor | None
+    old: Tensor | None
+    sampler: Tensor | None
+
+    def part(self, own: slice) -> Anchors:
+        return Anchors(*(None if tokens is None else tokens[own] for tokens in self))
+
+    def flat(self) -> Anchors:
+        return Anchors(*(None if tokens is None else tokens.reshape(-1) for tokens in self))
+
+
+class Sequences(NamedTuple):
+    """One number a sequence, and what their sum is divided by."""
+
+    reward: Tensor  # [B]
+    log_z: Tensor | None  # [B]
+    groups: Tensor | None  # [B] ids
+    normalizer: Tensor | None  # float64 scalar, or [2]: sequences and tokens
+
+
+class Chunks(NamedTuple):
+    """Whole sequences, a few at a time: host values."""
+
+    most: int  # tokens whose logits are held at once; a chunk of more is one long sequence
+    edges: list[int]  # the tokens at which chunks begin, and N
+    bounds: list[int]  # the sequences at which they begin, and B
 
 
 class LogProb(NamedTuple):

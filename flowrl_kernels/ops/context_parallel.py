@@ -15,7 +15,9 @@ from torch import Tensor
 from flowrl_kernels.chunked.context_parallel import sum_over_ranks
 from flowrl_kernels.core.dispatch import check_enabled, launchers
 from flowrl_kernels.core.segments import Segments
+from flowrl_kernels.core.types import Anchors, Sequences
 from flowrl_kernels.ops.residual import wide
+from flowrl_kernels.presets.row import Row
 from flowrl_kernels.reference import residual as reference
 
 STEM = "context_parallel"
@@ -47,11 +49,20 @@ class Residual(torch.autograd.Function):
     """loss, residual [B], weight [B], metrics [12] of the whole sequences, with the gradient made in the forward."""
 
     @staticmethod
-    def forward(ctx: Any, logp: Tensor, log_z: Tensor | None, group: Any, impl: str, row: Any, *rest: Any):
+    def forward(
+        ctx: Any,
+        logp: Tensor,
+        log_z: Tensor | None,
+        group: dist.ProcessGroup,
+        impl: str,
+        row: Row,
+        *rest: Any,
+    ):
         anchor, old, sampler, reward, mask, cu_seqlens, groups, normalizer = rest
         loss, d, weight, metrics, dlogp, dlog_z = launchers(STEM, impl).residual_fwd(
-            group, row, logp, anchor, old, sampler, reward, log_z, mask, cu_seqlens, groups, normalizer
-        )
+            group, row, logp, Anchors(anchor, old, sampler), Sequences(reward, log_z, groups, normalizer),
+            Segments(mask, cu_seqlens),
+        )  # fmt: skip
         # unrounded, because a loss scale comes later
         ctx.save_for_backward(dlogp.to(wide(logp)), None if log_z is None else dlog_z.to(wide(logp)))
         ctx.dtypes = logp.dtype, None if log_z is None else log_z.dtype
@@ -66,10 +77,10 @@ class Residual(torch.autograd.Function):
 
 
 def residual(
-    row: Any, logp: Tensor, anchor: Tensor | None, old: Tensor | None, sampler: Tensor | None, reward: Tensor,
-    log_z: Tensor | None, segments: Segments, groups: Tensor | None, normalizer: Tensor | None, group: Any, impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    row: Row, logp: Tensor, anchors: Anchors, each: Sequences, segments: Segments, group: dist.ProcessGroup, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss, residual [B], weight [B] and metrics [12] of the whole sequences, the same bits on every rank."""
+    reward, log_z, groups, normalizer = each
     if check_enabled():
         own = torch.stack([reward.new_tensor(len(reward), dtype=torch.float64), reward.double().sum()])
         if not torch.equal(sum_over_ranks(own, group), own * dist.get_world_size(group)):
@@ -79,11 +90,9 @@ def residual(
         log_z = log_z.detach() + (log_z - log_z.detach()) / dist.get_world_size(group)
     if impl == "reference":
         segments = segments._replace(over_ranks=lambda own: SumOverRanks.apply(own, group, False))
-        terms = reference.residual(row, logp, anchor, old, sampler, reward, log_z, segments, groups)
+        terms = reference.residual(row, logp, anchors, each._replace(log_z=log_z), segments)
         loss = reference.total(row, terms, normalizer)
         with torch.no_grad():
             metrics = reference.metrics(terms, loss.to(wide(logp)))
         return loss, terms.residual, terms.weight, metrics
-    return Residual.apply(
-        logp, log_z, group, impl, row, anchor, old, sampler, reward, *segments[:2], groups, normalizer
-    )
+    return Residual.apply(logp, log_z, group, impl, row, *anchors, reward, *segments[:2], groups, normalizer)

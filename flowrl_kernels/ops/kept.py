@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.chunked.tiles import FLOOR, add_rows
+from flowrl_kernels.core.types import Head, LogProb
 from flowrl_kernels.ops.operator import OnceDifferentiable, first_backward_only, without_autocast
 
 ENTRIES = 1 << 24  # elements of the gathered rows held at once
@@ -138,3 +139,12 @@ class KeptLogProb(OnceDifferentiable):
 
 def _reduce(value: Tensor, edges: Tensor, how: str, initial: float) -> Tensor:
     return torch.segment_reduce(value, how, offsets=edges, axis=0, initial=initial, unsafe=True)
+
+
+def apply(
+    hidden: Tensor, target: Tensor, ids: Tensor, offsets: Tensor, head: Head, ignore_index: int, entropy: bool
+) -> LogProb:
+    """`KeptLogProb` on structs, where autocast has had its say."""
+    weight, bias, *dials = head
+    with torch.autocast(hidden.device.type, enabled=False):
+        return LogProb(*KeptLogProb.call(hidden, weight, target, ids, offsets, bias, *dials, ignore_index, entropy))

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowrl_kernels import reference
 from flowrl_kernels.core.dispatch import launchers
-from flowrl_kernels.core.types import TILE
+from flowrl_kernels.core.types import EXACT, TILE, Budget, Head, LogProb, Needs, Saved, Upstream
 from flowrl_kernels.ops.operator import operator
 
 STEM = "linear_logprob"
@@ -30,6 +31,11 @@ def finish(logp: Tensor, ignored: Tensor, wrong: Tensor) -> Tensor:
 def upstream(grad: Tensor | None, like: Tensor, ignored: Tensor) -> Tensor:
     """A gradient [N] as the launchers read it: dtype of `like`, dense, 0 in ignored rows."""
     return torch.zeros_like(like) if grad is None else grad.to(like.dtype).masked_fill(ignored, 0.0).contiguous()
+
+
+def both_upstream(grad_logp: Tensor | None, grad_entropy: Tensor | None, like: Tensor, ignored: Tensor) -> Upstream:
+    entropy = None if grad_entropy is None else upstream(grad_entropy, like, ignored)
+    return Upstream(upstream(grad_logp, like, ignored), entropy)
 
 
 @operator("flowrl::linear_logprob", mutates_args=())
@@ -54,9 +60,8 @@ def linear_logprob(
     two keeps nothing of what is left to the other tokens.
     """
     clean, ignored, wrong = clean_target(target, weight.shape[0], ignore_index)
-    logp, lse, ent, stats = launchers(STEM, impl).linear_logprob_fwd(
-        hidden, weight, clean, bias, temperature, logit_scale, softcap, entropy, epsilon > 0.0
-    )
+    head = Head(weight, bias, temperature, logit_scale, softcap)
+    logp, lse, ent, stats = launchers(STEM, impl).linear_logprob_fwd(hidden, clean, head, entropy, epsilon > 0.0)
     return finish(logp, ignored, wrong), ent, lse, stats
 
 
@@ -99,11 +104,10 @@ def linear_logprob_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden [N, H], weight [V, H], bias [V]; [0] where not needed or kept in main_grad."""
     clean, ignored, _ = clean_target(target, weight.shape[0], ignore_index)
-    grad_logp = upstream(grad_logp, logp, ignored)
-    grad_entropy = None if grad_entropy is None else upstream(grad_entropy, logp, ignored)
+    head, saved = Head(weight, bias, temperature, logit_scale, softcap), Saved(logp, lse, ent, stats)
     dhidden, dweight, dbias = launchers(STEM, impl).linear_logprob_bwd(
-        grad_logp, grad_entropy, hidden, weight, clean, bias, temperature, logit_scale, softcap, logp, lse, ent, stats,
-        epsilon, report, main_grad, need_hidden, need_weight, need_bias,
+        both_upstream(grad_logp, grad_entropy, logp, ignored), hidden, clean, head, saved,
+        Needs(need_hidden, need_weight, need_bias), Budget(epsilon, report), main_grad,
     )  # fmt: skip
     nothing = hidden.new_empty(0)
     if dbias is not None and bias is not None:
@@ -155,6 +159,24 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
         dbias if need_bias else None,
         *nothing[4:],
     )
+
+
+def apply(
+    hidden: Tensor, target: Tensor, head: Head, ignore_index: int, entropy: bool, impl: str, budget: Budget = EXACT,
+    main_grad: Tensor | None = None,
+) -> LogProb:  # fmt: skip
+    """The operator on structs, where autocast has had its say; the reference without it, in plain autograd."""
+    # inside, autocast would round the very products that must stay in fp32
+    with torch.autocast(hidden.device.type, enabled=False):
+        if impl == "reference":
+            return reference.linear_logprob(
+                hidden, head.weight, target, *head[1:], ignore_index=ignore_index, entropy=entropy
+            )
+        logp, ent, _, _ = linear_logprob(
+            hidden, head.weight, target, head.bias, head.temperature, head.logit_scale, head.softcap, ignore_index,
+            entropy, budget.epsilon, budget.report, main_grad, impl,
+        )  # fmt: skip
+    return LogProb(logp, ent if entropy else None)
 
 
 linear_logprob.register_autograd(_backward, setup_context=_setup_context)

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from flowrl_kernels import presets
 from flowrl_kernels.core.dispatch import launchers
-from flowrl_kernels.core.types import METRICS
+from flowrl_kernels.core.segments import Segments
+from flowrl_kernels.core.types import METRICS, Anchors, Chunks, Head, LossOutput, Needs, Sequences
 from flowrl_kernels.ops.linear_logprob import clean_target
 from flowrl_kernels.ops.operator import operator
+from flowrl_kernels.ops.residual import output
 
 BUFFER = 1 << 26  # logits of one chunk on a CPU: 268 MB in fp32
 GPU_BUFFER = 1 << 30
@@ -59,8 +61,9 @@ def linear_residual(
     [N] and [V] that the rows of dhidden and dweight still want in float16; [0] for what is not needed."""
     clean, _, _ = clean_target(target, weight.shape[0], -100)
     out = launchers("linear_residual", impl).linear_residual_fwd(
-        presets.row_of(codes, numbers.tolist()), hidden, weight, clean, bias, temperature, logit_scale, softcap,
-        anchor, old, sampler, reward, log_z, mask, cu_seqlens, groups, most, edges, bounds, normalizer, *need,
+        presets.row_of(codes, numbers.tolist()), hidden, clean, Head(weight, bias, temperature, logit_scale, softcap),
+        Anchors(anchor, old, sampler), Sequences(reward, log_z, groups, normalizer), Segments(mask, cu_seqlens),
+        Chunks(most, edges, bounds), Needs(*need),
     )  # fmt: skip
     dtype = out.logp.dtype
     loss, d, w, metrics, dlog_z = (value.to(dtype) for value in out[1:6])
@@ -152,6 +155,22 @@ def _scale_rows(value: Tensor, factor: Tensor, in_place: bool) -> Tensor:
 def _kept() -> bool:
     """Whether the backward that runs keeps the graph for another one."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def apply(
+    row: presets.Row, hidden: Tensor, target: Tensor, head: Head, anchors: Anchors, each: Sequences, segments: Segments,
+    chunks: Chunks, need: Needs, impl: str,
+) -> LossOutput:  # fmt: skip
+    """The operator on structs; the tokens of `anchors` in any layout that is the packed one when flattened."""
+    weight, bias, *dials = head
+    assert segments.cu_seqlens is not None
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, d, weights, metrics, *_ = linear_residual(
+            hidden, weight, bias, each.log_z, target, *dials, *anchors.flat(),
+            each.reward, segments.mask, segments.cu_seqlens, each.groups, *chunks, each.normalizer,
+            row.codes(), row.packed_numbers(), list(need), impl,
+        )  # fmt: skip
+    return output(loss, d, weights, metrics)
 
 
 linear_residual.register_autograd(_backward, setup_context=_setup_context)

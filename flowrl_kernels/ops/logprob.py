@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowrl_kernels import reference
 from flowrl_kernels.core.dispatch import launchers
-from flowrl_kernels.ops.linear_logprob import clean_target, finish, upstream
+from flowrl_kernels.core.types import LogProb
+from flowrl_kernels.ops.linear_logprob import both_upstream, clean_target, finish
 from flowrl_kernels.ops.operator import first_backward_only, operator
 
 STEM = "logprob"
@@ -43,14 +45,12 @@ def _(logits, target, temperature, softcap, ignore_index, entropy, *_):
 
 
 def _gradient(
-    logits, target, temperature, logp, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, inplace, impl
-):
+    grad: tuple[Tensor | None, Tensor | None], logits: Tensor, target: Tensor, temperature: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor], softcap: float | None, ignore_index: int, inplace: bool, impl: str,
+) -> Tensor:  # fmt: skip
     clean, ignored, _ = clean_target(target, logits.shape[1], ignore_index)
-    grad_logp = upstream(grad_logp, logp, ignored)
-    grad_entropy = None if grad_entropy is None else upstream(grad_entropy, logp, ignored)
-    return launchers(STEM, impl).logprob_bwd(
-        grad_logp, grad_entropy, logits, clean, temperature, softcap, logp, lse, ent, inplace
-    )
+    upstream = both_upstream(*grad, saved[0], ignored)
+    return launchers(STEM, impl).logprob_bwd(*upstream, logits, clean, temperature, softcap, *saved, inplace)
 
 
 @operator("flowrl::logprob_bwd", mutates_args=())
@@ -68,9 +68,8 @@ def logprob_bwd(
     impl: str,
 ) -> Tensor:
     """Gradient of the logits in their dtype. [N, V]"""
-    return _gradient(
-        logits, target, temperature, logp, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, False, impl
-    )
+    grad, saved = (grad_logp, grad_entropy), (logp, lse, ent)
+    return _gradient(grad, logits, target, temperature, saved, softcap, ignore_index, False, impl)
 
 
 @logprob_bwd.register_fake
@@ -93,7 +92,8 @@ def logprob_bwd_(
     impl: str,
 ) -> None:
     """Writes the gradient over the logits: one [N, V] buffer for both, and no second backward."""
-    _gradient(logits, target, temperature, logp, lse, ent, grad_logp, grad_entropy, softcap, ignore_index, True, impl)
+    grad, saved = (grad_logp, grad_entropy), (logp, lse, ent)
+    _gradient(grad, logits, target, temperature, saved, softcap, ignore_index, True, impl)
 
 
 @logprob_bwd_.register_fake
@@ -122,6 +122,19 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
     with torch.no_grad():
         logprob_bwd_(*arguments)
     return first_backward_only(STEM, (logits.detach(),) + (None,) * 7, logits, grad_logp, grad_entropy)
+
+
+def apply(
+    logits: Tensor, target: Tensor, temperature: Tensor, softcap: float | None, ignore_index: int, entropy: bool,
+    inplace: bool, impl: str,
+) -> LogProb:  # fmt: skip
+    """The operator; the reference without it, in plain autograd."""
+    if impl == "reference":
+        return reference.logprob(logits, target, temperature, softcap, ignore_index, entropy)
+    logp, ent, _ = logprob(
+        logits.contiguous(), target.contiguous(), temperature, softcap, ignore_index, entropy, inplace, impl
+    )
+    return LogProb(logp, ent if entropy else None)
 
 
 logprob.register_autograd(_backward, setup_context=_setup_context)

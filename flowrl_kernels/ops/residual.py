@@ -16,7 +16,7 @@ from torch import Tensor
 from flowrl_kernels import presets
 from flowrl_kernels.core.dispatch import launchers
 from flowrl_kernels.core.segments import Segments
-from flowrl_kernels.core.types import METRICS
+from flowrl_kernels.core.types import METRICS, Anchors, LossOutput, Sequences
 from flowrl_kernels.ops.operator import operator
 from flowrl_kernels.reference import residual as reference
 
@@ -41,15 +41,9 @@ def residual(
     out = launchers("residual", impl).residual_fwd(
         presets.row_of(codes, numbers.tolist()),
         logp,
-        anchor,
-        old,
-        sampler,
-        reward,
-        log_z,
-        mask,
-        cu_seqlens,
-        groups,
-        normalizer,
+        Anchors(anchor, old, sampler),
+        Sequences(reward, log_z, groups, normalizer),
+        Segments(mask, cu_seqlens),
     )
     loss, d, weight, metrics, dlogp, dlog_z = (value.to(wide(logp)) for value in out)
     return loss, d, weight, metrics, dlogp, dlog_z
@@ -98,6 +92,27 @@ def scaled(grad: Tensor, saved: Tensor, like: Tensor | None) -> Tensor | None:
     return None if like is None else (grad * saved).to(like.dtype)
 
 
+def apply(
+    row: presets.Row, logp: Tensor, anchors: Anchors, each: Sequences, segments: Segments, impl: str
+) -> LossOutput:
+    """The operator on structs; the reference without it, in plain autograd."""
+    if impl == "reference":
+        terms = reference.residual(row, logp, anchors, each, segments)
+        loss = reference.total(row, terms, each.normalizer).to(wide(logp))
+        with torch.no_grad():
+            values = reference.metrics(terms, loss).to(wide(logp))
+        return output(loss, terms.residual.to(wide(logp)), terms.weight.to(wide(logp)), values)
+    loss, d, weight, values, _, _ = residual(
+        logp.contiguous(), each.log_z, *anchors, each.reward, segments.mask, segments.cu_seqlens, each.groups,
+        each.normalizer, row.codes(), row.packed_numbers(), impl,
+    )  # fmt: skip
+    return output(loss, d, weight, values)
+
+
+def output(loss: Tensor, residual: Tensor, weight: Tensor, metrics: Tensor) -> LossOutput:
+    return LossOutput(loss, residual, weight, dict(zip(METRICS, metrics.unbind())))
+
+
 residual.register_autograd(_backward, setup_context=_setup_context)
 
 
@@ -129,7 +144,8 @@ def second_order(row: presets.Row, inputs: list, towards: tuple) -> list[Tensor 
         leaves = [None if t is None else t.detach().double().requires_grad_() for t in (logp, log_z)]
         x, z = leaves
         assert x is not None
-        terms = reference.residual(row, x, anchor, old, sampler, reward, z, Segments(mask, cu_seqlens), groups)
+        each = Sequences(reward, z, groups, normalizer)
+        terms = reference.residual(row, x, Anchors(anchor, old, sampler), each, Segments(mask, cu_seqlens))
         loss = reference.total(row, terms, normalizer)
         wanted = [leaf for leaf in leaves if leaf is not None]
         first = torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True)

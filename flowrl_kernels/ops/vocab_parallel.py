@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flowrl_kernels.core.dispatch import launchers
-from flowrl_kernels.ops.linear_logprob import STEM, finish, upstream
+from flowrl_kernels.core.types import Head, LogProb, Needs, Saved
+from flowrl_kernels.ops.linear_logprob import STEM, both_upstream, finish
 from flowrl_kernels.ops.operator import OnceDifferentiable, first_backward_only, without_autocast
 
 
@@ -45,7 +46,7 @@ class VocabParallel(OnceDifferentiable):
         elsewhere = (local < 0) | (local >= weight.shape[0])
         local = local.masked_fill(elsewhere, weight.shape[0]).masked_fill(ignored, -1)
         own_logp, (own_top, own_log_sum), ent, _ = launchers(STEM, impl).linear_logprob_fwd(
-            hidden, weight, local, bias, temperature, logit_scale, softcap, entropy, False
+            hidden, local, Head(weight, bias, temperature, logit_scale, softcap), entropy, False
         )
         # a MAX may lose a NaN: +inf cannot be lost, and makes the other ranks' masses 0 or NaN; the SUM spreads it
         top = own_top.masked_fill(own_top.isnan(), torch.inf)
@@ -78,13 +79,12 @@ class VocabParallel(OnceDifferentiable):
     @staticmethod
     def _gradients(hidden: Tensor, ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple:
         _, weight, local, bias, temperature, logp, lse, whole, ignored = ctx.saved_tensors
-        need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        nothing = lse.new_empty((0, 0), dtype=torch.float16)
         dhidden, dweight, dbias = launchers(STEM, ctx.impl).linear_logprob_bwd(
-            upstream(grad_logp, logp, ignored),
-            None if grad_entropy is None else upstream(grad_entropy, logp, ignored),
-            hidden, weight, local, bias, temperature, *ctx.settings, logp, lse,
-            lse.new_empty(0) if whole is None else whole, lse.new_empty((0, 0), dtype=torch.float16), 0.0, None, None,
-            *need, wide_hidden=True,
+            both_upstream(grad_logp, grad_entropy, logp, ignored), hidden, local,
+            Head(weight, bias, temperature, *ctx.settings),
+            Saved(logp, lse, lse.new_empty(0) if whole is None else whole, nothing),
+            Needs(ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]), wide_hidden=True,
         )  # fmt: skip
         if dhidden is not None:
             dist.all_reduce(dhidden, group=ctx.group)
@@ -92,3 +92,12 @@ class VocabParallel(OnceDifferentiable):
         if dbias is not None:
             dbias = dbias.to(bias.dtype)
         return dhidden, dweight, None, dbias, *(None,) * 7
+
+
+def apply(
+    hidden: Tensor, target: Tensor, head: Head, ignore_index: int, entropy: bool, group: dist.ProcessGroup, impl: str
+) -> LogProb:
+    """`VocabParallel` on structs, where autocast has had its say."""
+    weight, bias, *dials = head
+    with torch.autocast(hidden.device.type, enabled=False):
+        return LogProb(*VocabParallel.call(hidden, weight, target, bias, *dials, ignore_index, entropy, group, impl))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.core.segments import Segments, group_mean
+from flowrl_kernels.core.types import Anchors, Sequences
 from flowrl_kernels.presets.row import Row
 
 BOUND = 60.0  # log-ratios are clamped to +-BOUND before exp, and phi goes on straight beyond it
@@ -80,18 +81,15 @@ def divisors(normalizer: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor]:
 def residual(
     row: Row,
     logp: Tensor,  # [B, T] or [N]
-    anchor: Tensor | None,  # same
-    old: Tensor | None,  # same; None is weight 1
-    sampler: Tensor | None,  # same
-    reward: Tensor,  # [B]
-    log_z: Tensor | None,  # [B]
+    anchors: Anchors,  # without old the weight is 1
+    sequences: Sequences,
     segments: Segments,
-    groups: Tensor | None,  # [B]
 ) -> Terms:
     """w_b phi(d_b) with d = a sum_t m (logp - anchor) - (beta r - log Z), and what else a sequence has to tell."""
 
     # what stands in the padding must not reach anything, not even as 0 * NaN
-    logp, anchor, old, sampler = (segments.clean(t) for t in (logp, anchor, old, sampler))
+    logp, anchor, old, sampler = (segments.clean(t) for t in (logp, *anchors))
+    reward, log_z, groups, _ = sequences
     current = logp.detach()
     token_ratio = torch.zeros_like(current) if old is None else current - old
     if row.drop is not None and old is not None:

@@ -34,7 +34,7 @@ from flowrl_kernels import cuda
 from flowrl_kernels.chunked import routing
 from flowrl_kernels.chunked.bounded import COLUMNS, Plan, make_plan
 from flowrl_kernels.chunked.routing import SLACK, BlockLists
-from flowrl_kernels.core.types import TILE
+from flowrl_kernels.core.types import TILE, Budget, Head, Saved
 from flowrl_kernels.triton import tiles
 from flowrl_kernels.triton.bounded_kernels import (
     columns_kernel,
@@ -65,6 +65,24 @@ class Batch(NamedTuple):
     factor: Tensor  # [N] logit_scale / temperature
     scale: Tensor  # [N] gradient by the products, times the float16 factor
     over_sum: Tensor  # [N] 1 / softmax sum relative to the maximum
+    inverse: Tensor | None  # [1] what undoes the float16 factor
+
+
+class Wanted(NamedTuple):
+    """Which gradients, and where the weight's goes."""
+
+    dweight: Tensor | None  # [V, H] written, or with `add` added to
+    add: bool
+    hidden: bool
+    bias: bool
+
+
+class Accumulators(NamedTuple):
+    """What the slabs of the vocabulary add up in, fp32."""
+
+    hidden: Tensor | None  # [N, H]
+    computed: Tensor  # [N] non-target mass that was computed, per row
+    bias: Tensor | None  # [tiles, COLUMNS]
 
 
 class Columns(NamedTuple):
@@ -111,7 +129,9 @@ def read_plan(plan: Plan, first_block: Tensor, live: Tensor, block_rows: int) ->
     return bool(values[0]), values[1:]
 
 
-def tile_costs(tile_lse, lse, target, target_logp, gradient, tile_runs) -> tuple[Tensor, Tensor]:
+def tile_costs(
+    tile_lse: Tensor, lse: Tensor, target: Tensor, target_logp: Tensor, gradient: Tensor, tile_runs: int
+) -> tuple[Tensor, Tensor]:
     """`chunked.routing.tile_costs` where tile_runs divides RUNS."""
     num_runs, n = tile_lse.shape
     num_tiles = triton.cdiv(num_runs, tile_runs)
@@ -128,29 +148,21 @@ def tile_costs(tile_lse, lse, target, target_logp, gradient, tile_runs) -> tuple
 def bounded_backward(
     grad_logp: Tensor,  # [N]
     hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
     target: Tensor,  # [N]; -1 skips the row, V means no target here
-    bias: Tensor | None,  # [V]
-    temperature: Tensor,  # [N] or [1]
-    logit_scale: float,
-    logp: Tensor,  # [N] of the targets, from the forward
-    lse_parts: Tensor,  # [2, N] maximum and log of the sum
-    tile_lse: Tensor,  # [ceil(V/128), N]
-    epsilon: float,
-    report: Tensor | None,  # [3]
+    head: Head,  # without softcap
+    saved: Saved,
+    budget: Budget,
     tile: tiles.Tile,
     fp16_factor: Tensor | None,  # [1] power of two that dz is multiplied by
-    dweight: Tensor | None,  # [V, H] written, or with `add` added to
-    add: bool,
-    need_hidden: bool,
-    need_bias: bool,
+    wanted: Wanted,
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """dhidden [N, H] and dbias [V] fp32, each None if not needed; None, with nothing done, if exact is the better one.
 
     N is at least 1. `report` is written where the bounded path is taken.
     """
-    n, h = hidden.shape
-    v, device = weight.shape[0], hidden.device
+    (logp, lse_parts, _, tile_lse), (epsilon, report) = saved, budget
+    temperature, logit_scale = head.temperature, head.logit_scale
+    v, device = head.weight.shape[0], hidden.device
     live = (target >= 0) & (grad_logp != 0)
     target = torch.where(live, target, v)
     factor = torch.where(live, torch.full_like(temperature, logit_scale) / temperature, 1.0)
@@ -181,12 +193,11 @@ def bounded_backward(
         factor,
         scale,
         torch.where(live, lse_parts[1], 0.0).neg().exp(),
+        inverse,
     )
     shift = first_block[:-1] * tile.block_m - made.block_offsets[:-1]
     lists = Lists(*made, first_block, shift, edges)
-    return _compute(
-        batch, plan.active, lists, weight, bias, tile_lse, tile, inverse, dweight, add, need_hidden, need_bias
-    )
+    return _compute(batch, plan.active, lists, head, tile_lse, tile, wanted)
 
 
 def _owed(batch: Batch, active: Tensor, tile_lse: Tensor, amount: Tensor, dropped: bool) -> Tensor:
@@ -224,20 +235,20 @@ def _run_means(weight: Tensor, rows: int) -> Tensor:
 
 
 def _compute(
-    batch: Batch, active: Tensor, lists: Lists, weight: Tensor, bias: Tensor | None, tile_lse: Tensor,
-    tile: tiles.Tile, inverse: Tensor | None, dweight: Tensor | None, add: bool, need_hidden: bool, need_bias: bool,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    x, target, target_logp, target_gradient, *_, scale, _ = batch
+    batch: Batch, active: Tensor, lists: Lists, head: Head, tile_lse: Tensor, tile: tiles.Tile, wanted: Wanted
+) -> tuple[Tensor | None, Tensor | None]:
+    x, target, target_logp, target_gradient, *_ = batch
+    scale, inverse, weight, dweight = batch.scale, batch.inverse, head.weight, wanted.dweight
     (n, h), v, device = x.shape, weight.shape[0], x.device
     num_tiles, num_runs = active.shape[1], len(tile_lse)
     new = {"dtype": torch.float32, "device": device}
-    acc = torch.empty(n, h, **new) if need_hidden else None
+    acc = torch.empty(n, h, **new) if wanted.hidden else None
     computed = torch.empty(n, **new)  # non-target mass that was computed, per row
-    bias_sums = torch.empty(num_tiles, COLUMNS, **new) if need_bias else None
+    bias_sums = torch.empty(num_tiles, COLUMNS, **new) if wanted.bias else None
     columns = bias_spread = None
-    if dweight is not None or need_bias:  # by the statistics: what was computed is known only after the last slab
+    if dweight is not None or wanted.bias:  # by the statistics: what was computed is known only after the last slab
         owed = _owed(batch, active, tile_lse, target_gradient, dropped=False)
-        if need_bias:
+        if wanted.bias:
             bias_spread = owed.sum(0, dtype=torch.float32)[:num_runs]
         if dweight is not None:
             spread = torch.empty(owed.shape[1], h, **new)
@@ -246,12 +257,10 @@ def _compute(
             edges = torch.arange(0, v + TILE, TILE, device=device).clamp_max_(v)
             columns = Columns(by_target, torch.searchsorted(target[by_target], edges), spread)
         del owed
-    place_bytes = COLUMNS * x.element_size() + (4 * h if need_hidden else 0)
+    place_bytes = COLUMNS * x.element_size() + (4 * h if wanted.hidden else 0)
     for first, last in _slabs(lists.edges, max(1, SLAB_BYTES // (tile.block_m * place_bytes))):
-        _slab(
-            batch, active, lists, first, last, weight, bias, tile, inverse, columns, acc, computed, bias_sums, dweight,
-            add,
-        )  # fmt: skip
+        into = Accumulators(acc, computed, bias_sums)
+        _slab(batch, active, lists, first, last, head, tile, columns, into, wanted)
     dhidden = dbias = None
     if acc is not None:
         still = (-torch.expm1(target_logp) - computed).clamp_min_(0.0) * -scale  # exactly what each row still owes
@@ -274,12 +283,12 @@ def _compute(
 
 
 def _slab(
-    batch: Batch, active: Tensor, lists: Lists, first: int, last: int, weight: Tensor, bias: Tensor | None,
-    tile: tiles.Tile, inverse: Tensor | None, columns: Columns | None, acc: Tensor | None, computed: Tensor,
-    bias_sums: Tensor | None, dweight: Tensor | None, add: bool,
+    batch: Batch, active: Tensor, lists: Lists, first: int, last: int, head: Head, tile: tiles.Tile,
+    columns: Columns | None, into: Accumulators, wanted: Wanted,
 ) -> None:  # fmt: skip
     """The tiles from `first` to `last`."""
-    x, target = batch.x, batch.target
+    x, target, (acc, computed, bias_sums), dweight = batch.x, batch.target, into, wanted.dweight
+    weight, bias = head.weight, head.bias
     (n, h), v, device = x.shape, weight.shape[0], x.device
     pair_tile, list_tile = tiles.pair_tile(tile), tiles.list_tile(tiles.arch_of(device), tile)
     block_m, block_n, block_k = tile[:3]
@@ -333,7 +342,7 @@ def _slab(
         height, step = min(block_m, TILE), min(block_k, block_m)
         columns_kernel[(len(lines) * (COLUMNS // height) * heights,)](
             operand(dz, step, height), x, lines, lists.offsets, lists.shift, lists.slot_row,
-            columns.by_target, columns.cuts, target, batch.target_gradient, columns.spread, inverse, dweight,
+            columns.by_target, columns.cuts, target, batch.target_gradient, columns.spread, batch.inverse, dweight,
             base, v, h, x.stride(0), dweight.stride(0), heights,
-            ADD=add, BLOCK_C=height, BLOCK_K=step, TILE=TILE, num_stages=list_tile.num_stages, **wide,
+            ADD=wanted.add, BLOCK_C=height, BLOCK_K=step, TILE=TILE, num_stages=list_tile.num_stages, **wide,
         )  # fmt: skip

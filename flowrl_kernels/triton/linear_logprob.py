@@ -13,15 +13,17 @@ flag that adds work cannot change how the rest is rounded.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flowrl_kernels.chunked.tiles import fp16_factor
-from flowrl_kernels.core.types import TILE
+from flowrl_kernels.core.types import EXACT, TILE, Budget, Head, Needs, Saved, Upstream
 from flowrl_kernels.triton import tiles
-from flowrl_kernels.triton.bounded import bounded_backward
+from flowrl_kernels.triton.bounded import Wanted, bounded_backward
 from flowrl_kernels.triton.linear_logprob_kernels import dlogits_kernel, forward_kernel, merge_kernel
 from flowrl_kernels.triton.matmul import exact_matmul, matmul_into
 from flowrl_kernels.triton.primitives import compact, gather_rows, scatter_rows
@@ -62,17 +64,48 @@ def _options(tile: tiles.Tile, hidden_size: int) -> dict:
     }
 
 
-def linear_logprob_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    entropy: bool,
-    stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class Compact(NamedTuple):
+    """Rows that take part, moved together."""
+
+    rows: Tensor  # [N, H]
+    order: Tensor  # [N] where each stood
+    count: Tensor  # [1] how many there are
+
+    def part(self, own: slice) -> Compact:
+        return Compact(self.rows[own], self.order[own], (self.count - own.start).clamp_(min=0))
+
+
+class Outputs(NamedTuple):
+    """Where the forward writes; each None leaves out its work, not a bit."""
+
+    logp: Tensor  # [N], 0 so far
+    lse: Tensor  # [2, N]
+    entropy: Tensor | None = None  # [N]
+    tile_lse: Tensor | None = None  # [ceil(V/128), N] fp16, 0 so far
+    logits: Tensor | None = None  # [N, at least V rounded up to 128] fp32, written in the order of the rows
+
+
+class Back(NamedTuple):
+    """What dz is made of besides the logits."""
+
+    lse: Tensor  # [2, N]
+    rest: Tensor  # [N] 1 - p of the target
+    entropy: Tensor  # [N] or [0]
+    grad: Upstream
+    factor: Tensor | None  # [1] power of two that dz is multiplied by for float16
+    inverse: Tensor | None  # [1]
+
+
+class Sinks(NamedTuple):
+    """Where the backward writes; None where no gradient is wanted."""
+
+    dhidden: Tensor | None  # [N, H] fp32, in the order of the rows
+    dweight: Tensor | None  # [V, H] written, or with `add` added to
+    dbias: Tensor | None  # [V] fp32, added to
+    add: bool
+
+
+def linear_logprob_fwd(hidden: Tensor, target: Tensor, head: Head, entropy: bool, stats: bool) -> Saved:
     """Log p of the target, log-sum-exp, entropy and tile statistics.
 
     hidden [N, H], weight [V, H] (fp32, bf16 or fp16); target [N] int64, -1 skips the row, V means no target here;
@@ -81,7 +114,7 @@ def linear_logprob_fwd(
     upper bound of the log-sum-exp over 128 columns, or [0, 0]. Skipped rows hold 0 everywhere; row blocks of nothing
     but skipped rows cost nothing.
     """
-    n, v = hidden.shape[0], weight.shape[0]
+    n, v = hidden.shape[0], head.weight.shape[0]
     new = {"dtype": torch.float32, "device": hidden.device}
     logp, lse = torch.zeros(n, **new), torch.empty(2, n, **new)
     entropies = torch.empty(n if entropy else 0, **new)
@@ -89,31 +122,16 @@ def linear_logprob_fwd(
     if n > 0:
         with torch.cuda.device_of(hidden):
             order, count = compact(target >= 0)
-            rows = gather_rows(hidden, order, count)
-            forward_rows(
-                rows, order, count, weight, target, bias, temperature, logit_scale, softcap,
-                logp, lse, entropies if entropy else None, tile_lse if stats else None, None,
-            )  # fmt: skip
-    return logp, lse, entropies, tile_lse
+            batch = Compact(gather_rows(hidden, order, count), order, count)
+            out = Outputs(logp, lse, entropies if entropy else None, tile_lse if stats else None)
+            forward_rows(batch, target, head, out)
+    return Saved(logp, lse, entropies, tile_lse)
 
 
-def forward_rows(
-    rows: Tensor,  # [N, H] compact
-    order: Tensor,  # [N]
-    count: Tensor,  # [1]
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    logp: Tensor,  # [N], 0 so far
-    lse: Tensor,  # [2, N]
-    entropy: Tensor | None,  # [N]
-    tile_lse: Tensor | None,  # [ceil(V/128), N] fp16, 0 so far
-    logits: Tensor | None,  # [N, at least V rounded up to 128] fp32, written in the order of `rows`
-) -> None:
-    """The forward of at least one row, into the tensors after `softcap`; each None leaves out its work, not a bit."""
+def forward_rows(batch: Compact, target: Tensor, head: Head, into: Outputs) -> None:
+    """The forward of at least one row, into the outputs."""
+    (rows, order, count), (logp, lse, entropy, tile_lse, logits) = batch, into
+    weight, bias, temperature, logit_scale, softcap = head
     n, h = rows.shape
     v, device = weight.shape[0], rows.device
     weight = realigned(weight)
@@ -158,37 +176,27 @@ def _slab_columns(rows: int, vocab: int, itemsize: int, block_n: int) -> int:
 
 
 def linear_logprob_bwd(
-    grad_logp: Tensor,
-    grad_entropy: Tensor | None,
+    grad: Upstream,
     hidden: Tensor,
-    weight: Tensor,
     target: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    logp: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    tile_lse: Tensor,
-    epsilon: float,
-    report: Tensor | None,
-    main_grad: Tensor | None,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    head: Head,
+    saved: Saved,
+    need: Needs,
+    budget: Budget = EXACT,
+    main_grad: Tensor | None = None,
     wide_hidden: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients by hidden [N, H] and weight [V, H] (in their dtypes) and bias [V] (fp32), each None if not needed.
 
-    grad_logp [N] and grad_entropy [N] or None: fp32, any stride. logp [N], lse and entropy are the forward's. With
-    `wide_hidden` dhidden is fp32 as it was summed. With
+    `grad`: fp32, any stride. With `wide_hidden` dhidden is fp32 as it was summed. With
     `main_grad` [V, H] fp32 the weight's gradient is added there and not returned. dz is rounded once, to the input
     dtype; sums run in fp32. Bits are the same from run to run.
 
     epsilon > 0 takes the bounded backward (bounded.py) where it pays, there is no softcap and no entropy gradient;
     `report` [3] gets the bound reached, the share of tiles computed, and 1 where it fell back to the exact one.
     """
+    (grad_logp, grad_entropy), (logp, lse, entropy, _), (epsilon, report) = grad, saved, budget
+    weight, _, temperature, logit_scale, softcap = head
     if report is not None:
         report.zero_()
         report[1:].fill_(1.0)
@@ -196,7 +204,7 @@ def linear_logprob_bwd(
     n, h = hidden.shape
     v = weight.shape[0]
     device, dtype = hidden.device, hidden.dtype
-    if not (need_hidden or need_weight or need_bias):
+    if not any(need):
         return None, None, None
     with exact_matmul(hidden):
         grad_logp = grad_logp.contiguous()
@@ -206,50 +214,50 @@ def linear_logprob_bwd(
             live |= (target >= 0) & (grad_entropy != 0)
         factor = inverse = None
         weight = realigned(weight)
+        head = head._replace(weight=weight)
         if dtype == torch.float16 and n > 0:
             factor = fp16_factor(grad_logp, grad_entropy, entropy, temperature, logit_scale, live)
             inverse = 1.0 / factor
         if epsilon > 0.0 and softcap is None and grad_entropy is None and n > 0:
-            made = torch.empty(v, h, dtype=dtype, device=device) if need_weight and main_grad is None else None
-            done = bounded_backward(
-                grad_logp, hidden, weight, target, bias, temperature, logit_scale, logp, lse, tile_lse, epsilon, report,
-                tiles.tile_for(tiles.arch_of(device), dtype, h * weight.element_size() % 16 == 0), factor,
-                main_grad if need_weight and made is None else made, main_grad is not None, need_hidden, need_bias,
-            )  # fmt: skip
+            made = torch.empty(v, h, dtype=dtype, device=device) if need.weight and main_grad is None else None
+            tile = tiles.tile_for(tiles.arch_of(device), dtype, h * weight.element_size() % 16 == 0)
+            wanted = Wanted(
+                main_grad if need.weight and made is None else made, main_grad is not None, need.hidden, need.bias
+            )
+            done = bounded_backward(grad_logp, hidden, target, head, saved, budget, tile, factor, wanted)
             if done is not None:
                 return done[0], made, done[1]
             del made
-        dhidden = torch.zeros(n, h, dtype=torch.float32, device=device) if need_hidden else None
+        dhidden = torch.zeros(n, h, dtype=torch.float32, device=device) if need.hidden else None
         many = n > SLAB_ROWS
         dweight = main_grad
-        if need_weight and main_grad is None:
+        if need.weight and main_grad is None:
             # one pass over the rows writes each element once; several add up in fp32
             dweight = torch.zeros(v, h, dtype=torch.float32 if many else dtype, device=device)
-        dbias = torch.zeros(v, dtype=torch.float32, device=device) if need_bias else None
+        dbias = torch.zeros(v, dtype=torch.float32, device=device) if need.bias else None
         if n > 0:
             order, count = compact(live)
-            rows = gather_rows(hidden, order, count)
-            rest = -torch.expm1(logp)
+            batch = Compact(gather_rows(hidden, order, count), order, count)
+            back = Back(lse, -torch.expm1(logp), entropy, Upstream(grad_logp, grad_entropy), factor, inverse)
             for begin in range(0, n, SLAB_ROWS):
                 part = slice(begin, min(begin + SLAB_ROWS, n))
-                _backward_rows(
-                    rows[part], order[part], (count - begin).clamp_(min=0), weight, target, bias, temperature,
-                    logit_scale, softcap, lse, rest, entropy, grad_logp, grad_entropy, factor, inverse,
-                    dhidden[part] if need_hidden else None, dweight if need_weight else None, dbias,
-                    add=many or main_grad is not None,
+                into = Sinks(
+                    None if dhidden is None else dhidden[part], dweight if need.weight else None, dbias,
+                    many or main_grad is not None,
                 )  # fmt: skip
-            if need_hidden:
+                _backward_rows(batch.part(part), target, head, back, into)
+            if dhidden is not None:
                 dhidden = scatter_rows(dhidden, order, count, torch.float32 if wide_hidden else dtype, inverse)
-        if need_weight and main_grad is None:
+        if need.weight and main_grad is None:
             return dhidden, None if dweight is None else dweight.to(dtype), dbias
         return dhidden, None, dbias
 
 
-def _backward_rows(
-    rows, order, count, weight, target, bias, temperature, logit_scale, softcap, lse, rest, entropy,
-    grad_logp, grad_entropy, factor, inverse, dhidden, dweight, dbias, add,
-) -> None:  # fmt: skip
+def _backward_rows(batch: Compact, target: Tensor, head: Head, back: Back, into: Sinks) -> None:
     """One block of compact rows against the whole vocabulary, slab by slab; dweight is added to or written."""
+    (rows, order, count), (dhidden, dweight, dbias, add) = batch, into
+    lse, rest, entropy, (grad_logp, grad_entropy), factor, inverse = back
+    weight, bias, temperature, logit_scale, softcap = head
     n, h = rows.shape
     v = weight.shape[0]
     device, itemsize = rows.device, rows.element_size()

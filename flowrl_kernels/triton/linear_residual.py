@@ -25,10 +25,18 @@ from torch import Tensor
 
 from flowrl_kernels.chunked.linear_residual import SinglePass, wide
 from flowrl_kernels.chunked.tiles import fp16_factor
-from flowrl_kernels.core.types import TILE
+from flowrl_kernels.core.segments import Segments
+from flowrl_kernels.core.types import EXACT, TILE, Anchors, Chunks, Head, Needs, Sequences, Upstream
 from flowrl_kernels.presets.row import Row
 from flowrl_kernels.triton import residual
-from flowrl_kernels.triton.linear_logprob import forward_rows, linear_logprob_bwd, linear_logprob_fwd, realigned
+from flowrl_kernels.triton.linear_logprob import (
+    Compact,
+    Outputs,
+    forward_rows,
+    linear_logprob_bwd,
+    linear_logprob_fwd,
+    realigned,
+)
 from flowrl_kernels.triton.matmul import exact_matmul, matmul_into
 from flowrl_kernels.triton.primitives import LOG2E, compact, gather_rows, row_factor, scatter_rows, shifted
 
@@ -92,78 +100,60 @@ def dlogits_in_place_kernel(
 def linear_residual_fwd(
     row: Row,
     hidden: Tensor,  # [N, H] packed response positions; fp32, bf16 or fp16
-    weight: Tensor,  # [V, H]
     target: Tensor,  # [N] int64; -1 skips the row, V gives NaN
-    bias: Tensor | None,  # [V]
-    temperature: Tensor,  # [N] or [1] fp32
-    logit_scale: float,
-    softcap: float | None,
-    anchor: Tensor | None,  # [N]
-    old: Tensor | None,  # [N]
-    sampler: Tensor | None,  # [N]
-    reward: Tensor,  # [B]
-    log_z: Tensor | None,  # [B]
-    mask: Tensor,  # [N] bool
-    cu_seqlens: Tensor,  # [B+1] int64
-    groups: Tensor | None,  # [B], for one chunk that holds the whole batch
-    most: int,  # rows whose logits are held at once; a chunk of more makes them twice
-    edges: list[int],  # the tokens at which chunks begin, and N
-    bounds: list[int],  # the sequences at which chunks begin, and B
-    normalizer: Tensor | None,  # float64 scalar, or [2]: sequences and tokens
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    head: Head,
+    anchors: Anchors,
+    each: Sequences,  # groups: for one chunk that holds the whole batch
+    segments: Segments,  # packed
+    chunks: Chunks,
+    need: Needs,
 ) -> SinglePass:
     """The loss of the batch with its gradients for an incoming one of 1; those not needed are None.
 
     dz is rounded once, to the input dtype; sums run in fp32. No host sync. Bits are the same from run to run.
     """
+    weight, temperature, logit_scale, softcap = realigned(head.weight), *head[2:]
+    head, most = head._replace(weight=weight), chunks.most
     (v, h), device, dtype = weight.shape, hidden.device, hidden.dtype
     logp = torch.zeros(hidden.shape[0], dtype=torch.float32, device=device)
-    dhidden = torch.zeros_like(hidden, dtype=wide(dtype)) if need_hidden else None
-    dbias = torch.zeros(v, dtype=torch.float32, device=device) if need_bias else None
-    out = residual.outputs(logp, reward)
-    weight = realigned(weight)
-    chunks = list(zip(bounds, bounds[1:], edges, edges[1:]))
-    sizes = [high - low for _, _, low, high in chunks]
+    dhidden = torch.zeros_like(hidden, dtype=wide(dtype)) if need.hidden else None
+    dbias = torch.zeros(v, dtype=torch.float32, device=device) if need.bias else None
+    out = residual.outputs(logp, each.reward)
+    spans = list(zip(chunks.bounds, chunks.bounds[1:], chunks.edges, chunks.edges[1:]))
+    sizes = [high - low for _, _, low, high in spans]
     twice = [size > most and dtype != torch.float16 for size in sizes]
     several = sum(size > 0 for size in sizes) != 1 or any(twice)
     sums = torch.float32 if several else wide(dtype)
     empty = torch.zeros if several else torch.empty  # one product writes each element once; several add up
-    dweight = empty(v, h, dtype=sums, device=device) if need_weight else None
+    dweight = empty(v, h, dtype=sums, device=device) if need.weight else None
     rows_held = max((size for size, again in zip(sizes, twice) if not again), default=0)
     buffer = torch.empty(rows_held, -(-v // TILE) * TILE, dtype=torch.float32, device=device)
     with exact_matmul(hidden):
-        for (first, last, low, high), again in zip(chunks, twice):
+        for (first, last, low, high), again in zip(spans, twice):
             own = slice(low, high)
             # copies begin at a multiple of 16 bytes: Triton compiles once more for a pointer that does not
             ids = target[own].clone()
             degrees = temperature if temperature.shape[0] == 1 else temperature[own].clone()
+            own_head = head._replace(temperature=degrees)
             if again:
-                made, lse, entropy, stats = linear_logprob_fwd(
-                    hidden[own], weight, ids, bias, degrees, logit_scale, softcap, False, False
-                )
+                saved = linear_logprob_fwd(hidden[own], ids, own_head, False, False)
+                made = saved.logp
             elif high > low:
                 logits = buffer[: high - low]
                 order, count = compact(ids >= 0)
                 rows = gather_rows(hidden[own], order, count)
                 made, lse = logp.new_zeros(high - low), logp.new_empty((2, high - low))
-                forward_rows(
-                    rows, order, count, weight, ids, bias, degrees, logit_scale, softcap, made, lse, None, None, logits
-                )
+                forward_rows(Compact(rows, order, count), ids, own_head, Outputs(made, lse, logits=logits))
             if high > low:
                 logp[own] = torch.where(ids < v, made, float("nan"))
-            residual.sequences(
-                row, out, logp, anchor, old, sampler, reward, log_z, mask, cu_seqlens, groups, normalizer, first, last
-            )
+            residual.sequences(row, out, logp, anchors, each, segments, first, last)
             if high == low:
                 continue
             grad = out.dlogp[own].masked_fill(ids < 0, 0.0)
             if again:
                 part, _, dbias_own = linear_logprob_bwd(
-                    grad, None, hidden[own], weight, ids, bias, degrees, logit_scale, softcap, made, lse, entropy,
-                    stats, 0.0, None, dweight, need_hidden, need_weight, need_bias,
-                )  # fmt: skip
+                    Upstream(grad), hidden[own], ids, own_head, saved, need, EXACT, dweight
+                )
                 if dhidden is not None:
                     dhidden[own] = part
                 if dbias is not None:
@@ -189,7 +179,7 @@ def linear_residual_fwd(
                 scatter_rows(part, order, count, wide(dtype), inverse, out=dhidden[own])
             if dweight is not None:
                 matmul_into(dweight, dz.t(), rows, several, inverse)
-    residual.totals(row, out, normalizer)
+    residual.totals(row, out, each.normalizer)
     if dweight is not None:
         buffer = logits = dz = None  # dweight may need another [V, H] now
         dweight = dweight.to(wide(dtype))

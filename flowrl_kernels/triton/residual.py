@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowrl_kernels.core.types import METRICS
+from flowrl_kernels.core.segments import Segments
+from flowrl_kernels.core.types import METRICS, Anchors, Sequences
 from flowrl_kernels.presets.row import Row
 from flowrl_kernels.triton.residual_kernels import FIELDS, coupled_kernel, sequence_kernel, total_kernel
 
@@ -44,32 +45,27 @@ def outputs(logp: Tensor, reward: Tensor) -> Outputs:
 def residual_fwd(
     row: Row,
     logp: Tensor,  # [B, T] or [N] fp32|bf16|fp16
-    anchor: Tensor | None,
-    old: Tensor | None,
-    sampler: Tensor | None,
-    reward: Tensor,  # [B]
-    log_z: Tensor | None,  # [B]
-    mask: Tensor,  # bool, the layout of logp
-    cu_seqlens: Tensor | None,  # int64 [B+1]
-    groups: Tensor | None,  # [B]
-    normalizer: Tensor | None,  # float64 scalar, or [2]: sequences and tokens
+    anchors: Anchors,
+    each: Sequences,
+    segments: Segments,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, residual [B], weight [B], metrics [12], dlogp (layout of logp), dlog_z [B]; all fp32."""
-    out = outputs(logp, reward)
-    sequences(row, out, logp, anchor, old, sampler, reward, log_z, mask, cu_seqlens, groups, normalizer)
-    totals(row, out, normalizer)
+    out = outputs(logp, each.reward)
+    sequences(row, out, logp, anchors, each, segments)
+    totals(row, out, each.normalizer)
     return out[:6]
 
 
 def sequences(
-    row: Row, out: Outputs, logp: Tensor, anchor: Tensor | None, old: Tensor | None, sampler: Tensor | None,
-    reward: Tensor, log_z: Tensor | None, mask: Tensor, cu_seqlens: Tensor | None, groups: Tensor | None,
-    normalizer: Tensor | None, first: int = 0, last: int | None = None,
+    row: Row, out: Outputs, logp: Tensor, anchors: Anchors, each: Sequences, segments: Segments, first: int = 0,
+    last: int | None = None,
 ) -> None:  # fmt: skip
     """Everything but loss and metrics of the sequences from `first` to before `last`, into `out`.
 
     Fewer than all of them only where they do not depend on each other, and beside a normaliser.
     """
+    (anchor, old, sampler), (reward, log_z, groups, normalizer) = anchors, each
+    mask, cu_seqlens, _ = segments
     num = reward.shape[0]
     last = num if last is None else last
     if last == first:

@@ -5,7 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.interpreter import InterpreterBuilder
 
-from flowrl_kernels.core.types import TILE
+from flowrl_kernels.core.segments import Segments
+from flowrl_kernels.core.types import TILE, Anchors, Chunks, Head, Needs, Sequences
 from flowrl_kernels.presets import named
 from flowrl_kernels.testing import rl_like_inputs
 from flowrl_kernels.triton import bounded, linear_logprob, linear_residual
@@ -76,9 +77,9 @@ def test_one_pass_does_six_and_four_for_a_frozen_head(data, count, needs, expect
     edges = torch.arange(0, N + 1, N // 4)
     done, _ = count(
         lambda: linear_residual.linear_residual_fwd(
-            named("paper"), hidden, weight, target, None, ONE, 1.0, None, logp, logp, None, each, each,
-            torch.ones(N, dtype=torch.bool), edges, None, N, [0, N // 2, N], [0, 2, 4], torch.full((), 4.0), *needs,
-            False,
+            named("paper"), hidden, target, Head(weight, None, ONE), Anchors(logp, logp, None),
+            Sequences(each, each, None, torch.full((), 4.0)), Segments(torch.ones(N, dtype=torch.bool), edges),
+            Chunks(N, [0, N // 2, N], [0, 2, 4]), Needs(*needs, False),
         )
     )  # fmt: skip
     assert done == pytest.approx(expected, rel=0.05)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flowrl_kernels.core.types import Budget, Head, Needs, Saved, Upstream
 from flowrl_kernels.reference.linear_logprob import linear_logprob as reference
 from flowrl_kernels.testing import assert_grad_close, oracle, peaked_inputs, poisoned_memory
 from flowrl_kernels.triton import linear_logprob as op
@@ -11,7 +12,7 @@ ONE = torch.ones(1)
 
 
 def forward(hidden, weight, target, bias=None, temperature=ONE, scale=1.0, softcap=None, entropy=False, stats=False):
-    return op.linear_logprob_fwd(hidden, weight, target, bias, temperature, scale, softcap, entropy, stats)
+    return op.linear_logprob_fwd(hidden, target, Head(weight, bias, temperature, scale, softcap), entropy, stats)
 
 
 def backward(
@@ -19,8 +20,8 @@ def backward(
     main_grad=None, needs=(True, True, False), epsilon=0.0, report=None,
 ):  # fmt: skip
     return op.linear_logprob_bwd(
-        grad, grad_entropy, hidden, weight, target, bias, temperature, scale, softcap,
-        *saved, epsilon, report, main_grad, *needs,
+        Upstream(grad, grad_entropy), hidden, target, Head(weight, bias, temperature, scale, softcap), Saved(*saved),
+        Needs(*needs), Budget(epsilon, report), main_grad,
     )  # fmt: skip
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from flowrl_kernels import LinearFlowRLLoss, linear_logprob
+from flowrl_kernels.core.segments import Segments
+from flowrl_kernels.core.types import Anchors, Chunks, Head, Needs, Sequences
 from flowrl_kernels.ops import linear_residual as operator
 from flowrl_kernels.reference.linear_logprob import linear_logprob as reference
 from flowrl_kernels.testing import assert_grad_close, cu_seqlens_of, poisoned_memory
@@ -23,7 +25,7 @@ def counted(monkeypatch):
 
     def call(*given):
         out = whole(*given)
-        calls.append((given[-5], out))
+        calls.append((given[7].bounds, out))
         return out
 
     monkeypatch.setattr(room, "linear_residual_fwd", call)
@@ -198,8 +200,9 @@ def test_a_wrong_target_is_nan_in_the_loss_and_its_sequences_gradient(dtype):
     mask = torch.ones(len(target), dtype=torch.bool)
     cu_seqlens = cu_seqlens_of(LENGTHS).long()
     out = room.linear_residual_fwd(
-        PRESETS["paper"], hidden, weight, clean, None, torch.ones(1), 1.0, None, ref, old, None, reward, log_z, mask,
-        cu_seqlens, None, 99, [0, len(target)], [0, 6], torch.tensor(6.0, dtype=torch.float64), True, True, False,
+        PRESETS["paper"], hidden, clean, Head(weight, None, torch.ones(1)), Anchors(ref, old, None),
+        Sequences(reward, log_z, None, torch.tensor(6.0, dtype=torch.float64)), Segments(mask, cu_seqlens),
+        Chunks(99, [0, len(target)], [0, 6]), Needs(True, True, False),
     )  # fmt: skip
     assert out.logp[3].isnan()
     assert out.dhidden[:7].isnan().all()

@@ -62,7 +62,8 @@ ROWS = [
     ("own clip ignored", OBJECTIVE, 'settings |= {"clip": bounds(a.clip)} if a.clip is not None and',
      'settings |= {} if a.clip is not None and', golden("flowrl paper, group's log Z, own clip")),
     ("sampler's weight off", OBJECTIVE,
-     'settings |= {"tis": "sequence", "tis_cap": a.tis_cap} if a.tis_cap > 0 else {}', "pass", golden("flowrl paper, no log Z, sampler's weight")),
+     'settings |= {"tis": "sequence", "tis_cap": a.tis_cap} if a.tis_cap > 0 else {}', "pass",
+     golden("flowrl paper, no log Z, sampler's weight")),
     ("flow divided by the micro-batch", OBJECTIVE, "normalizer=(float(sequences), float(tokens))",
      "normalizer=(float(batch.sequences), float(tokens))", golden("flowrl paper")),
     ("scored at temperature 1", OBJECTIVE, "temperature=temperature or config.rollout.temperature",
@@ -243,7 +244,7 @@ ROWS = [
      of("test_log_partition.py", "test_it_is_the_network_on_the_mean_of_the_tokens_that_count")),
     ("log Z reaches the backbone", "log_partition.py", "if self.detach:", "if False:",
      of("test_log_partition.py", "test_the_gradient_reaches_the_backbone_unless_detached")),
-    ("masked ids are looked at", "modules.py", "ids.long().masked_fill(~mask.to(torch.bool), -100)", "ids.long()",
+    ("masked ids are looked at", "modules.py", "ids.long().masked_fill(left_out, -100)", "ids.long()",
      of("test_nn.py", "test_masked_positions_are_not_looked_at")),
     # --- library: losses by kind of fault
     ("one pass computes every row", "chunked/linear_residual.py", "rows = kept_rows(live)", "rows = None",
@@ -300,7 +301,7 @@ ROWS = [
      of("test_primitive_arguments.py", "test_an_id_that_a_narrow_integer_wraps_onto_the_ignored_one_counts")),
     ("autocast comes inside", "ops/operator.py", "if not torch.is_autocast_enabled(device):", "if True:",
      of("test_primitive_arguments.py", "test_a_backward_inside_autocast_has_the_bits_of_one_outside")),
-    ("nobody fills the report", "logprobs.py", "if report is not None and not trained:", "if False:",
+    ("nobody fills the report", "core/head.py", "if report is not None and not trained:", "if False:",
      of("test_primitive_arguments.py", "test_what_no_backward_would_fill_is_refused_where_gradients_are_on")),
     # --- models of transformers
     ("a scale upside down", "hf/head.py", "else 1.0 / divisor", "else 1.0 * divisor",
