@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowrl_kernels import LinearFlowRLLoss, flowrl_loss
+from flowrl_kernels import LinearFlowRLLoss, flowrl_loss, linear_logprob
 from flowrl_kernels.chunked import tiles
 from flowrl_kernels.ops.linear_residual import halved
 
@@ -42,3 +42,11 @@ def test_a_later_backward_of_a_single_pass_leaves_the_first_gradient_alone(dtype
     assert torch.equal(first, before)
     assert before.abs().max() > 0
     torch.testing.assert_close(second, 3 * before, rtol=2e-3, atol=1e-6)
+
+
+def test_a_narrow_id_that_wraps_onto_the_ignored_one_keeps_its_temperature():
+    make = torch.Generator().manual_seed(0)
+    hidden, weight, own = torch.randn(1, 4, generator=make), torch.randn(200, 4, generator=make), torch.tensor([2.5])
+    narrow, wide = (linear_logprob(hidden, weight, torch.tensor([156], dtype=d), temperature=own).logp
+                    for d in (torch.uint8, torch.int64))  # fmt: skip
+    assert torch.equal(narrow, wide)
