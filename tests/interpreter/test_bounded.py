@@ -146,7 +146,8 @@ def test_bias_main_grad_scale_and_a_temperature_per_token_take_the_same_path(any
     assert report[2] == 0
     assert 0 < report[1] < 1
     for got, expected in zip(results[1], results[0]):
-        assert_grad_close(got, expected, rel=2e-3, row=0.2)
+        # each is rounded by itself
+        assert_grad_close(got, expected, rel=4e-3 if dtype == torch.bfloat16 else 2e-3, row=0.2)
 
 
 def test_slabs_frozen_parts_and_a_pointer_path_change_nothing_that_matters(any_share, monkeypatch):

@@ -20,8 +20,8 @@ def test_the_public_functions_run_on_the_kernels_and_agree_with_float64(dtype, w
     assert (out.logp - logp).abs().max() < 2e-5
     assert (out.entropy - entropy).abs().max() < 2e-5
     got = torch.autograd.grad(out.logp, (x, w), grad)
-    assert_grad_close(got[0], dx, rel=within)
-    assert_grad_close(got[1], dw, rel=within, row=50 * within)
+    assert_grad_close(got[0], dx, rel=2 * within)
+    assert_grad_close(got[1], dw, rel=2 * within, row=50 * within)
     hidden, weight = hidden.float(), weight.float()
     z = hidden @ weight.T
     from_logits = logprob(z.requires_grad_(), target, entropy=True, impl="triton")

@@ -113,8 +113,8 @@ def test_bias_scale_softcap_temperature_and_both_gradients_follow_the_formula(dt
         assert (out[0] - exact.logp).abs().max() < 2e-5
         assert (out[2] - exact.entropy).abs().max() < 2e-5
         got = backward(g, hidden, weight, target, out, grad_entropy=ge, needs=(True, True, True), **settings)
-        assert_grad_close(got[0], dx, rel=1.5 * within)  # of 21 rows few count
-        assert_grad_close(got[1], dw, rel=1.5 * within, row=50 * within)
+        assert_grad_close(got[0], dx, rel=2 * within)  # of 21 rows few count
+        assert_grad_close(got[1], dw, rel=2 * within, row=50 * within)
         assert_grad_close(got[2], db, rel=1e-5)
 
 
@@ -232,9 +232,9 @@ def test_slabs_and_row_blocks_add_up(monkeypatch, dtype, within):
     main = torch.ones(900, 32)
     backward(grad, hidden, weight, target, saved, main_grad=main, needs=(False, True, False))
     _, _, exact_dx, exact_dw = oracle(hidden, weight, target.where(target >= 0, 0), grad)
-    assert_grad_close(dx, exact_dx, rel=within)
-    assert_grad_close(dw, exact_dw, rel=within)
-    assert_grad_close(main - 1.0, exact_dw, rel=within)
+    assert_grad_close(dx, exact_dx, rel=1.5 * within)  # of 75 rows few count
+    assert_grad_close(dw, exact_dw, rel=1.5 * within)
+    assert_grad_close(main - 1.0, exact_dw, rel=min(within, 1.8e-3), row=50 * within)
     assert db.abs().sum() > 0
 
 
