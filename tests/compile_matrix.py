@@ -323,6 +323,9 @@ def save(table: dict[str, list[Entry]]) -> None:
 
 
 PINNED = "3.7.1"
+# versions, and architectures of the pinned one, compiled before the kernels last changed: after --write, edit by hand
+OLDER_VERSIONS = ("3.6.0", "3.9.0")
+OLDER_ARCHS = ("sm_120",)
 
 
 def _filled(text: str) -> str:
@@ -349,6 +352,16 @@ def _summary(entries: list[Entry]) -> list[str]:
     return rows
 
 
+def _older() -> list[str]:
+    """What of the table the kernels as they are have not been compiled for again; nothing if it is whole."""
+    older = [f"triton {version}" for version in OLDER_VERSIONS]
+    older += [f"{arch} under triton {PINNED}" for arch in OLDER_ARCHS]
+    if not older:
+        return []
+    text = "Compiled before the kernels last changed, and not again since: " + ", ".join(older) + "."
+    return ["", _filled(text + " Kernels that are gone are left out of those.")]
+
+
 def markdown(table: dict[str, list[Entry]]) -> str:
     versions = sorted(table)
     text = [
@@ -366,6 +379,7 @@ def markdown(table: dict[str, list[Entry]]) -> str:
         f"Under triton {PINNED}, which `constraints.txt` pins:",
         "",
         *_summary(table[PINNED]),
+        *_older(),
         "",
         "## Every kernel",
         "",
