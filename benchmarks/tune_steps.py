@@ -63,7 +63,7 @@ def bounded(case: Case, device: str, repeats: int, deadline: float, impl: str = 
 def single_pass(case: Case, device: str, repeats: int, deadline: float, impl: str = "triton") -> dict:
     """A whole step of `case` by LinearFlowRLLoss: two passes, then one by the size of a chunk's logits."""
     from benchmarks.peers.ours import _loss
-    from flowrl_kernels.ops import linear_residual as room
+    from flowrl_kernels.core import passes as room
 
     made, clock = inputs.make(case, device, 0), measure.Clock(device)
     leaves = [made.hidden.requires_grad_(), made.weight.requires_grad_()]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from flowrl_kernels import presets
 from flowrl_kernels.core import checks, dispatch
-from flowrl_kernels.core.settle import UNSET, Dials, Given, Settled, bounds_of, flow_settings, no_tangent, settle
+from flowrl_kernels.core.settle import UNSET, Dials, Given, Settled, flow_settings, settle
 from flowrl_kernels.core.types import LossOutput
-from flowrl_kernels.presets.row import number
+from flowrl_kernels.presets.row import bounds_of, number
 
 __all__ = ["flowrl_loss", "residual_loss"]
 
@@ -174,8 +174,8 @@ def _residual(
     settled = settle(logp, given, dials, anchor_is_given)
     chosen = dispatch.resolve("residual" if cp_group is None else "context_parallel", impl, logp)
     if chosen != "reference":
-        no_tangent("logp", logp)
-        no_tangent("log_z", given.log_z)
+        checks.no_tangent("logp", logp)
+        checks.no_tangent("log_z", given.log_z)
     return run(logp, settled, cp_group, chosen)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flowrl_kernels.core import checks, dispatch
 from flowrl_kernels.core.head import checked_budget, checked_head, refuse_reference
 from flowrl_kernels.core.passes import one_pass
-from flowrl_kernels.core.settle import Given, check_settings, dials_of, no_tangent, settle
+from flowrl_kernels.core.settle import Given, check_settings, dials_of, settle
 from flowrl_kernels.core.types import LossOutput, Needs
 from flowrl_kernels.losses import flowrl_loss, run
 from flowrl_kernels.ops import linear_logprob, linear_residual
@@ -106,7 +106,7 @@ class LinearFlowRLLoss(FlowRLLoss):
         impl = self.settings.get("impl", "auto")
         if impl != "reference":
             for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias), ("log_z", log_z)):
-                no_tangent(name, value)
+                checks.no_tangent(name, value)
         if cp_group is not None:
             checks.process_group("cp_group", cp_group)
         layout = torch.empty((), dtype=torch.float32, device=hidden.device).expand(ids.shape)
@@ -126,8 +126,7 @@ class LinearFlowRLLoss(FlowRLLoss):
         chosen = dispatch.resolve("linear_residual", impl, flat)
         plain = budget.epsilon == 0.0 and main_grad is None and cp_group is None
         if self.single_pass and plain and any(need) and chosen != "reference":
-            most = linear_residual.chunk_tokens(len(head.weight), flat.device.type)
-            plan = one_pass(flat, settled, most)
+            plan = one_pass(flat, len(head.weight), settled)
             if plan is not None:
                 out = linear_residual.apply(
                     settled.row, flat, ids, head, settled.anchors, plan.each, plan.segments, plan.chunks, need, chosen

@@ -10,9 +10,9 @@ from torch import Tensor
 from flowrl_kernels.core import checks
 from flowrl_kernels.core.checks import one_of
 from flowrl_kernels.core.layout import check_tokens, normalizer_of, segments_of
-from flowrl_kernels.core.settle import UNSET, bounds_of
+from flowrl_kernels.core.settle import UNSET
 from flowrl_kernels.core.types import LossOutput
-from flowrl_kernels.presets.row import number
+from flowrl_kernels.presets.row import bounds_of, number
 from flowrl_kernels.reference import policy_gradient as pg
 
 __all__ = ["policy_gradient_loss", "value_loss"]

@@ -89,6 +89,16 @@ def test_the_import_graph_has_no_circle():
     assert order.index("flowrl_kernels.core.types") < order.index("flowrl_kernels.modules")
 
 
+def test_only_stems_without_a_vocabulary_run_the_reference():
+    """Under other names, that is: an operator runs it where impl="reference" asks for it."""
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in (*PACKAGE.glob("chunked/*.py"), *PACKAGE.glob("triton/*.py"))
+        if any(room_of(module) == "reference" for module in imported_modules(path))
+    }
+    assert users == {"chunked/residual.py"}
+
+
 def test_a_circle_would_be_seen():
     graph = library_graph()
     graph["flowrl_kernels.core.types"] |= {"flowrl_kernels.modules"}

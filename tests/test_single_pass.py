@@ -6,7 +6,6 @@ import torch
 from flowrl_kernels import LinearFlowRLLoss, linear_logprob
 from flowrl_kernels.chunked import linear_residual as room
 from flowrl_kernels.core import passes
-from flowrl_kernels.ops import linear_residual as operator
 from flowrl_kernels.testing import assert_grad_close, cu_seqlens_of, peaked_inputs, ragged_mask
 
 LENGTHS = torch.tensor([7, 0, 12, 3, 9, 1])
@@ -46,7 +45,7 @@ def counted(monkeypatch):
 @pytest.mark.parametrize("tokens", [14, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_pass_equals_two(monkeypatch, counted, tokens, dtype):
-    monkeypatch.setattr(operator, "chunk_tokens", lambda *_: tokens)
+    monkeypatch.setattr(passes, "chunk_tokens", lambda *_: tokens)
     data = batch(dtype)
     head = {"temperature": 0.8, "softcap": 30.0, "logit_scale": 1.1}
     one, one_grads = run(True, data, head=head)
@@ -77,7 +76,7 @@ def test_rows_whose_sequences_depend_on_each_other_need_one_chunk(monkeypatch, c
     arguments = {"settings": {"preset": preset}, "groups": groups, "log_z": "group" if preset == "group" else ...}
     one, one_grads = run(True, data, **arguments)
     assert len(counted) == 1
-    monkeypatch.setattr(operator, "chunk_tokens", lambda *_: 14)
+    monkeypatch.setattr(passes, "chunk_tokens", lambda *_: 14)
     two, two_grads = run(True, data, **arguments)
     assert len(counted) == 1, "a batch that does not fit must take two passes"
     assert torch.equal(one.loss, two.loss)
@@ -90,7 +89,7 @@ def test_a_sequence_longer_than_the_buffer_makes_its_own_logits_twice_and_no_oth
     again = []
     whole = room.linear_logprob_bwd
     monkeypatch.setattr(room, "linear_logprob_bwd", lambda *a: again.append(len(a[0].logp)) or whole(*a))
-    monkeypatch.setattr(operator, "chunk_tokens", lambda *_: 11)
+    monkeypatch.setattr(passes, "chunk_tokens", lambda *_: 11)
     head = {"bias": torch.linspace(-1, 1, 1300).requires_grad_(), "temperature": torch.linspace(0.5, 2, 32)}
     one, one_grads = run(True, batch(), head=head)
     assert counted == [[0, 2, 3, 4, 6]]
@@ -104,7 +103,7 @@ def test_a_sequence_longer_than_the_buffer_makes_its_own_logits_twice_and_no_oth
 
 def test_a_long_sequence_in_float16_takes_two_passes_and_the_log_says_so(monkeypatch, counted, caplog):
     passes._say_why.cache_clear()
-    monkeypatch.setattr(operator, "chunk_tokens", lambda *_: 11)
+    monkeypatch.setattr(passes, "chunk_tokens", lambda *_: 11)
     with caplog.at_level("INFO", logger="flowrl_kernels"):
         run(True, batch(torch.float16))
     assert not counted

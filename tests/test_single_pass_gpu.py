@@ -5,7 +5,7 @@ import torch
 from gpu_waits import host_waits
 
 from flowrl_kernels import LinearFlowRLLoss, linear_logprob
-from flowrl_kernels.ops import linear_residual as operator
+from flowrl_kernels.core import passes
 from flowrl_kernels.testing import assert_grad_close, peaked_inputs, ragged_mask
 
 pytestmark = pytest.mark.gpu
@@ -32,7 +32,7 @@ def run(single_pass, data):
 @pytest.mark.parametrize("dtype", list(WITHIN))
 @pytest.mark.parametrize("tokens", [200, 10000])
 def test_one_pass_gives_the_bits_and_the_gradients_of_two(dtype, tokens, monkeypatch):
-    monkeypatch.setattr(operator, "chunk_tokens", lambda *_: tokens)
+    monkeypatch.setattr(passes, "chunk_tokens", lambda *_: tokens)
     data = batch(dtype)
     one, one_grads = run(True, data)
     two, two_grads = run(False, data)

@@ -115,3 +115,12 @@ def process_group(name: str, value: Any) -> None:
             f"{name}: wanted a torch.distributed.ProcessGroup with this rank in it (of a DeviceMesh: "
             f"mesh['name'].get_group()); got {type(value).__name__}"
         )
+
+
+def no_tangent(name: str, value: Any) -> None:
+    """Forward mode would pass an operator by, unseen."""
+    level = torch.autograd.forward_ad
+    if torch.compiler.is_compiling() or level._current_level < 0 or not isinstance(value, Tensor):
+        return
+    if level.unpack_dual(value).tangent is not None:
+        raise RuntimeError(f"{name}: forward-mode derivatives are not computed here; impl='reference' has them")

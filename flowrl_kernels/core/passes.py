@@ -15,6 +15,8 @@ from flowrl_kernels.core.settle import Settled
 from flowrl_kernels.core.types import Chunks, Sequences
 
 logger = logging.getLogger("flowrl_kernels")
+BUFFER = 1 << 26  # logits of one chunk on a CPU: 268 MB in fp32
+GPU_BUFFER = 1 << 30
 ROW_BLOCK = 256  # rows that a forward takes together, on every backend or a multiple of it
 
 
@@ -26,11 +28,17 @@ class OnePass(NamedTuple):
     chunks: Chunks
 
 
-def one_pass(hidden: Tensor, settled: Settled, most: int) -> OnePass | None:
+def chunk_tokens(vocab_size: int, device_type: str) -> int:
+    """The most tokens whose logits are held at once."""
+    return max(1, (BUFFER if device_type == "cpu" else GPU_BUFFER) // vocab_size)
+
+
+def one_pass(hidden: Tensor, vocab_size: int, settled: Settled) -> OnePass | None:
     """The batch in chunks for a single pass (docs/maths.md), or None if it has to take two.
 
-    hidden: [N, H]. most: the tokens whose logits are held at once.
+    hidden: [N, H]
     """
+    most = chunk_tokens(vocab_size, hidden.device.type)
     segments, each, separate = settled.segments, settled.each, independent(settled)
     if segments.cu_seqlens is None:
         num, step = segments.mask.shape

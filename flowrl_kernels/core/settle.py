@@ -7,7 +7,6 @@ import difflib
 import math
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from flowrl_kernels import presets
@@ -15,7 +14,7 @@ from flowrl_kernels.core import checks, dispatch
 from flowrl_kernels.core.layout import check_tokens, normalizer_of, segments_of
 from flowrl_kernels.core.segments import Segments
 from flowrl_kernels.core.types import Anchors, Sequences
-from flowrl_kernels.presets.row import CHOICES, CLIPS, Row, number
+from flowrl_kernels.presets.row import CHOICES, Row, bounds_of, number
 
 UNSET: Any = ...  # an argument that was not given: a preset may set it
 # what a module's constructor holds for `flowrl_loss`
@@ -69,15 +68,6 @@ def settled_row(preset: str | None, base: Row, explicit: dict[str, Any]) -> Row:
     if "length_normalize" in given and row.level == "token":
         checks.fail("length_normalize", f"nothing for the residual per token of preset={preset!r}", True)
     return row
-
-
-def no_tangent(name: str, value: Any) -> None:
-    """Forward mode would pass an operator by, unseen."""
-    level = torch.autograd.forward_ad
-    if torch.compiler.is_compiling() or level._current_level < 0 or not isinstance(value, Tensor):
-        return
-    if level.unpack_dual(value).tangent is not None:
-        raise RuntimeError(f"{name}: forward-mode derivatives are not computed here; impl='reference' has them")
 
 
 class Settled(NamedTuple):
@@ -173,19 +163,6 @@ def settle(logp: Tensor, given: Given, dials: Dials, anchor_is_given: bool = Fal
     anchor, old, sampler = (None if t is None else t.detach() for t in (anchor, logp_old, logp_sampler))
     each = Sequences(reward.detach(), partition, groups, divisor)
     return Settled(row, Anchors(anchor, old, sampler), each, segments)
-
-
-def bounds_of(clip: Any) -> tuple[float | None, float | None]:
-    if isinstance(clip, str):
-        if clip not in CLIPS:
-            checks.fail("clip", f"(low, high) or one of {', '.join(map(repr, CLIPS))}", repr(clip))
-        return CLIPS[clip]
-    if not (isinstance(clip, (tuple, list)) and len(clip) == 2):
-        checks.fail("clip", f"(low, high) or one of {', '.join(map(repr, CLIPS))}", repr(clip))
-    low, high = (None if bound is None else number("clip", bound) for bound in clip)
-    if (low is not None and not low >= 0) or (high is not None and not high >= (low or 0.0)):
-        checks.fail("clip", "0 <= low <= high", repr(clip))
-    return low, high
 
 
 def _check_row(row: Row) -> None:

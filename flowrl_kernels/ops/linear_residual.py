@@ -21,14 +21,7 @@ from flowrl_kernels.ops.linear_logprob import clean_target
 from flowrl_kernels.ops.operator import operator
 from flowrl_kernels.ops.residual import output
 
-BUFFER = 1 << 26  # logits of one chunk on a CPU: 268 MB in fp32
-GPU_BUFFER = 1 << 30
 SCALED_ROWS = 32768  # scaled at a time, in fp32
-
-
-def chunk_tokens(vocab_size: int, device_type: str) -> int:
-    """The most tokens whose logits are held at once."""
-    return max(1, (BUFFER if device_type == "cpu" else GPU_BUFFER) // vocab_size)
 
 
 @operator("flowrl::linear_residual", mutates_args=())

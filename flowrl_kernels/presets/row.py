@@ -122,3 +122,16 @@ CLIPS: dict[str, tuple[float | None, float | None]] = {
     "release": (None, 10.0),
     "unclipped": (None, None),
 }
+
+
+def bounds_of(clip: Any) -> tuple[float | None, float | None]:
+    if isinstance(clip, str):
+        if clip not in CLIPS:
+            checks.fail("clip", f"(low, high) or one of {', '.join(map(repr, CLIPS))}", repr(clip))
+        return CLIPS[clip]
+    if not (isinstance(clip, (tuple, list)) and len(clip) == 2):
+        checks.fail("clip", f"(low, high) or one of {', '.join(map(repr, CLIPS))}", repr(clip))
+    low, high = (None if bound is None else number("clip", bound) for bound in clip)
+    if (low is not None and not low >= 0) or (high is not None and not high >= (low or 0.0)):
+        checks.fail("clip", "0 <= low <= high", repr(clip))
+    return low, high

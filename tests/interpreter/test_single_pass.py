@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from flowrl_kernels import LinearFlowRLLoss, linear_logprob
+from flowrl_kernels.core import passes
 from flowrl_kernels.core.segments import Segments
 from flowrl_kernels.core.types import Anchors, Chunks, Head, Needs, Sequences
-from flowrl_kernels.ops import linear_residual as operator
 from flowrl_kernels.reference.linear_logprob import linear_logprob as reference
 from flowrl_kernels.testing import assert_grad_close, cu_seqlens_of, poisoned_memory
 from flowrl_kernels.triton import linear_logprob as two_passes
@@ -49,7 +49,7 @@ def head_of(vocab_size, num_tokens):
     ],
 )
 def test_one_pass_equals_two_and_keeps_the_bits_of_logp(monkeypatch, counted, tokens, dtype, within, full):
-    monkeypatch.setattr(operator, "chunk_tokens", lambda *_: tokens)
+    monkeypatch.setattr(passes, "chunk_tokens", lambda *_: tokens)
     monkeypatch.setattr(room, "BLOCK", 256)  # several steps along a row, each over logits already read
     data = batch(dtype)
     head = head_of(1300, len(data[0])) if full else {}
@@ -69,7 +69,7 @@ def test_one_pass_equals_two_and_keeps_the_bits_of_logp(monkeypatch, counted, to
 
 
 def test_gradients_match_float64(monkeypatch, counted, dtype, within):
-    monkeypatch.setattr(operator, "chunk_tokens", lambda *_: 14)
+    monkeypatch.setattr(passes, "chunk_tokens", lambda *_: 14)
     data = batch(dtype)
     head = head_of(1300, len(data[0]))
     hidden, weight, target, ref, old, reward, log_z = data
@@ -104,7 +104,7 @@ def test_the_weight_stays_exactly_one_on_the_first_minibatch(counted, dtype):
 
 @pytest.mark.parametrize("tokens", [14, pytest.param(1000, marks=pytest.mark.nightly)])
 def test_masked_tokens_are_skipped_and_never_read(monkeypatch, counted, tokens, dtype, within):
-    monkeypatch.setattr(operator, "chunk_tokens", lambda *_: tokens)
+    monkeypatch.setattr(passes, "chunk_tokens", lambda *_: tokens)
     data = list(batch(dtype))
     mask = torch.rand(len(data[0]), generator=torch.Generator().manual_seed(2)) < 0.6
     mask[19:22] = False  # a whole sequence
@@ -132,7 +132,7 @@ def test_rows_whose_sequences_depend_on_each_other_need_one_chunk(monkeypatch, c
     arguments["log_z"] = "group" if preset == "group" else ...
     one, one_grads = run(True, data, **arguments)
     assert len(counted) == 1
-    monkeypatch.setattr(operator, "chunk_tokens", lambda *_: 14)
+    monkeypatch.setattr(passes, "chunk_tokens", lambda *_: 14)
     two, two_grads = run(True, data, **arguments)
     assert len(counted) == 1, "a batch that does not fit must take two passes"
     assert torch.equal(one.loss, two.loss)
@@ -142,7 +142,7 @@ def test_rows_whose_sequences_depend_on_each_other_need_one_chunk(monkeypatch, c
 
 
 def test_a_sequence_longer_than_the_buffer_makes_its_own_logits_twice(monkeypatch, counted):
-    monkeypatch.setattr(operator, "chunk_tokens", lambda *_: 11)
+    monkeypatch.setattr(passes, "chunk_tokens", lambda *_: 11)
     head = head_of(1300, 32)
     one, one_grads = run(True, batch(), settings=TRITON, head=head)
     [(bounds, out)] = counted
@@ -155,7 +155,7 @@ def test_a_sequence_longer_than_the_buffer_makes_its_own_logits_twice(monkeypatc
 
 
 def test_frozen_parts_run_no_product(monkeypatch, counted, dtype):
-    monkeypatch.setattr(operator, "chunk_tokens", lambda *_: 14)
+    monkeypatch.setattr(passes, "chunk_tokens", lambda *_: 14)
     hidden, weight, target, ref, old, reward, log_z = batch(dtype)
     shapes = []
     product = matmul.matmul_into

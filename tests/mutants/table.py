@@ -232,7 +232,7 @@ ROWS = [
      of("test_loss_arguments.py", "test_packed_input_is_refused[boundaries that fall]")),
     ("a mask of fractions", "core/layout.py", "not bool(((mask == 0) | (mask == 1)).all())", "False",
      of("test_loss_arguments.py", "test_flowrl_loss_refuses[mask of fractions]")),
-    ("a negative clip", "core/settle.py", "(low is not None and not low >= 0) or ", "",
+    ("a negative clip", "presets/row.py", "(low is not None and not low >= 0) or ", "",
      of("test_loss_arguments.py", "test_flowrl_loss_refuses[clip negative]")),
     ("an infinite beta", "core/settle.py", "if value is not None and not abs(value) < math.inf:", "if False:",
      of("test_loss_arguments.py", "test_flowrl_loss_refuses[beta infinite]")),
