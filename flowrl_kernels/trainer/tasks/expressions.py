@@ -78,7 +78,8 @@ def parse(text: str) -> tuple[Expression, list[int]] | None:
     None for anything that is not such an expression, divides by zero, nests deeper than MAX_DEPTH or is
     longer than MAX_TOKENS.
     """
-    tokens, at = [], 0
+    tokens: list[str] = []
+    at = 0
     text = text.rstrip()
     while at < len(text):
         match = _TOKEN.match(text, at)
