@@ -12,17 +12,29 @@ from typing import Literal
 
 from flowrl_kernels.trainer.config import Config
 
-# What becomes of a response's reward r among its group's:
-#   zscore (r - mean) / deviation · centred r - mean · left out r - mean of the others · raw r · good max(r, 0), and
-#   those at 0 stay out of the loss · configured whichever of zscore, centred and raw `algorithm.reward` says
-Reward = Literal["zscore", "centred", "left out", "raw", "good", "configured"]
-# What of it each token gets:
-#   all of it · returns what is still to come, discounted · gae the same beside a critic's values; these two are
-#   whitened over all tokens of the step
-Tokens = Literal["all", "returns", "gae"]
-# pi / pi_old of a token; of a sequence (its tokens' geometric mean); detached, as a weight; none, the log-likelihood;
-# preset: a squared residual of the family, whose row `algorithm.preset` names and which sets ratio, clip and mean
-Ratio = Literal["token", "sequence", "detached", "none", "preset"]
+# What becomes of a response's reward r among those of its group
+Reward = Literal[
+    "zscore",  # (r - mean) / deviation
+    "centred",  # r - mean
+    "left out",  # r - mean of the others
+    "raw",  # r
+    "good",  # max(r, 0); responses at 0 stay out of the loss
+    "configured",  # zscore, centred or raw, as `algorithm.reward` says
+]
+# What of it each token gets; the last two are whitened over all tokens of the step
+Tokens = Literal[
+    "all",  # all of it
+    "returns",  # what is still to come, discounted
+    "gae",  # the same beside a critic's values
+]
+# What an advantage is multiplied by
+Ratio = Literal[
+    "token",  # pi / pi_old
+    "sequence",  # its geometric mean over the response
+    "detached",  # pi / pi_old as a weight of log pi, without a gradient
+    "none",  # log pi
+    "preset",  # no advantage: a squared residual, whose row `algorithm.preset` names and which sets the rest
+]
 Aggregate = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 Clip = tuple[float | None, float | None]  # of the ratio; None: open on that side
 

@@ -84,20 +84,12 @@ class Evaluation(NamedTuple):
     reasons: dict[str, int]  # why responses could not be scored
 
 
-def evaluate(
-    task: Task, split: str, sample: Sample, scorer: Scorer, cfg: EvalConfig, seed: int = 0
-) -> dict[str, float]:
-    """The figures of `sampled`."""
-    return sampled(task, split, sample, scorer, cfg, seed).figures
-
-
 def sampled(
     task: Task,
     split: str,
     sample: Sample,
     scorer: Scorer,
     cfg: EvalConfig,
-    seed: int = 0,
     *,
     at_once: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -105,7 +97,7 @@ def sampled(
     """Sample `cfg.samples` answers to each of at most `cfg.problems` problems of a split and score them.
 
     at_once: problems sampled and scored between two calls of progress(problems done, of how many); 0: all. A response
-    is drawn by (seed, number of its problem, its place), so this changes no sample.
+    is drawn by (`cfg.seed`, number of its problem, its place), so this changes no sample.
 
     The figures are accuracy (pass@1, with its standard error over problems in accuracy_se), pass@k for k = 1, 2, 4,
     ... up to the samples, reward, length (tokens with EOS), truncated (share without EOS),
@@ -121,7 +113,7 @@ def sampled(
     step = at_once or len(problems)
     for first in range(0, len(problems), step):
         part = problems[first : first + step]
-        rows = sample(part, cfg.samples, seed, first)
+        rows = sample(part, cfg.samples, cfg.seed, first)
         answers += rows
         rewards += scorer.score(
             [problem for problem, row in zip(part, rows) for _ in row],
@@ -141,7 +133,7 @@ def summarize(
     rewards: Sequence[float | None],
     pass_at: Sequence[int],
 ) -> dict[str, float]:
-    """The figures of `evaluate` from responses already sampled; rewards are flat, in the order of the
+    """The figures of `sampled` from responses already sampled; rewards are flat, in the order of the
     answers.
     """
     at = 0
@@ -229,7 +221,7 @@ def exact(
     tokens: Callable[[str], int] = lambda text: len(text) + 1,
     kl_problems: int | None = None,
 ) -> dict[str, float]:
-    """The figures of `evaluate` without sampling noise, for a task that lists its right answers.
+    """The figures of `sampled` without sampling noise, for a task that lists its right answers.
 
     exact_accuracy: mass on right answers. exact_modes, exact_modes_share: exp(entropy) of that mass over
     canonical solutions, and as a share of their number. With ref_logp, where every well-formed response is

@@ -166,7 +166,7 @@ def evaluate_run(
     terminal = Terminal()
     try:
         show = partial(terminal.evaluating, split)
-        done = sampled(task, split, sample, scorer, config.eval, config.eval.seed, at_once=at_once, progress=show)
+        done = sampled(task, split, sample, scorer, config.eval, at_once=at_once, progress=show)
     finally:
         scorer.close()
     terminal.table(f"{source}, {split} split", done.figures)

@@ -129,7 +129,7 @@ def evaluation(run: Run, split: str, *, last: bool = False) -> dict[str, float]:
     config, task = run.config, run.task
     at_once = max(1, config.rollout.batch // config.eval.samples) * run.world.size  # what the engine decodes at once
     out = sampled(
-        task, split, sampler(run), run.scorer, config.eval, config.eval.seed, at_once=at_once,
+        task, split, sampler(run), run.scorer, config.eval, at_once=at_once,
         progress=partial(run.log.evaluating, split),
     ).figures  # fmt: skip
     if config.eval.exact:

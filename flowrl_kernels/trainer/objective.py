@@ -8,18 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from flowrl_kernels.core.types import LossOutput
+from flowrl_kernels.logprobs import linear_logprob
+from flowrl_kernels.modules import LinearFlowRLLoss
+from flowrl_kernels.policy_gradient import policy_gradient_loss, value_loss
 from flowrl_kernels.presets import Row, named
 from flowrl_kernels.trainer import algorithms
 from flowrl_kernels.trainer.batches import MicroBatch
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.policy import Policy
 
-Head = Callable[[Policy, Tensor], Any]
+Head = Callable[[Policy, Tensor], LossOutput]
+
+
+class Loss(Protocol):
+    """tokens, sequences: of the whole update over all ranks and micro-batches; the normalisers."""
+
+    def __call__(self, batch: MicroBatch, *, tokens: int, sequences: int) -> Head: ...
 
 
 class Needs(NamedTuple):
@@ -112,7 +122,6 @@ def score_head(
     report: Tensor | None = None,
 ) -> Callable[[Policy, Tensor], Scores]:
     """Head: log-probs of the response tokens at the sampling temperature, and values where there is a critic."""
-    from flowrl_kernels.logprobs import linear_logprob
 
     def head(actor: Policy, hidden: Tensor) -> Scores:
         rows = hidden.flatten(0, 1)[batch.predict]  # [N, H]
@@ -133,7 +142,7 @@ def score_head(
     return head
 
 
-def reported(out: Any, report: Tensor | None) -> Any:
+def reported(out: LossOutput, report: Tensor | None) -> LossOutput:
     """`out` with what a bounded backward will have reported among its metrics: filled in by the backward pass."""
     if report is not None:
         out.metrics.update(dlogits_error_bound=report[0], dlogits_share=report[1])
@@ -151,18 +160,13 @@ def log_z(actor: Policy, hidden: Tensor, batch: MicroBatch) -> Tensor:
     return actor.log_z(hidden.flatten(0, 1)[batch.prompt], cu_seqlens=batch.prompt_cu_seqlens)
 
 
-def make_loss(config: Config) -> Callable[..., Head]:
-    """`loss(batch, tokens=, sequences=) -> head`, the head returning the library's LossOutput.
-
-    tokens, sequences: of the whole update over all ranks and micro-batches; the normalisers.
-    """
+def make_loss(config: Config) -> Loss:
+    """`loss(batch, tokens=, sequences=) -> head`, the head returning the library's LossOutput."""
     return flow_loss(config) if algorithms.of(config).residual else gradient_loss(config)
 
 
-def flow_loss(config: Config) -> Callable[..., Head]:
+def flow_loss(config: Config) -> Loss:
     """FlowRL and the squared-residual family: log-probs, residual and gradient in one fused call."""
-    from flowrl_kernels.modules import LinearFlowRLLoss
-
     a, kind, chosen = config.algorithm, log_z_kind(config), row(config)
     settings: dict[str, Any] = {"beta": chosen.beta, "preset": a.preset or None, "impl": config.parallel.impl}
     if a.clip is not None or a.tis_cap > 0:  # the paper's row with fields of one's own
@@ -176,9 +180,9 @@ def flow_loss(config: Config) -> Callable[..., Head]:
     def loss(batch: MicroBatch, *, tokens: int, sequences: int) -> Head:
         token, sequence = batch.per_token, batch.per_sequence
 
-        def head(actor: Policy, hidden: Tensor) -> Any:
+        def head(actor: Policy, hidden: Tensor) -> LossOutput:
             if kind == "learned":
-                zeta: Any = log_z(actor, hidden, batch)
+                zeta: Tensor | str | None = log_z(actor, hidden, batch)
             else:
                 zeta = sequence["log_z"] if kind == "group" else kind
             report = report_of(config, hidden.device)
@@ -211,10 +215,8 @@ def bounds(clip: tuple[float, float]) -> tuple[float | None, float | None]:
     return (low if low > 0 else None), (high if high != float("inf") else None)
 
 
-def gradient_loss(config: Config) -> Callable[..., Head]:
+def gradient_loss(config: Config) -> Loss:
     """The clipped policy gradients; a critic adds its value loss, and has an optimiser group of its own."""
-    from flowrl_kernels.policy_gradient import policy_gradient_loss, value_loss
-
     a, algorithm = config.algorithm, algorithms.of(config)
     clip, how = algorithm.clip if a.clip is None else bounds(a.clip), algorithm.aggregate
     assert how is not None
@@ -223,7 +225,7 @@ def gradient_loss(config: Config) -> Callable[..., Head]:
     def loss(batch: MicroBatch, *, tokens: int, sequences: int) -> Head:
         token = batch.per_token
 
-        def head(actor: Policy, hidden: Tensor) -> Any:
+        def head(actor: Policy, hidden: Tensor) -> LossOutput:
             report = report_of(config, hidden.device)
             score = score_head(config, batch, entropy=a.entropy > 0, epsilon=config.parallel.epsilon, report=report)
             now = score(actor, hidden)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.utils.checkpoint import checkpoint
 
 from flowrl_kernels.trainer.config import ModelConfig, ParallelConfig, RunConfig
+
+T = TypeVar("T")
 
 EVERYWHERE = "raised on every rank"  # noted on an exception, so that one of them speaks
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -103,11 +105,11 @@ def total(values: Tensor, world: World, op: str = "sum") -> Tensor:
     return values.cpu()
 
 
-def gather(value: Any, world: World) -> list[Any]:
+def gather(value: T, world: World) -> list[T]:
     """Every rank's Python object, in rank order, on every rank."""
     if world.size == 1:
         return [value]
-    out: list[Any] = [None] * world.size
+    out: list[T] = [value] * world.size
     dist.all_gather_object(out, value)
     return out
 
@@ -117,7 +119,7 @@ def barrier(world: World) -> None:
         dist.barrier()
 
 
-def first(action: Callable[[], Any], world: World) -> Any:
+def first(action: Callable[[], T], world: World) -> T:
     """Runs `action` on rank 0 alone; its answer, or its exception, reaches every rank."""
     outcome: list[Any] = [None, None]
     if world.main:
@@ -133,18 +135,19 @@ def first(action: Callable[[], Any], world: World) -> Any:
     return outcome[0]
 
 
-def agree(action: Callable[[], Any], world: World) -> Any:
+def agree(action: Callable[[], T], world: World) -> T:
     """Runs `action`, which uses no collective, on every rank; where one fails, all raise the first one's exception."""
-    answer, mine = None, None
+    answer: list[T] = []
+    mine: Exception | None = None
     try:
-        answer = action()
+        answer.append(action())
     except Exception as error:
         mine = error
     for failure in gather(mine, world):
         if failure is not None:
             failure.add_note(EVERYWHERE)
             raise failure
-    return answer
+    return answer[0]
 
 
 def joined() -> bool:

@@ -6,9 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from flowrl_kernels.trainer.log import read_lines
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours: distinct for most kinds of colour vision
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
@@ -77,7 +84,7 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
     ]
 
 
-def _draw_curve(ax: Any, run: Run, key: str) -> bool:
+def _draw_curve(ax: Axes, run: Run, key: str) -> bool:
     steps, values = run.curve(key)
     if not steps:
         return False
@@ -88,7 +95,7 @@ def _draw_curve(ax: Any, run: Run, key: str) -> bool:
     return True
 
 
-def _draw_evals(ax: Any, run: Run, key: str, style: str = "-") -> bool:
+def _draw_evals(ax: Axes, run: Run, key: str, style: str = "-") -> bool:
     steps, values = run.evaluated(key)
     if steps:
         ax.plot(steps, values, style, color=run.colour, linewidth=1.6, marker="o", markersize=3)
@@ -98,7 +105,7 @@ def _draw_evals(ax: Any, run: Run, key: str, style: str = "-") -> bool:
     return bool(steps)
 
 
-def _solve_rate(ax: Any, runs: Sequence[Run]) -> bool:
+def _solve_rate(ax: Axes, runs: Sequence[Run]) -> bool:
     drawn = False
     ks: set[int] = set()
     for run in runs:
@@ -117,7 +124,7 @@ def _solve_rate(ax: Any, runs: Sequence[Run]) -> bool:
     return drawn
 
 
-def _distinct(ax: Any, runs: Sequence[Run]) -> bool:
+def _distinct(ax: Axes, runs: Sequence[Run]) -> bool:
     ax.set_title("How many different right answers come up?")
     ax.set_ylabel("per problem, in its samples")
     drawn = [_draw_evals(ax, run, "distinct") for run in runs]
@@ -125,7 +132,7 @@ def _distinct(ax: Any, runs: Sequence[Run]) -> bool:
     return any(drawn)
 
 
-def _modes(ax: Any, runs: Sequence[Run]) -> bool:
+def _modes(ax: Axes, runs: Sequence[Run]) -> bool:
     ax.set_title("What share of all right answers stays in use?")
     ax.set_ylabel("effective modes, exact")
     drawn = [_draw_evals(ax, run, "exact_modes_share") for run in runs]
@@ -133,7 +140,7 @@ def _modes(ax: Any, runs: Sequence[Run]) -> bool:
     return any(drawn)
 
 
-def _log_scale(ax: Any) -> None:
+def _log_scale(ax: Axes) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     ax.set_yscale("log")
@@ -142,8 +149,8 @@ def _log_scale(ax: Any) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _curve_panel(key: str, title: str, unit: str, log: bool = False) -> Callable[[Any, Sequence[Run]], bool]:
-    def draw(ax: Any, runs: Sequence[Run]) -> bool:
+def _curve_panel(key: str, title: str, unit: str, log: bool = False) -> Callable[[Axes, Sequence[Run]], bool]:
+    def draw(ax: Axes, runs: Sequence[Run]) -> bool:
         drawn = [_draw_curve(ax, run, key) for run in runs]
         ax.set_title(title)
         ax.set_ylabel(unit)
@@ -154,7 +161,7 @@ def _curve_panel(key: str, title: str, unit: str, log: bool = False) -> Callable
     return draw
 
 
-def _log_z(ax: Any, runs: Sequence[Run]) -> bool:
+def _log_z(ax: Axes, runs: Sequence[Run]) -> bool:
     drawn = False
     exact = False
     for run in runs:
@@ -170,7 +177,7 @@ def _log_z(ax: Any, runs: Sequence[Run]) -> bool:
     return drawn
 
 
-def _kl(ax: Any, runs: Sequence[Run]) -> bool:
+def _kl(ax: Axes, runs: Sequence[Run]) -> bool:
     drawn = [_draw_evals(ax, run, "exact_kl") for run in runs]
     ax.set_title("How far is the policy from the optimum?")
     ax.set_ylabel("KL, exact, nats per response")
@@ -180,7 +187,7 @@ def _kl(ax: Any, runs: Sequence[Run]) -> bool:
     return any(drawn)
 
 
-PANELS: dict[str, Callable[[Any, Sequence[Run]], bool]] = {
+PANELS: dict[str, Callable[[Axes, Sequence[Run]], bool]] = {
     "solve_rate": _solve_rate,
     "distinct": _distinct,
     "modes": _modes,
@@ -192,7 +199,7 @@ PANELS: dict[str, Callable[[Any, Sequence[Run]], bool]] = {
 }
 
 
-def canvas() -> tuple[Any, Any]:
+def canvas() -> tuple[type[FigureCanvasAgg], type[Figure]]:
     """matplotlib's canvas and figure. Raises ValueError where it is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -216,7 +223,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> list
     folder = Path(out) if out is not None else Path(runs[0]) / "plots"
     folder.mkdir(parents=True, exist_ok=True)
 
-    def save(figure: Any, name: str) -> Path:
+    def save(figure: Figure, name: str) -> Path:
         make_canvas(figure)  # no global state, no display
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=130)
@@ -244,13 +251,13 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> list
     return written
 
 
-def _labels(ax: Any, runs: Sequence[Run]) -> None:
+def _labels(ax: Axes, runs: Sequence[Run]) -> None:
     """The runs' names at the ends of their lines, pushed apart where they would cover each other."""
     ends: dict[str, tuple[float, float]] = {}
     for line in ax.get_lines():
-        xs, ys = line.get_xdata(), line.get_ydata()
+        xs, ys = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
         if line.get_linestyle() == "-" and line.get_alpha() is None and len(xs) > 1:
-            ends[line.get_color()] = (float(xs[-1]), float(ys[-1]))
+            ends[str(line.get_color())] = (float(xs[-1]), float(ys[-1]))
     names = {run.colour: run.label for run in runs}
     placed: list[float] = []
     ax.get_xlim(), ax.get_ylim()  # the limits are made when asked for, and the transforms do not ask
@@ -265,7 +272,7 @@ def _labels(ax: Any, runs: Sequence[Run]) -> None:
         ax.annotate(names[colour], (1.01, height), xycoords="axes fraction", color=colour, fontsize=8, va="center")
 
 
-def _finish(ax: Any, runs: Sequence[Run], small: bool = False) -> None:
+def _finish(ax: Axes, runs: Sequence[Run], small: bool = False) -> None:
     ax.set_xlabel("RL step")
     ax.grid(True, alpha=0.25, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
@@ -276,7 +283,7 @@ def _finish(ax: Any, runs: Sequence[Run], small: bool = False) -> None:
         ax.title.set_fontsize(10)
 
 
-def _legend(figure: Any, runs: Sequence[Run]) -> None:
+def _legend(figure: Figure, runs: Sequence[Run]) -> None:
     from matplotlib.lines import Line2D
 
     named = len(runs) == 1 or len(runs) > 5  # between these the lines carry their names

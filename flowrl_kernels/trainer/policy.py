@@ -11,7 +11,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from flowrl_kernels.hf.packing import Packing, block_mask, find_packing
 from flowrl_kernels.trainer import parallel
 from flowrl_kernels.trainer.config import Config, ModelConfig
 from flowrl_kernels.trainer.parallel import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class ValueHead(nn.Module):
@@ -93,7 +96,7 @@ class Policy(nn.Module):
 # ------------------------------------------------------------------------------------------------ making one
 
 
-def load_tokenizer(source: str, model: ModelConfig) -> Any:
+def load_tokenizer(source: str, model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face model.
 
     Raises:
@@ -110,7 +113,7 @@ def load_tokenizer(source: str, model: ModelConfig) -> Any:
     return tokenizer
 
 
-def build_model(config: Config, tokenizer: Any, attention: str | None) -> Any:
+def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, attention: str | None) -> Any:
     """A Qwen2-type model of the sizes in the config, weights from the run's seed."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -268,7 +271,13 @@ def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 
 
 def save_folder(
-    policy: Policy, tokenizer: Any, folder: Path, world: World, *, stop: tuple[int, ...] = (), dtype: str = "float32"
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    world: World,
+    *,
+    stop: tuple[int, ...] = (),
+    dtype: str = "float32",
 ) -> None:
     """Writes a folder that transformers and servers load, log Z beside it in `nn.LOG_Z_FILE`; every rank calls it.
 

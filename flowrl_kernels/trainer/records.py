@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowrl_kernels.core.types import LossOutput
 from flowrl_kernels.trainer import policy
 from flowrl_kernels.trainer.batches import MicroBatch
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.log import Log
+from flowrl_kernels.trainer.objective import Loss
 from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.reward import Scorer
@@ -73,7 +75,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scorer: Scorer
     log: Log
-    loss: Callable[..., Any]
+    loss: Loss
     inputs: dict[str, str]  # hashes of the data, the task's code and the model
     saved: dict[str, Any] | None  # what the checkpoint says that this run was resumed from
     start: Policy | None = None  # what RL started from, once an evaluation asked for it; `reference` where there is one
@@ -131,7 +133,7 @@ class Update:
 class Result:
     """One optimiser step as every rank saw it; tensors stay on the device until the step is logged."""
 
-    outputs: list[tuple[Any, MicroBatch]]  # the library's LossOutput, and what it was of
+    outputs: list[tuple[LossOutput, MicroBatch]]  # per micro-batch
     loss: float
     grad_norm: float
     lr: float

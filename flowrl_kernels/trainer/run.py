@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -43,7 +41,7 @@ class Settled:
     text: Text
     problems: list[Problem]
     scorer: Scorer
-    loss: Callable[..., Any]
+    loss: objective.Loss
     notes: list[str]  # for the log, when there is one
 
 

@@ -42,11 +42,14 @@ OWNED: dict[str, tuple[str, ...] | None] = {
 }
 
 
+Mode = Literal["new", "replace", "resume", "restart"]  # restart: to resume, and no checkpoint yet
+
+
 @dataclass(frozen=True)
 class Found:
     """What a run will do with its folder."""
 
-    mode: Literal["new", "replace", "resume", "restart"]  # restart: to resume, and no checkpoint yet
+    mode: Mode
     checkpoint: Path | None = None
     damaged: dict[Path, str] = field(default_factory=dict)  # newer checkpoints that will not do, and why
 
@@ -80,7 +83,7 @@ def look(folder: Path, config: Config, world: World) -> Found:
     return Found("restart" if path is None else "resume", path, damaged)
 
 
-def _mode(folder: Path, config: Config) -> str:
+def _mode(folder: Path, config: Config) -> Mode:
     _recover(folder)
     there = folder
     while not there.exists() and there != there.parent:

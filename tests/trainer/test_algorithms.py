@@ -13,6 +13,11 @@ def test_the_names_a_config_may_give_are_those_of_the_table():
     assert get_args(AlgorithmName) == tuple(algorithms.ALGORITHMS)
 
 
+def test_a_row_that_pays_its_kl_in_the_return_has_returns():
+    paid = {name: row.tokens for name, row in algorithms.ALGORITHMS.items() if row.kl == "return"}
+    assert paid == {"reinforce_pp": "returns"}
+
+
 def test_the_settings_that_a_row_may_ignore_have_the_defaults_of_the_config():
     config = AlgorithmConfig()
     assert {name: getattr(config, name) for name in algorithms.OWN} == algorithms.OWN

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowrl_kernels.trainer.config import EvalConfig, TaskConfig
-from flowrl_kernels.trainer.evaluate import Response, evaluate, exact, log_partition, pass_at_k, summarize
+from flowrl_kernels.trainer.evaluate import Response, exact, log_partition, pass_at_k, sampled, summarize
 from flowrl_kernels.trainer.reward import Scorer
 from flowrl_kernels.trainer.tasks.countdown import Countdown
 from flowrl_kernels.trainer.tasks.sums import Sums
@@ -74,9 +74,9 @@ def test_evaluation_asks_for_the_problems_and_samples_it_was_told(sums):
         rng = random.Random(seed)
         return [[Response(rng.choice(sums.responses(p)), 6, True) for _ in range(n)] for p in problems]
 
-    cfg = EvalConfig(problems=7, samples=8)
-    first = evaluate(sums, "test", sample, Scorer(TaskConfig(), sums), cfg, seed=3)
-    again = evaluate(sums, "test", sample, Scorer(TaskConfig(), sums), cfg, seed=3)
+    cfg = EvalConfig(problems=7, samples=8, seed=3)
+    first = sampled(sums, "test", sample, Scorer(TaskConfig(), sums), cfg).figures
+    again = sampled(sums, "test", sample, Scorer(TaskConfig(), sums), cfg).figures
     assert asked == [(7, 8, 3)] * 2
     assert first == again
     assert {"pass@1", "pass@2", "pass@4", "pass@8"} <= first.keys()
@@ -163,4 +163,4 @@ def test_an_empty_split_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "x", "answer": 1}')
     task = build_task(TaskConfig(name="file", train=str(tmp_path / "a.jsonl")))
     with pytest.raises(ValueError, match="the test split of task 'file' has no problems"):
-        evaluate(task, "test", lambda *a: [], Scorer(TaskConfig(), task), EvalConfig())
+        sampled(task, "test", lambda *a: [], Scorer(TaskConfig(), task), EvalConfig())

@@ -27,8 +27,8 @@ def sample(problems, n, seed, first):
 
 def done(at_once=0, progress=None, seed=3):
     task = Sums()
-    cfg = EvalConfig(problems=6, samples=2)
-    return sampled(task, "test", sample, Scorer(TaskConfig(), task), cfg, seed, at_once=at_once, progress=progress)
+    cfg = EvalConfig(problems=6, samples=2, seed=seed)
+    return sampled(task, "test", sample, Scorer(TaskConfig(), task), cfg, at_once=at_once, progress=progress)
 
 
 def test_an_evaluation_in_parts_draws_the_same_samples_and_tells_how_far_it_is():

@@ -6,8 +6,8 @@ from math_answers import BOXED, NOT_READ, WRITTEN, box
 
 from flowrl_kernels.trainer.config import TaskConfig
 from flowrl_kernels.trainer.tasks import build_task
-from flowrl_kernels.trainer.tasks.answers import last_boxed
 from flowrl_kernels.trainer.tasks.dataset import exact_reward, math_reward, read_problems
+from flowrl_kernels.trainer.tasks.notation import last_boxed
 
 
 def lines(path, *rows):

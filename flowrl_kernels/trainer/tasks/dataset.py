@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from flowrl_kernels.trainer.config import TaskConfig
-from flowrl_kernels.trainer.tasks.answers import after_marks, equal, last_boxed, read_gold
+from flowrl_kernels.trainer.tasks.answers import equal, read_gold
 from flowrl_kernels.trainer.tasks.base import Problem, check_split
 from flowrl_kernels.trainer.tasks.countdown import read_wanted
+from flowrl_kernels.trainer.tasks.notation import after_marks, last_boxed
 from flowrl_kernels.trainer.tasks.rows import rows
 
 

@@ -15,6 +15,7 @@ from functools import lru_cache
 
 OPERATORS = "+-*/"
 MAX_DEPTH = 50  # nested parentheses; an answer to a handful of numbers needs fewer
+MAX_TOKENS = 1000  # numbers, operators and brackets; the canonical form costs the square of them
 _TOKEN = re.compile(r"\s*([0-9]{1,9}|[-+*/()])")
 
 
@@ -74,13 +75,15 @@ def parse(text: str) -> tuple[Expression, list[int]] | None:
     """Read an infix expression: its canonical form and its numbers in the order written.
 
     Grammar: sums of products of numbers and parentheses, usual precedence, no signs. Exact rational values.
-    None for anything that is not such an expression, divides by zero or nests deeper than MAX_DEPTH.
+    None for anything that is not such an expression, divides by zero, nests deeper than MAX_DEPTH or is
+    longer than MAX_TOKENS.
     """
-    tokens, at = [], 0
+    tokens: list[str] = []
+    at = 0
     text = text.rstrip()
     while at < len(text):
         match = _TOKEN.match(text, at)
-        if match is None:
+        if match is None or len(tokens) == MAX_TOKENS:
             return None
         tokens.append(match.group(1))
         at = match.end()
