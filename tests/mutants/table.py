@@ -259,7 +259,7 @@ ROWS = [
      of("test_seen_by_mutants.py", "test_a_later_backward_of_a_single_pass_leaves_the_first_gradient_alone")),
     ("the slope has no slope", "ops/residual.py", "second = second_order(ctx.row, inputs, towards)",
      "second = [None, None]", of(KINDS, "test_second_derivatives_are_the_slope_of_the_first")),
-    ("losses lose a tangent", "core/settle.py", "if level.unpack_dual(value).tangent is not None:", "if False:",
+    ("losses lose a tangent", "core/checks.py", "if level.unpack_dual(value).tangent is not None:", "if False:",
      of(KINDS, "test_what_has_no_second_or_forward_derivative_says_so")),
     ("nothing over nothing", "reference/residual.py",
      "both = torch.where((both == 0) & (count.sum() == 0), 1.0, both)", "pass",
