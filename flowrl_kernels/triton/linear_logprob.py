@@ -89,7 +89,7 @@ class Back(NamedTuple):
     """What dz is made of besides the logits."""
 
     lse: Tensor  # [2, N]
-    rest: Tensor  # [N] 1 - p of the target
+    at_target: Tensor  # [N] gradient of the target's logit, before the row's factor
     entropy: Tensor  # [N] or [0]
     grad: Upstream
     factor: Tensor | None  # [1] power of two that dz is multiplied by for float16
@@ -238,7 +238,11 @@ def linear_logprob_bwd(
         if n > 0:
             order, count = compact(live)
             batch = Compact(gather_rows(hidden, order, count), order, count)
-            back = Back(lse, -torch.expm1(logp), entropy, Upstream(grad_logp, grad_entropy), factor, inverse)
+            at_target = -grad_logp * torch.expm1(logp)  # g (1 - p), accurate where p is nearly 1
+            if grad_entropy is not None:
+                p = logp.exp()
+                at_target -= grad_entropy * p * torch.where(p > 0, logp, 0.0).add_(entropy)
+            back = Back(lse, at_target, entropy, Upstream(grad_logp, grad_entropy), factor, inverse)
             for begin in range(0, n, SLAB_ROWS):
                 part = slice(begin, min(begin + SLAB_ROWS, n))
                 into = Sinks(
@@ -256,7 +260,7 @@ def linear_logprob_bwd(
 def _backward_rows(batch: Compact, target: Tensor, head: Head, back: Back, into: Sinks) -> None:
     """One block of compact rows against the whole vocabulary, slab by slab; dweight is added to or written."""
     (rows, order, count), (dhidden, dweight, dbias, add) = batch, into
-    lse, rest, entropy, (grad_logp, grad_entropy), factor, inverse = back
+    lse, at_target, entropy, (grad_logp, grad_entropy), factor, inverse = back
     weight, bias, temperature, logit_scale, softcap = head
     n, h = rows.shape
     v = weight.shape[0]
@@ -273,7 +277,7 @@ def _backward_rows(batch: Compact, target: Tensor, head: Head, back: Back, into:
         width = slab.stop - begin
         items = row_blocks * triton.cdiv(width, tile.block_n)
         dlogits_kernel[(min(items, tiles.num_programs(device, tile)),)](
-            x, w, bias, order, count, target, temperature, lse, rest, entropy, grad_logp, grad_entropy, factor,
+            x, w, bias, order, count, target, temperature, lse, at_target, entropy, grad_logp, grad_entropy, factor,
             out, part_bias,
             n, v, h, rows.stride(0), weight.stride(0), int(temperature.shape[0] > 1), logit_scale, softcap,
             tiles.group_rows(h, itemsize, tile), begin, slab.stop, columns, lse.stride(0),

@@ -238,21 +238,22 @@ def merge_kernel(
 @triton.jit
 def _store_dlogits(
     acc, dz, part_bias, bias, i_block, i_col0, i_out0, N, V, stride_dz, b_target, b_factor, b_max,
-    b_at_target, b_p, b_entropy, b_offset, logit_scale, softcap,
+    b_at_target, b_p, b_entropy, logit_scale, softcap,
     ENTROPY: tl.constexpr, BIAS: tl.constexpr, DESCRIPTOR: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """[g (1{v=y} - p_v) - g_H p_v (log p_v + H)] dz/d(h W^T + b) of [BLOCK_M, COLUMNS] products, rounded and stored.
 
-    With e_v = 2^d_v the exponential before it is divided by the sum, every factor of the row folded into it: b_p e_v,
-    plus e_v (b_entropy d_v + b_offset) for the entropy, and b_at_target in place of the first where v is the target.
+    With e_v = 2^x_v the exponential before it is divided by the sum, every factor of the row folded into it:
+    e_v (b_p + b_entropy x_v), and b_at_target where v is the target.
     """
     i_col = i_col0 + tl.arange(0, COLUMNS)
     z, bend = activate(acc, bias, i_col, V, b_factor, logit_scale, softcap)
     x = shifted(z, b_max[:, None])
     e = tl.exp2(x)
-    d = tl.where(i_col[None, :] == b_target[:, None], b_at_target[:, None], b_p[:, None] * e)
+    d = e * b_p[:, None]
     if ENTROPY:
-        d += e * tl.fma(tl.maximum(x, -200.0), b_entropy[:, None], b_offset[:, None])  # e is 0 below
+        d = e * tl.fma(tl.maximum(x, -200.0), b_entropy[:, None], b_p[:, None])  # e is 0 below
+    d = tl.where(i_col[None, :] == b_target[:, None], b_at_target[:, None], d)
     if softcap is not None:
         d *= 1.0 - bend * bend
     if BIAS:
@@ -275,7 +276,7 @@ def dlogits_kernel(
     target,  # [N]
     temperature,  # [N] or [1]
     lse,  # [2, N] maximum and log of the sum
-    rest,  # [N] 1 - p of the target
+    at_target,  # [N] gradient of the target's logit, before the row's factor
     entropy,  # [N]
     grad_logp,  # [N]
     grad_entropy,  # [N] or None
@@ -326,33 +327,31 @@ def dlogits_kernel(
         b_scale = row_factor(b_temperature, logit_scale, None)
         if factor is not None:
             b_scale *= tl.load(factor)
-        b_grad = tl.load(grad_logp + source, mask=live, other=0.0) * b_scale
-        b_at_target = b_grad * tl.load(rest + source, mask=live, other=0.0)
+        b_at_target = b_scale * tl.load(at_target + source, mask=live, other=0.0)
         b_scale *= tl.exp2(b_log_sum * -LOG2E)
         b_p = tl.load(grad_logp + source, mask=live, other=0.0) * -b_scale
         b_entropy = b_p
-        b_offset = b_p
-        if ENTROPY:
+        if ENTROPY:  # one vector more than without: registers are full
             b_entropy = tl.load(grad_entropy + source, mask=live, other=0.0) * -b_scale
-            b_offset = b_entropy * (tl.load(entropy + source, mask=live, other=0.0) - b_log_sum)
+            b_p += b_entropy * (tl.load(entropy + source, mask=live, other=0.0) - b_log_sum)
             b_entropy *= LN2
         if BLOCK_N == 2 * TILE:
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, TILE)), (0, 2, 1)))
             _store_dlogits(
                 left, dz, part_bias, bias, i_block, col0, i_tile * BLOCK_N, N, V, stride_dz,
-                b_target, b_factor, b_max, b_at_target, b_p, b_entropy, b_offset, logit_scale, softcap,
+                b_target, b_factor, b_max, b_at_target, b_p, b_entropy, logit_scale, softcap,
                 ENTROPY, BIAS, DESCRIPTOR, BLOCK_M, TILE,
             )  # fmt: skip
             if col0 + TILE < col_end:
                 _store_dlogits(
                     right, dz, part_bias, bias, i_block, col0 + TILE, i_tile * BLOCK_N + TILE, N, V, stride_dz,
-                    b_target, b_factor, b_max, b_at_target, b_p, b_entropy, b_offset, logit_scale, softcap,
+                    b_target, b_factor, b_max, b_at_target, b_p, b_entropy, logit_scale, softcap,
                     ENTROPY, BIAS, DESCRIPTOR, BLOCK_M, TILE,
                 )  # fmt: skip
         else:
             tl.static_assert(BLOCK_N == TILE)
             _store_dlogits(
                 acc, dz, part_bias, bias, i_block, col0, i_tile * BLOCK_N, N, V, stride_dz,
-                b_target, b_factor, b_max, b_at_target, b_p, b_entropy, b_offset, logit_scale, softcap,
+                b_target, b_factor, b_max, b_at_target, b_p, b_entropy, logit_scale, softcap,
                 ENTROPY, BIAS, DESCRIPTOR, BLOCK_M, TILE,
             )  # fmt: skip
