@@ -134,13 +134,13 @@ def test_fields_combine(fields, small_blocks):
     agree(run(op, row, data), run(plain, row, data))
 
 
-def test_log_probs_are_read_and_their_gradient_written_in_their_own_dtype(dtype, within):
+def test_log_probs_are_read_in_their_own_dtype_and_their_gradient_waits_unrounded(dtype):
     data = {k: v.to(dtype) if v.shape == (B, T) and v.is_floating_point() else v for k, v in batch().items()}
     got, want = run(op, PRESETS["release"], data), run(plain, PRESETS["release"], data)
-    assert got["dlogp"].dtype == dtype
+    assert got["dlogp"].dtype == torch.float32  # a loss scale comes later
     assert got["residual"].dtype == torch.float32
     torch.testing.assert_close(got["residual"].double(), want["residual"], rtol=2e-6, atol=2e-6)
-    assert_grad_close(got["dlogp"], want["dlogp"], rel=within)
+    assert_grad_close(got["dlogp"], want["dlogp"], rel=1e-5)
 
 
 def test_the_public_loss_runs_on_the_kernel_and_its_operator_keeps_the_contract():

