@@ -73,7 +73,8 @@ def test_the_single_pass_turns_logits_into_dz_at_a_read_and_a_write(moved, dtype
     read, written, _ = moved(
         lambda: linear_residual.dlogits_in_place_kernel[(n,)](
             logits, logits.view(dtype), rows, torch.tensor([n]), rows, torch.ones(1), torch.zeros(2, n),
-            zeros + 0.5, zeros + 1.0, None, n, v, logits.stride(0), logits.view(dtype).stride(0), 0, 1.0, None, BLOCK=1024,
+            zeros + 0.5, zeros + 1.0, None,
+            n, v, logits.stride(0), logits.view(dtype).stride(0), 0, 1.0, None, BLOCK=1024,
         )
     )  # fmt: skip
     assert read == pytest.approx(4 * n * v, rel=0.05)
