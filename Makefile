@@ -37,11 +37,11 @@ countdown: setup  ## the TinyZero task
 	$(LAUNCH) -m flowrl_kernels.trainer configs/countdown.toml --run.dir runs/countdown $(ARGS)
 
 test: setup lint  ## lint, types and every test that needs no GPU
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist worksteal
 
 # What is too long for every push: the tests marked so, every mutant, and the fuzz at its full length.
 nightly: setup lint  ## what is too long for every push: long tests, every mutant, the whole fuzz
-	$(PY) -m pytest -n 2 -m nightly
+	$(PY) -m pytest -n 2 --dist worksteal -m nightly
 	$(PY) -m tests.mutants
 	$(PY) -m tests.fuzz
 
