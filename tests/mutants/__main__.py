@@ -38,7 +38,7 @@ def preload():
 
     for name in (
         "torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "numpy", "hypothesis",
-        "pytest", "transformers", "transformers.models.qwen2.modeling_qwen2", "tyro", "rich.console", "rich.table",
+        "pytest", "transformers", "transformers.models.qwen2.modeling_qwen2", "tomli_w", "rich.console", "rich.table",
     ):  # fmt: skip
         importlib.import_module(name)
     import torch
