@@ -11,6 +11,7 @@ from flowrl_kernels.core.head import (
     check_targets,
     checked_budget,
     checked_head,
+    fitting,
     kept_of,
     refuse_reference,
     temperature_of,
@@ -154,7 +155,8 @@ def logprob(
     target = checks.integers("target", target, leading).long()
     checks.same_device("target", target, "logits", logits)
     rows_temperature = temperature_of(temperature, leading, logits, target != ignore_index)
-    softcap = None if softcap is None else checks.positive("softcap", softcap)
+    if softcap is not None:
+        softcap = fitting("softcap", checks.positive("softcap", softcap), rows_temperature.dtype)
     check_targets(target, logits.shape[-1], ignore_index)
     chosen = dispatch.resolve("logprob", impl, logits)
     flat, ids = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)

@@ -201,3 +201,17 @@ def test_float16_gradients_are_those_of_float32_to_its_last_digits_under_a_scale
         assert_grad_close(main, dw, rel=1e-3, row=2e-2)
         if scale >= 1.0:
             assert_grad_close(x.grad, dx, rel=1e-3, row=1e-2)
+
+
+@pytest.mark.parametrize("name", ["temperature", "softcap", "logit_scale"])
+@pytest.mark.parametrize("value", [1e39, 1e-46])
+def test_a_number_that_float32_has_no_place_for_is_refused_beside_it_and_taken_in_float64(name, value):
+    hidden, weight, target = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([0, 1, 6])
+    with pytest.raises(ValueError, match=name):
+        linear_logprob(hidden, weight, target, impl="chunked", **{name: value})
+    out = linear_logprob(hidden.double(), weight.double(), target, impl="chunked", **{name: value})
+    assert not out.logp.isnan().any()
+    if name == "temperature":
+        each = torch.full((3,), value, dtype=torch.float64)
+        with pytest.raises(ValueError, match=name):
+            linear_logprob(hidden, weight, target, impl="chunked", temperature=each)

@@ -57,11 +57,15 @@ def checked_head(
             checks.fail("bias", f"shape ({vocab_size},) as weight has rows", checks.shape(bias))
         checks.same_device("bias", bias, "hidden", hidden)
     rows_temperature = temperature_of(temperature, leading, hidden, target != ignore_index)
-    softcap = None if softcap is None else checks.positive("softcap", softcap)
+    dtype = rows_temperature.dtype
+    softcap = None if softcap is None else fitting("softcap", checks.positive("softcap", softcap), dtype)
+    logit_scale = checks.number("logit_scale", logit_scale)
+    if logit_scale != 0.0:
+        fitting("logit_scale", logit_scale, dtype)
     if whole:
         check_targets(target, vocab_size, ignore_index)
     flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-    head = Head(weight.contiguous(), bias, rows_temperature, checks.number("logit_scale", logit_scale), softcap)
+    head = Head(weight.contiguous(), bias, rows_temperature, logit_scale, softcap)
     return Tokens(flat, target.reshape(-1).contiguous(), head, leading)
 
 
@@ -100,7 +104,8 @@ def temperature_of(value: float | Tensor, leading: tuple[int, ...], like: Tensor
     """[N] or [1], fp32 (float64 beside float64); 1 in rows that do not count, which may hold anything."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
-        return torch.full((1,), checks.positive("temperature", value), dtype=dtype, device=like.device)
+        value = fitting("temperature", checks.positive("temperature", value), dtype)
+        return torch.full((1,), value, dtype=dtype, device=like.device)
     checks.floating("temperature", value)
     if value.requires_grad:
         checks.fail(
@@ -113,11 +118,19 @@ def temperature_of(value: float | Tensor, leading: tuple[int, ...], like: Tensor
     checks.same_device("temperature", value, "the inputs", like)
     if value.dim() > 0:
         value = torch.where(counted, value, 1.0)
+    given, value = value, value.to(dtype)
     if (value.device.type == "cpu" or dispatch.check_enabled()) and not torch.compiler.is_compiling():
-        wrong = ~((value > 0) & value.isfinite())
+        wrong = ~((value >= torch.finfo(dtype).tiny) & value.isfinite())  # as it will divide
         if bool(wrong.any()):
-            checks.fail("temperature", "finite values above 0", float(value[wrong][0]))
-    return value.to(dtype).reshape(-1).contiguous()
+            checks.fail("temperature", f"finite values above 0 in {dtype}", float(given[wrong][0]))
+    return value.reshape(-1).contiguous()
+
+
+def fitting(name: str, value: float, dtype: torch.dtype) -> float:
+    """`value`, which is not 0, unless it would be 0 or infinite in `dtype`."""
+    if isinstance(value, float) and not torch.finfo(dtype).tiny <= abs(value) <= torch.finfo(dtype).max:
+        checks.fail(name, f"a number that is neither 0 nor infinite in {dtype}", value)
+    return value
 
 
 def check_targets(target: Tensor, vocab_size: int, ignore_index: int) -> None:

@@ -106,7 +106,7 @@ def compare_losses(d, function, arguments, masks, leaves, nonsense, impl, rel=2e
         return out, grads
 
     names = ("log_z", "groups", "logp_ref", "logp_old", "logp_sampler", "normalizer", "horizon", "old_value", "anchor",
-             "tis", "clip", "kl")  # fmt: skip
+             "tis", "clip", "kl", "temperature")  # fmt: skip
     got = attempt(lambda: call(arguments), [*arguments, *names])
     if outcome(got, nonsense is True) == "refused":
         return "refused"

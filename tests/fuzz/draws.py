@@ -162,7 +162,7 @@ def corrupt(d, arguments, optional=()):
     if not isinstance(value, torch.Tensor):
         return isinstance(wrong, str | list | dict)
     if wrong is None:
-        return name not in optional
+        return name not in (*optional, "normalizer")
     if name in ("normalizer", "temperature"):  # numbers as well as tensors
         return isinstance(wrong, str | list | dict | torch.nn.Module)
     return not isinstance(wrong, torch.Tensor)
