@@ -227,6 +227,11 @@ def door_json(d):
         names = [str(file), *[f"{file}:{i}" for i in range(99)]]
         problems = attempt(lambda: read_problems(str(file), "prompt", "answer"), names)
     wanted = [means(row, "") for row in rows]
+    return judged(problems, wanted, torn)
+
+
+def judged(problems, wanted, torn):
+    """Whole files of rows that mean something are taken as they are meant, all else is refused."""
     valid = bool(wanted) and None not in wanted and not torn
     assert (problems is not None) == valid, "taken" if problems else "refused rows that mean something"
     if valid:
@@ -254,11 +259,7 @@ def door_parquet(d):
         problems = attempt(lambda: read_problems(str(file), "prompt", "answer"), [str(file)])
     rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
     wanted = [means(row, "") for row in rows]
-    valid = bool(wanted) and None not in wanted and not torn
-    assert (problems is not None) == valid, "taken" if problems else "refused rows that mean something"
-    if valid:
-        assert repr([(p.prompt, p.answer) for p in problems]) == repr(wanted)
-    return "agreed" if valid else "refused"
+    return judged(problems, wanted, torn)
 
 
 DOORS = {
