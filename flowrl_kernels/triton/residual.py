@@ -16,7 +16,8 @@ from torch import Tensor
 from flowrl_kernels.core.segments import Segments
 from flowrl_kernels.core.types import METRICS, Anchors, Sequences
 from flowrl_kernels.presets.row import Row
-from flowrl_kernels.triton.residual_kernels import FIELDS, coupled_kernel, sequence_kernel, total_kernel
+from flowrl_kernels.triton.residual_kernels import coupled_kernel, sequence_kernel
+from flowrl_kernels.triton.residual_totals import FIELDS, total_kernel
 
 BLOCK, WARPS = 1024, 8  # tokens a step; four a thread, so that float64 sums stay in registers
 LANES = 1024  # sequences a step
