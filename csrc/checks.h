@@ -26,8 +26,6 @@ inline int check_pointers(Pointers... pointers) {
   return ((pointers == nullptr) || ...) ? FLOWRL_NULL_POINTER : FLOWRL_OK;
 }
 
-inline int64_t tile_costs_bytes(int64_t rows) { return -static_cast<int64_t>(check_product(rows, 1)); }
-
 inline int64_t drop_lightest_bytes(int64_t pairs) {
   const int code = check_product(pairs, 1);
   return code != FLOWRL_OK ? -code : static_cast<int64_t>(sizeof(Threshold));
@@ -36,19 +34,6 @@ inline int64_t drop_lightest_bytes(int64_t pairs) {
 inline int64_t block_lists_bytes(int64_t blocks, int64_t tiles) {
   const int code = check_product(blocks, tiles);
   return code != FLOWRL_OK ? -code : blocks * tiles * static_cast<int64_t>(sizeof(int32_t));
-}
-
-inline int64_t segment_sums_bytes(int64_t sequences) { return -static_cast<int64_t>(check_product(sequences, 1)); }
-
-inline int check_tile_costs(
-    const void* tile_lse, int64_t stride, const void* lse, const void* target, const void* target_logp,
-    const void* gradient, int64_t rows, int64_t runs, int64_t run_columns, int64_t tile_runs, const void* cost,
-    const void* square, const void* workspace, size_t bytes) {
-  if (rows < 0 || runs < 1 || run_columns < 1 || tile_runs < 1 || stride < rows) return FLOWRL_BAD_SIZE;
-  if (rows == 0) return FLOWRL_OK;
-  if (int code = check_product(rows, ceil_div(runs, tile_runs))) return code;
-  if (int code = check_pointers(tile_lse, lse, target, target_logp, gradient, cost, square)) return code;
-  return check_workspace(tile_costs_bytes(rows), workspace, bytes);
 }
 
 inline int check_drop_lightest(
@@ -73,29 +58,14 @@ inline int check_block_lists(
   return check_workspace(block_lists_bytes(blocks, tiles), workspace, bytes);
 }
 
-inline int check_segment_sums(
-    const void* values, int64_t tokens, const void* cu_seqlens, int64_t index_bytes, int64_t sequences,
-    const void* sums, const void* workspace, size_t bytes) {
-  if (tokens < 0) return FLOWRL_BAD_SIZE;
-  if (int code = check_product(sequences, 1)) return code;
-  if (index_bytes != 4 && index_bytes != 8) return FLOWRL_BAD_INDEX_SIZE;
-  if (sequences == 0) return FLOWRL_OK;
-  if (int code = check_pointers(cu_seqlens, sums)) return code;
-  if (tokens > 0) {
-    if (int code = check_pointers(values)) return code;
-  }
-  return check_workspace(segment_sums_bytes(sequences), workspace, bytes);
-}
-
 inline const char* describe(int code) {
   switch (code) {
     case FLOWRL_OK: return "no error";
-    case FLOWRL_BAD_SIZE: return "a size is negative, or zero where something has to be";
+    case FLOWRL_BAD_SIZE: return "a size is negative";
     case FLOWRL_NULL_POINTER: return "a pointer is null whose array is not empty";
     case FLOWRL_SMALL_WORKSPACE: return "the workspace is smaller than its *_workspace_size()";
     case FLOWRL_UNALIGNED: return "the workspace is not 16-byte aligned";
-    case FLOWRL_TOO_LARGE: return "more than 2^31 - 1 pairs, rows or sequences";
-    case FLOWRL_BAD_INDEX_SIZE: return "cu_seqlens has to have 4 or 8 bytes per entry";
+    case FLOWRL_TOO_LARGE: return "more than 2^31 - 1 pairs";
     default: return "unknown error code";
   }
 }
@@ -104,16 +74,10 @@ inline const char* describe(int code) {
 
 FLOWRL_API int FLOWRL_NAME(abi_version)(void) { return FLOWRL_ABI_VERSION; }
 
-FLOWRL_API int64_t FLOWRL_NAME(tile_costs_workspace_size)(int64_t rows) { return flowrl::tile_costs_bytes(rows); }
-
 FLOWRL_API int64_t FLOWRL_NAME(drop_lightest_workspace_size)(int64_t pairs) {
   return flowrl::drop_lightest_bytes(pairs);
 }
 
 FLOWRL_API int64_t FLOWRL_NAME(block_lists_workspace_size)(int64_t blocks, int64_t tiles) {
   return flowrl::block_lists_bytes(blocks, tiles);
-}
-
-FLOWRL_API int64_t FLOWRL_NAME(segment_sums_workspace_size)(int64_t sequences) {
-  return flowrl::segment_sums_bytes(sequences);
 }

@@ -18,7 +18,7 @@
 #define FLOWRL_NAME(name) flowrl_##name
 #endif
 
-#define FLOWRL_ABI_VERSION 2
+#define FLOWRL_ABI_VERSION 3
 
 #ifdef __cplusplus
 #define FLOWRL_API extern "C" __attribute__((visibility("default")))
@@ -28,12 +28,11 @@
 
 enum {
   FLOWRL_OK = 0,
-  FLOWRL_BAD_SIZE = 1,       /* a negative size, or a zero where something has to be */
+  FLOWRL_BAD_SIZE = 1,       /* a negative size */
   FLOWRL_NULL_POINTER = 2,   /* a pointer is null whose array is not empty */
   FLOWRL_SMALL_WORKSPACE = 3,
   FLOWRL_UNALIGNED = 4,      /* the workspace is not 16-byte aligned */
-  FLOWRL_TOO_LARGE = 5,      /* more than 2^31 - 1 pairs, rows or sequences */
-  FLOWRL_BAD_INDEX_SIZE = 6, /* cu_seqlens has to have 4 or 8 bytes per entry */
+  FLOWRL_TOO_LARGE = 5,      /* more than 2^31 - 1 pairs */
   FLOWRL_CUDA_ERROR = 1000   /* + the cudaError_t of a launch */
 };
 
@@ -41,30 +40,6 @@ FLOWRL_API int FLOWRL_NAME(abi_version)(void);
 
 /* A sentence for a code; never null. */
 FLOWRL_API const char* FLOWRL_NAME(error_string)(int code);
-
-/* Upper bounds of the non-target gradient mass per (row, vocabulary tile): its sum and its sum of squares.
- *
- * mass of row r in run j = gradient * min(max(exp(tile_lse - lse) (1 + slack) - [target in run] p (1 - slack), 0),
- *                                         1 - p + slack),  p = exp(target_logp)
- */
-FLOWRL_API int64_t FLOWRL_NAME(tile_costs_workspace_size)(int64_t rows); /* bytes (0), or -code */
-FLOWRL_API int FLOWRL_NAME(tile_costs)(
-    const void* tile_lse,     /* [runs, rows] fp16, `tile_lse_stride` elements from run to run */
-    int64_t tile_lse_stride,
-    const float* lse,         /* [rows] */
-    const int64_t* target,    /* [rows] >= 0; the vocabulary size or more where there is none */
-    const float* target_logp, /* [rows] <= 0, -inf where there is none */
-    const float* gradient,    /* [rows] >= 0 */
-    int64_t rows,
-    int64_t runs,
-    int64_t run_columns,      /* vocabulary columns of one run */
-    int64_t tile_runs,        /* runs of one vocabulary tile */
-    double slack,
-    double* cost,             /* out [rows, ceil(runs / tile_runs)] */
-    double* square,           /* out, same shape */
-    void* workspace,
-    size_t workspace_bytes,
-    void* stream);
 
 /* Drop the pairs with the least `square` while the sums of both arrays stay within their budgets (routing.cuh). */
 FLOWRL_API int64_t FLOWRL_NAME(drop_lightest_workspace_size)(int64_t pairs); /* bytes, or -code */
@@ -90,19 +65,6 @@ FLOWRL_API int FLOWRL_NAME(block_lists)(
     int64_t* tile_offsets,  /* out [tiles + 1] */
     int32_t* tile_blocks,   /* out [blocks * tiles] row blocks of each tile, rising */
     int32_t* tile_slots,    /* out [blocks * tiles] where the same pair stands in block_tiles */
-    void* workspace,
-    size_t workspace_bytes,
-    void* stream);
-
-/* Sums over the sequences of a packed batch, in float64 and in an order that only the sequence's length decides. */
-FLOWRL_API int64_t FLOWRL_NAME(segment_sums_workspace_size)(int64_t sequences); /* bytes (0), or -code */
-FLOWRL_API int FLOWRL_NAME(segment_sums)(
-    const float* values,     /* [tokens] */
-    int64_t tokens,
-    const void* cu_seqlens,  /* [sequences + 1] rising; clamped to 0..tokens */
-    int64_t index_bytes,     /* 4 or 8: bytes of one entry of cu_seqlens */
-    int64_t sequences,
-    double* sums,            /* out [sequences] */
     void* workspace,
     size_t workspace_bytes,
     void* stream);

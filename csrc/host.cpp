@@ -7,27 +7,6 @@ using namespace flowrl;
 
 FLOWRL_API const char* flowrl_host_error_string(int code) { return describe(code); }
 
-FLOWRL_API int flowrl_host_tile_costs(
-    const void* tile_lse, int64_t tile_lse_stride, const float* lse, const int64_t* target, const float* target_logp,
-    const float* gradient, int64_t rows, int64_t runs, int64_t run_columns, int64_t tile_runs, double slack,
-    double* cost, double* square, void* workspace, size_t workspace_bytes, void*) {
-  const int code = check_tile_costs(
-      tile_lse, tile_lse_stride, lse, target, target_logp, gradient, rows, runs, run_columns, tile_runs, cost, square,
-      workspace, workspace_bytes);
-  if (code != FLOWRL_OK || rows == 0) return code;
-  const int64_t tiles = ceil_div(runs, tile_runs);
-  for (int64_t i = 0; i < rows; ++i) {
-    const Row row = make_row(lse, target, target_logp, gradient, i, runs, run_columns, slack);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const Sums sums = tile_sums(
-          row, static_cast<const uint16_t*>(tile_lse), tile_lse_stride, i, tile, runs, tile_runs, slack);
-      cost[i * tiles + tile] = sums.cost;
-      square[i * tiles + tile] = sums.square;
-    }
-  }
-  return FLOWRL_OK;
-}
-
 FLOWRL_API int flowrl_host_drop_lightest(
     const double* cost, const double* square, int64_t pairs, const double* budget, uint8_t* active, double* spent,
     void* workspace, size_t workspace_bytes, void*) {
@@ -89,24 +68,5 @@ FLOWRL_API int flowrl_host_block_lists(
   }
   tile_offsets[tiles] = filled;
   for (; filled < blocks * tiles; ++filled) block_tiles[filled] = tile_blocks[filled] = tile_slots[filled] = -1;
-  return FLOWRL_OK;
-}
-
-FLOWRL_API int flowrl_host_segment_sums(
-    const float* values, int64_t tokens, const void* cu_seqlens, int64_t index_bytes, int64_t sequences, double* sums,
-    void* workspace, size_t workspace_bytes, void*) {
-  const int code =
-      check_segment_sums(values, tokens, cu_seqlens, index_bytes, sequences, sums, workspace, workspace_bytes);
-  if (code != FLOWRL_OK) return code;
-  for (int64_t i = 0; i < sequences; ++i) {
-    const int64_t first = sequence_edge(cu_seqlens, index_bytes, i, tokens);
-    const int64_t last = sequence_edge(cu_seqlens, index_bytes, i + 1, tokens);
-    double lanes[SEGMENT_LANES];
-    for (int lane = 0; lane < SEGMENT_LANES; ++lane) lanes[lane] = lane_sum(values, first, last, lane);
-    for (int half = SEGMENT_LANES / 2; half > 0; half /= 2) {
-      for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-    }
-    sums[i] = lanes[0];
-  }
   return FLOWRL_OK;
 }

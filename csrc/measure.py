@@ -61,20 +61,13 @@ def statistics_like(rows: int, vocab: int) -> tuple[torch.Tensor, ...]:
 def measure() -> dict[str, object]:
     found: dict[str, object] = {}
 
-    def compare(name: str, mine: Callable[[], tuple], torchs: Callable[[], tuple], exact: bool = True) -> None:
+    def compare(name: str, mine: Callable[[], tuple], torchs: Callable[[], tuple]) -> None:
         pairs = list(zip(mine(), torchs(), strict=True))
-        same = all(torch.equal(a, b) if exact else torch.allclose(a, b, rtol=1e-4, atol=0.0) for a, b in pairs)
-        if not same:
+        if not all(torch.equal(a, b) for a, b in pairs):
             raise SystemExit(f"{name}: the library and torch disagree; nothing is measured")
         found[name] = {"cuda_us": times(mine), "torch_us": times(torchs)}
 
     inputs = statistics_like(ROWS, VOCAB)
-    compare(
-        "tile_costs",
-        lambda: compiled.tile_costs(*inputs, COLUMNS // TILE, routing.SLACK),
-        lambda: routing.tile_costs(*inputs, COLUMNS // TILE),
-        exact=False,
-    )
     cost, square = routing.tile_costs(*inputs, COLUMNS // TILE)
     budget = torch.stack([0.01 * cost.sum(), 1e-4 * square.sum()])
     compare(
@@ -84,14 +77,6 @@ def measure() -> dict[str, object]:
     )
     active = routing.drop_lightest(cost, square, budget)[0]
     compare("block_lists", lambda: compiled.block_lists(active), lambda: routing.block_lists(active))
-    lengths = torch.randint(1, 8192, (256,), generator=torch.Generator().manual_seed(0))
-    edges = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).cuda()
-    values = torch.randn(int(lengths.sum()), device="cuda")
-    compare(
-        "segment_sums",
-        lambda: (compiled.segment_sums(values, edges),),
-        lambda: (routing.segment_sums(values, edges, 8192),),
-    )
     share = float(active.double().mean())
     return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "active_share": share, "us": found}
 

@@ -1,5 +1,4 @@
-// Routing of the bounded backward and sums over ragged sequences, on the GPU. What is computed stands in routing.cuh;
-// this file only decides which thread does it. Deterministic: atomics are on integers, and only where they add.
+// Routing of the bounded backward, on the GPU. What is computed stands in routing.cuh; this file only decides which thread does it. Deterministic: atomics are on integers, and only where they add.
 #include <cuda_runtime.h>
 
 #include "checks.h"
@@ -12,7 +11,6 @@ constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / WARP;
 constexpr unsigned ALL = 0xffffffffu;
 
-static_assert(SEGMENT_LANES == THREADS, "a sequence is summed by one block of threads");
 static_assert(BINS % THREADS == 0, "every thread of a cut takes the same number of bins");
 
 unsigned grid_of(int64_t items, int64_t per_block) { return static_cast<unsigned>(ceil_div(items, per_block)); }
@@ -36,22 +34,6 @@ int fill(void* memory, int value, int64_t bytes, cudaStream_t stream) {
   if (bytes == 0) return FLOWRL_OK;
   const cudaError_t error = cudaMemsetAsync(memory, value, static_cast<size_t>(bytes), stream);
   return error == cudaSuccess ? FLOWRL_OK : FLOWRL_CUDA_ERROR + static_cast<int>(error);
-}
-
-// ---- tile costs
-
-// One thread per pair; neighbouring threads take neighbouring rows of a tile, whose statistics lie together.
-__global__ void __launch_bounds__(THREADS) sum_tiles(
-    const uint16_t* tile_lse, int64_t stride, const float* lse, const int64_t* target, const float* target_logp,
-    const float* gradient, int64_t rows, int64_t runs, int64_t run_columns, int64_t tile_runs, int64_t tiles,
-    double slack, double* cost, double* square) {
-  const int64_t pair = first_item();
-  if (pair >= rows * tiles) return;
-  const int64_t i = pair % rows, tile = pair / rows;
-  const Row row = make_row(lse, target, target_logp, gradient, i, runs, run_columns, slack);
-  const Sums sums = tile_sums(row, tile_lse, stride, i, tile, runs, tile_runs, slack);
-  cost[i * tiles + tile] = sums.cost;
-  square[i * tiles + tile] = sums.square;
 }
 
 // ---- threshold
@@ -208,22 +190,6 @@ __global__ void __launch_bounds__(THREADS) fill_lines(
   }
 }
 
-// ---- segment sums
-
-__global__ void __launch_bounds__(SEGMENT_LANES) sum_segments(
-    const float* values, int64_t tokens, const void* cu_seqlens, int64_t index_bytes, double* sums) {
-  __shared__ double lanes[SEGMENT_LANES];
-  const int64_t first = sequence_edge(cu_seqlens, index_bytes, blockIdx.x, tokens);
-  const int64_t last = sequence_edge(cu_seqlens, index_bytes, static_cast<int64_t>(blockIdx.x) + 1, tokens);
-  const int lane = threadIdx.x;
-  lanes[lane] = lane_sum(values, first, last, lane);
-  for (int half = SEGMENT_LANES / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (lane < half) lanes[lane] += lanes[lane + half];
-  }
-  if (lane == 0) sums[blockIdx.x] = lanes[0];
-}
-
 }  // namespace
 }  // namespace flowrl
 
@@ -232,21 +198,6 @@ using namespace flowrl;
 FLOWRL_API const char* flowrl_error_string(int code) {
   return code >= FLOWRL_CUDA_ERROR ? cudaGetErrorString(static_cast<cudaError_t>(code - FLOWRL_CUDA_ERROR))
                                    : describe(code);
-}
-
-FLOWRL_API int flowrl_tile_costs(
-    const void* tile_lse, int64_t tile_lse_stride, const float* lse, const int64_t* target, const float* target_logp,
-    const float* gradient, int64_t rows, int64_t runs, int64_t run_columns, int64_t tile_runs, double slack,
-    double* cost, double* square, void* workspace, size_t workspace_bytes, void* stream) {
-  const int code = check_tile_costs(
-      tile_lse, tile_lse_stride, lse, target, target_logp, gradient, rows, runs, run_columns, tile_runs, cost, square,
-      workspace, workspace_bytes);
-  if (code != FLOWRL_OK || rows == 0) return code;
-  const int64_t tiles = ceil_div(runs, tile_runs);
-  sum_tiles<<<grid_of(rows * tiles, THREADS), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<const uint16_t*>(tile_lse), tile_lse_stride, lse, target, target_logp, gradient, rows, runs,
-      run_columns, tile_runs, tiles, slack, cost, square);
-  return launched();
 }
 
 FLOWRL_API int flowrl_drop_lightest(
@@ -297,16 +248,5 @@ FLOWRL_API int flowrl_block_lists(
   if (int failed = launched()) return failed;
   fill_lines<false><<<grid_of(tiles, WARPS), THREADS, 0, on>>>(
       active, by_tile, tile_offsets, tile_blocks, slot_of, tile_slots);
-  return launched();
-}
-
-FLOWRL_API int flowrl_segment_sums(
-    const float* values, int64_t tokens, const void* cu_seqlens, int64_t index_bytes, int64_t sequences, double* sums,
-    void* workspace, size_t workspace_bytes, void* stream) {
-  const int code =
-      check_segment_sums(values, tokens, cu_seqlens, index_bytes, sequences, sums, workspace, workspace_bytes);
-  if (code != FLOWRL_OK || sequences == 0) return code;
-  sum_segments<<<grid_of(sequences, 1), SEGMENT_LANES, 0, static_cast<cudaStream_t>(stream)>>>(
-      values, tokens, cu_seqlens, index_bytes, sums);
   return launched();
 }

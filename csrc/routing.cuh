@@ -1,5 +1,5 @@
 // What the kernels compute, element by element: shared by routing.cu (GPU) and host.cpp (CPU), and defined once more
-// in torch (flowrl_kernels/chunked/routing.py). The same bits on all three, except for exp in tile_costs.
+// in torch (flowrl_kernels/chunked/routing.py). The same bits on all three.
 //
 // The threshold. Pairs are ordered by a 22-bit key: the leading bits of their squared cost as a float64, counted from
 // 128 octaves under the budget of the squares (what lies below shares the first key, what lies above the last).
@@ -22,69 +22,6 @@
 namespace flowrl {
 
 constexpr int64_t MAX_COUNT = (int64_t{1} << 31) - 1;
-
-// ---- tile costs -----------------------------------------------------------------------------------------------
-
-struct Row {
-  float gradient;
-  float lse;
-  float own;   // softmax mass of the target, rounded down
-  float rest;  // softmax mass of everything else, rounded up
-  int64_t run;  // run that holds the target
-};
-
-FLOWRL_INLINE float half_to_float(uint16_t half) {
-  uint32_t magnitude = static_cast<uint32_t>(half & 0x7fff) << 13;
-  const bool finite = magnitude < 0x0f800000u;
-  if (!finite) magnitude |= 0x7f800000u;  // inf and nan keep their fraction
-  float value;
-  memcpy(&value, &magnitude, sizeof value);
-  if (finite) value *= 5.192296858534828e33f;  // 2^112, the difference of the exponents; exact for subnormals too
-  return (half & 0x8000) ? -value : value;
-}
-
-FLOWRL_INLINE Row make_row(
-    const float* lse, const int64_t* target, const float* target_logp, const float* gradient, int64_t i,
-    int64_t runs, int64_t run_columns, double slack) {
-  const int64_t run = target[i] / run_columns;
-  Row row;
-  row.gradient = gradient[i];
-  row.lse = lse[i];
-  row.own = expf(target_logp[i]) * static_cast<float>(1.0 - slack);
-  row.rest = -expm1f(target_logp[i]) + static_cast<float>(slack);
-  row.run = run < runs ? run : runs - 1;
-  return row;
-}
-
-// Not fmin and fmax: a nan has to come through, so that its pair is never dropped.
-FLOWRL_INLINE float run_mass(const Row& row, float stat, int64_t run, double slack) {
-  float mass = expf(stat - row.lse) * static_cast<float>(1.0 + slack);
-  if (mass > 1.0f) mass = 1.0f;
-  if (run == row.run) mass -= row.own;
-  if (mass < 0.0f) mass = 0.0f;
-  if (!(mass <= row.rest) && mass == mass) mass = row.rest;
-  return mass;
-}
-
-struct Sums {
-  double cost;
-  double square;
-};
-
-// Row i in the runs of one tile, in their order.
-FLOWRL_INLINE Sums tile_sums(
-    const Row& row, const uint16_t* tile_lse, int64_t stride, int64_t i, int64_t tile, int64_t num_runs,
-    int64_t tile_runs, double slack) {
-  const int64_t last_run = num_runs - tile * tile_runs < tile_runs ? num_runs : (tile + 1) * tile_runs;
-  Sums sums = {0.0, 0.0};
-  for (int64_t run = tile * tile_runs; run < last_run; ++run) {
-    const float stat = half_to_float(tile_lse[run * stride + i]);
-    const double mass = run_mass(row, stat, run, slack) * row.gradient;
-    sums.cost += mass;
-    sums.square += mass * mass;  // exact before the sum: 24 bits times 24 bits
-  }
-  return sums;
-}
 
 // ---- threshold ------------------------------------------------------------------------------------------------
 
@@ -159,21 +96,5 @@ struct Threshold {  // the workspace of drop_lightest
   int64_t spent[2];  // what everything below the cut adds up to
   int32_t broken[2];  // first bin that breaks a budget, per level; BINS if none does
 };
-
-// ---- segment sums ---------------------------------------------------------------------------------------------
-
-constexpr int SEGMENT_LANES = 256;  // a sequence is summed by 256 lanes, then folded in halves
-
-FLOWRL_INLINE int64_t sequence_edge(const void* cu_seqlens, int64_t index_bytes, int64_t i, int64_t tokens) {
-  const int64_t edge = index_bytes == 4 ? static_cast<const int32_t*>(cu_seqlens)[i]
-                                        : static_cast<const int64_t*>(cu_seqlens)[i];
-  return edge < 0 ? 0 : edge > tokens ? tokens : edge;
-}
-
-FLOWRL_INLINE double lane_sum(const float* values, int64_t first, int64_t last, int lane) {
-  double sum = 0.0;
-  for (int64_t i = first + lane; i < last; i += SEGMENT_LANES) sum += values[i];
-  return sum;
-}
 
 }  // namespace flowrl

@@ -20,7 +20,7 @@ import torch
 from flowrl_kernels import cuda
 from flowrl_kernels.chunked import routing
 from flowrl_kernels.cuda import routing as cuda_routing
-from tests.test_routing import PAIRS, SHAPES, pairs_like, plan_inputs, random_active
+from tests.test_routing import PAIRS, SHAPES, pairs_like, random_active
 
 CSRC = Path(__file__).parent.parent / "csrc"
 SPEC = importlib.util.spec_from_file_location("csrc_build", CSRC / "build.py")
@@ -66,7 +66,7 @@ def emulated(tmp_path_factory):
     """The kernels and their launches themselves, every CUDA thread a fiber on the CPU."""
     launch = r"(\w+(?:<\w+>)?)<<<(.+?), (\w+), 0, (.+?)>>>\("
     source, launches = re.subn(launch, r"emulated::launch(\2, \3, \4, \1, ", (CSRC / "routing.cu").read_text())
-    assert launches == source.count("emulated::launch") == 10
+    assert launches == source.count("emulated::launch") == 8
     shim = Path(__file__).parent / "emulated"
     return cuda.load(cpu_library(tmp_path_factory, "libflowrl_emulated.so", source, "-I.", f"-I{shim}"))
 
@@ -131,39 +131,7 @@ def check_block_lists(room, device):
                 assert torch.equal(got, expected), (shape, share)
 
 
-def check_segment_sums(room, device):
-    lengths = torch.tensor([0, 1, 255, 256, 257, 3000, 0, 33])
-    values = torch.randn(int(lengths.sum()), generator=torch.Generator().manual_seed(0)).mul_(50.0).to(device)
-    edges = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device)
-    expected = routing.segment_sums(values, edges, 3000)
-    assert expected.count_nonzero() == 6
-    for dtype in (torch.int32, torch.int64):
-        assert torch.equal(room.segment_sums(values, edges.to(dtype)), expected)
-    beyond = edges.clone()
-    beyond[-1] += 1000  # nothing past the values is read
-    assert torch.equal(room.segment_sums(values, beyond), expected)
-    assert room.segment_sums(values, edges[:1]).numel() == 0
-
-
-def check_tile_costs(room, device):
-    gradient, lse, tile_lse, target, target_logp = plan_inputs(200, 16, 5000, 1.0)
-    gradient[3], target[5], target_logp[5] = 0.0, 5000, -torch.inf  # no gradient; no target here
-    tile_lse[7] = -torch.inf  # a run of banned tokens
-    tile_lse[9, 11], tile_lse[9, 12] = torch.nan, 6e-8  # a broken row; a subnormal
-    inputs = [t.to(device) for t in (tile_lse, lse, target, target_logp, gradient)]
-    for tile_runs in (8, 1, 3, 20):
-        got = room.tile_costs(*inputs, tile_runs, routing.SLACK)
-        expected = routing.tile_costs(*inputs, tile_runs)
-        for mine, wanted in zip(got, expected, strict=True):
-            assert wanted.isnan().any()
-            assert (wanted > 0).any()
-            # exp in fp32 is another function in each library, by two roundings; where a target is taken out of the
-            # mass of its run, what is left shows them larger
-            torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=0.0, equal_nan=True)
-            assert ((mine - wanted).abs() / wanted).nanmedian() < 3e-7
-
-
-CHECKS = [check_drop_lightest, check_block_lists, check_segment_sums, check_tile_costs]
+CHECKS = [check_drop_lightest, check_block_lists]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -202,7 +170,7 @@ def test_it_compiles_for_every_architecture_without_warnings_or_spills(library_p
     log = library_path.with_suffix(".log").read_text()
     kernels = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'", log)
     names = {name for name, _ in kernels}
-    assert len(names) == 9, names
+    assert len(names) == 7, names
     assert build.ARCHS == ("80", "90a", "100a", "120")
     assert sorted(kernels) == sorted((name, f"sm_{arch}") for name in names for arch in build.ARCHS)
     assert log.count("0 bytes spill stores, 0 bytes spill loads") == len(kernels)
@@ -225,11 +193,9 @@ def either(request):
 
 
 def test_workspace_sizes_answer_without_a_device(either):
-    assert either["tile_costs_workspace_size"](1000) == 0
     assert 64 * 1024 <= either["drop_lightest_workspace_size"](600_000) <= 80 * 1024
     assert either["block_lists_workspace_size"](512, 1188) == 4 * 512 * 1188
-    assert either["segment_sums_workspace_size"](256) == 0
-    assert either["tile_costs_workspace_size"](-1) == -1
+    assert either["drop_lightest_workspace_size"](-1) == -1
     assert either["block_lists_workspace_size"](1 << 20, 1 << 20) == -5
     assert either["block_lists_workspace_size"](1 << 62, 4) == -5
 
@@ -239,8 +205,7 @@ def test_bad_arguments_come_back_as_codes_with_a_sentence(either):
     at = ctypes.addressof(memory)
     at += -at % 16
     size = 1 << 16 | 1 << 12
-    drop, lists, sums = either["drop_lightest"], either["block_lists"], either["segment_sums"]
-    costs = either["tile_costs"]
+    drop, lists = either["drop_lightest"], either["block_lists"]
     codes = {
         "a negative size": (drop(at, at, -1, at, at, at, at, size, 0), 1),
         "a null array": (drop(None, at, 4, at, at, at, at, size, 0), 2),
@@ -250,15 +215,10 @@ def test_bad_arguments_come_back_as_codes_with_a_sentence(either):
         "an unaligned workspace": (drop(at, at, 4, at, at, at, at + 8, size, 0), 4),
         "too many pairs": (lists(at, 1 << 16, 1 << 16, at, at, at, at, at, at, size, 0), 5),
         "a null list": (lists(at, 2, 2, at, None, at, at, at, at, size, 0), 2),
-        "3-byte indices": (sums(at, 8, at, 3, 2, at, None, 0, 0), 6),
-        "negative tokens": (sums(at, -8, at, 8, 2, at, None, 0, 0), 1),
-        "no runs": (costs(at, 4, at, at, at, at, 4, 0, 128, 8, 2e-5, at, at, None, 0, 0), 1),
-        "a short stride": (costs(at, 3, at, at, at, at, 4, 9, 128, 8, 2e-5, at, at, None, 0, 0), 1),
-        "no output": (costs(at, 4, at, at, at, at, 4, 9, 128, 8, 2e-5, at, None, None, 0, 0), 2),
     }
     assert {what: got for what, (got, wanted) in codes.items() if got != wanted} == {}
-    sentences = {either["error_string"](code) for code in range(7)}
-    assert len(sentences) == 7
+    sentences = {either["error_string"](code) for code in range(6)}
+    assert len(sentences) == 6
     assert either["error_string"](999) == b"unknown error code"
 
 
@@ -268,7 +228,7 @@ def test_a_launch_without_a_device_is_an_error_code(library):
     at = ctypes.addressof(memory)
     at += -at % 16
     for code in (
-        library["segment_sums"](at, 8, at, 8, 2, at, None, 0, 0),
+        library["block_lists"](at, 2, 2, at, at, at, at, at, at, 1 << 12, 0),
         library["drop_lightest"](at, at, 4, at, at, at, at, 1 << 16 | 1 << 12, 0),
     ):
         assert code > 1000
@@ -285,8 +245,8 @@ def test_the_wrappers_name_the_tensor_they_refuse(on_cpu):
         on_cpu.drop_lightest(cost.T, cost.T, budget)
     with pytest.raises(ValueError, match=r"active: wanted two dimensions"):
         on_cpu.block_lists(torch.ones(3, dtype=torch.bool))
-    with pytest.raises(TypeError, match=r"cu_seqlens: wanted torch.int32 or torch.int64"):
-        on_cpu.segment_sums(torch.ones(3), torch.ones(2))
+    with pytest.raises(TypeError, match=r"active: wanted torch.bool, got torch.uint8"):
+        on_cpu.block_lists(torch.ones((2, 2), dtype=torch.uint8))
 
 
 def test_the_library_says_why_it_cannot_be_used(library_path, monkeypatch, tmp_path):
@@ -304,7 +264,7 @@ def test_the_library_says_why_it_cannot_be_used(library_path, monkeypatch, tmp_p
         broken.write_bytes(b"nothing")
         assert status_of(broken)[1].startswith("built, but does not load")
         monkeypatch.setattr(cuda, "ABI_VERSION", 99)
-        assert "ABI version 2, this package needs 99" in status_of(library_path)[1]
+        assert "ABI version 3, this package needs 99" in status_of(library_path)[1]
         monkeypatch.undo()
         available, reason = status_of(library_path)
         assert available == (torch.cuda.is_available() and torch.version.cuda is not None)

@@ -8,26 +8,19 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 2  # FLOWRL_ABI_VERSION in csrc/flowrl.h
+ABI_VERSION = 3  # FLOWRL_ABI_VERSION in csrc/flowrl.h
 PATH = Path(__file__).parent / "libflowrl_cuda.so"
 
-_POINTER, _LONG, _SIZE, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t, ctypes.c_double
+_POINTER, _LONG, _SIZE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
 _SCRATCH = [_POINTER, _SIZE, _POINTER]  # workspace, its bytes, stream
 # csrc/flowrl.h, in its order
 SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "abi_version": (ctypes.c_int, []),
     "error_string": (ctypes.c_char_p, [ctypes.c_int]),
-    "tile_costs_workspace_size": (_LONG, [_LONG]),
-    "tile_costs": (
-        ctypes.c_int,
-        [_POINTER, _LONG, *[_POINTER] * 4, *[_LONG] * 4, _DOUBLE, _POINTER, _POINTER, *_SCRATCH],
-    ),
     "drop_lightest_workspace_size": (_LONG, [_LONG]),
     "drop_lightest": (ctypes.c_int, [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, *_SCRATCH]),
     "block_lists_workspace_size": (_LONG, [_LONG, _LONG]),
     "block_lists": (ctypes.c_int, [_POINTER, _LONG, _LONG, *[_POINTER] * 5, *_SCRATCH]),
-    "segment_sums_workspace_size": (_LONG, [_LONG]),
-    "segment_sums": (ctypes.c_int, [_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, *_SCRATCH]),
 }
 
 
