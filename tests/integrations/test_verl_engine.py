@@ -128,7 +128,7 @@ def test_a_reference_worker_s_engine_has_neither_log_z_nor_an_optimiser(varied):
 
 
 def test_each_method_takes_what_verl_s_takes():
-    from flowrl_kernels.integrations.verl_engine import FlowRLEngine
+    from flowrl_kernels.integrations.verl.engine import FlowRLEngine
 
     theirs = FlowRLEngine.__mro__[1]
     own = {name for name, value in vars(FlowRLEngine).items() if inspect.isfunction(value)}
@@ -143,11 +143,11 @@ def test_each_method_takes_what_verl_s_takes():
 
 def test_every_attribute_of_verl_s_that_is_used_is_in_its_source():
     """What runs on ranks above runs on a CPU; this also covers the lines that only a GPU's worker reaches."""
-    from flowrl_kernels.integrations import verl_engine
+    from flowrl_kernels.integrations.verl import engine
 
-    bases = verl_engine.FlowRLEngine.__mro__[1:-1]
+    bases = engine.FlowRLEngine.__mro__[1:-1]
     source = "\n".join(inspect.getsource(base) for base in bases)
-    tree = ast.parse(inspect.getsource(verl_engine.FlowRLEngine))
+    tree = ast.parse(inspect.getsource(engine.FlowRLEngine))
     used = {
         node.attr
         for node in ast.walk(tree)
@@ -161,14 +161,14 @@ def test_a_model_that_lets_packed_sequences_see_each_other_is_refused(monkeypatc
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "hf")
     from tiny_models import tiny
 
-    from flowrl_kernels.integrations import verl_engine
+    from flowrl_kernels.integrations.verl import engine
 
-    monkeypatch.setattr(verl_engine, "get_device_id", lambda: "cpu")
+    monkeypatch.setattr(engine, "get_device_id", lambda: "cpu")
     for kind, leaks in (("qwen2", False), ("jamba", True)):
         model = tiny(kind)
-        verl_engine._score_in_forward(model)
+        engine._score_in_forward(model)
         if not leaks:
-            verl_engine._refuse_leaks(model, torch.float32)
+            engine._refuse_leaks(model, torch.float32)
             continue
         with pytest.raises(ValueError, match=r"model\.path: JambaForCausalLM gives packed sequences other log-probs"):
-            verl_engine._refuse_leaks(model, torch.float32)
+            engine._refuse_leaks(model, torch.float32)

@@ -48,7 +48,7 @@ def engine(path, vendor="flowrl", model=None, options=None, **settings):
         backend="fsdp2",
         model_config=HFModelConfig(
             path=path, override_config={"attn_implementation": "sdpa"},
-            external_lib="flowrl_kernels.integrations.verl_engine",
+            external_lib="flowrl_kernels.integrations.verl.engine",
             **{"enable_gradient_checkpointing": False} | (model or {}),
         ),
         engine_config=FSDPEngineConfig(

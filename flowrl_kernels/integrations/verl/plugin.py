@@ -12,7 +12,7 @@ registers everything where verl is installed. A run then needs:
 verl's hook for policy losses is given neither the reference's log-probs nor the prompts, and its hook for estimators
 no log-probs. So `ppo_loss` and `compute_advantage` of verl are wrapped to remember what they were called with; what
 they compute is verl's own. log Z is the group's estimate (detached). The learned one, `flowrl_learned`, needs hidden
-states, which no loss of verl sees: `integrations.verl_engine` has the engine that hands it over.
+states, which no loss of verl sees: `integrations.verl.engine` has the engine that hands it over.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def register(name: str, *, log_z: str | None = "group", **settings: Any) -> None
 
     Args:
         name: for `policy_loss.loss_mode` and `algorithm.adv_estimator`.
-        log_z: "group"; "learned", with the engine of `integrations.verl_engine`; or None to go without. Rows that have
+        log_z: "group"; "learned", with the engine of `integrations.verl.engine`; or None to go without. Rows that have
             no log Z go without.
         settings: of `flowrl_loss`: preset, beta, clip, ratio, anchor, ...
 
@@ -185,7 +185,7 @@ def _learned_log_z(name: str) -> Tensor:
     if value is None:
         raise ValueError(
             f"log_z: wanted in the model's output, for loss_mode={name}. Export VERL_ENGINE_VENDOR=flowrl and set "
-            "model.external_lib=flowrl_kernels.integrations.verl_engine, actor.strategy=fsdp2"
+            "model.external_lib=flowrl_kernels.integrations.verl.engine, actor.strategy=fsdp2"
         )
     return value.values() if value.is_nested else value
 

@@ -1,7 +1,7 @@
 """An FSDP2 engine for verl 0.9.1: log-probs by `linear_logprob`, and the learned log Z. Not run on a GPU.
 
     VERL_ENGINE_VENDOR=flowrl python -m verl.trainer.main_ppo ... \
-        actor_rollout_ref.model.external_lib=flowrl_kernels.integrations.verl_engine \
+        actor_rollout_ref.model.external_lib=flowrl_kernels.integrations.verl.engine \
         actor_rollout_ref.actor.strategy=fsdp2 algorithm.adv_estimator=flowrl_learned \
         actor_rollout_ref.actor.policy_loss.loss_mode=flowrl_learned ...
 
@@ -44,7 +44,7 @@ try:
     from verl.workers.engine.base import EngineRegistry
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 except ImportError as error:
-    raise ImportError(f"flowrl_kernels.integrations.verl_engine was written for verl==0.9.1: {error}") from error
+    raise ImportError(f"flowrl_kernels.integrations.verl.engine was written for verl==0.9.1: {error}") from error
 
 __all__ = ["FlowRLEngine"]
 
