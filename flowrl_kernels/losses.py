@@ -15,7 +15,7 @@ from flowrl_kernels import presets
 from flowrl_kernels.core import checks, dispatch
 from flowrl_kernels.core.settle import UNSET, Dials, Given, Settled, flow_settings, settle
 from flowrl_kernels.core.types import LossOutput
-from flowrl_kernels.presets.row import bounds_of, number
+from flowrl_kernels.presets.row import bounds_of
 
 __all__ = ["flowrl_loss", "residual_loss"]
 
@@ -147,7 +147,7 @@ def residual_loss(
         _anchor_of(preset, anchor)
     explicit = {
         "ratio": ratio, "phi": phi, "level": level, "clip": clip if clip is UNSET else bounds_of(clip),
-        "scale": scale if scale is UNSET or scale is None else number("scale", scale),
+        "scale": scale if scale is UNSET or scale is None else checks.setting("scale", scale),
     }  # fmt: skip
     partition: Any = {"detached": "group", "through": "through", None: UNSET if preset else None}[center]
     if log_z is not None:

@@ -14,7 +14,6 @@ from flowrl_kernels.core.settle import Given, check_settings, dials_of, settle
 from flowrl_kernels.core.types import LossOutput, Needs
 from flowrl_kernels.losses import flowrl_loss, run
 from flowrl_kernels.ops import linear_logprob, linear_residual
-from flowrl_kernels.presets.row import number
 
 __all__ = ["FlowRLLoss", "LinearFlowRLLoss"]
 
@@ -58,8 +57,8 @@ class LinearFlowRLLoss(FlowRLLoss):
     def __init__(self, *, temperature: float = 1.0, epsilon: float = 0.0, single_pass: bool = True, **settings: Any):
         super().__init__(**settings)
         if not isinstance(temperature, Tensor) or temperature.dim() == 0:
-            temperature = checks.positive("temperature", number("temperature", temperature))
-        epsilon = number("epsilon", epsilon)
+            temperature = checks.positive("temperature", checks.setting("temperature", temperature))
+        epsilon = checks.setting("epsilon", epsilon)
         if not 0.0 <= epsilon < 1.0:
             checks.fail("epsilon", "a number in [0, 1)", epsilon)
         self.single_pass = checks.flag("single_pass", single_pass)
@@ -118,7 +117,8 @@ class LinearFlowRLLoss(FlowRLLoss):
             ids = ids.long().masked_fill(left_out, -100)
             if isinstance(temperature, Tensor) and temperature.shape == ids.shape:
                 temperature = temperature.masked_fill(left_out, 1.0)
-        scale, cap = number("logit_scale", logit_scale), None if softcap is None else number("softcap", softcap)
+        scale = checks.setting("logit_scale", logit_scale)
+        cap = None if softcap is None else checks.setting("softcap", softcap)
         flat, ids, head, leading = checked_head(hidden, weight, ids, bias, temperature, scale, cap)
         budget = checked_budget(flat, head, self.epsilon, report, main_grad)
         grad = torch.is_grad_enabled()

@@ -12,7 +12,7 @@ from flowrl_kernels.core.checks import one_of
 from flowrl_kernels.core.layout import check_tokens, normalizer_of, segments_of
 from flowrl_kernels.core.settle import UNSET
 from flowrl_kernels.core.types import LossOutput
-from flowrl_kernels.presets.row import bounds_of, number
+from flowrl_kernels.presets.row import bounds_of
 from flowrl_kernels.reference import policy_gradient as pg
 
 __all__ = ["policy_gradient_loss", "value_loss"]
@@ -95,13 +95,13 @@ def policy_gradient_loss(
     kl_kind = "k3" if kl_kind is UNSET else kl_kind
     one_of("kl_kind", kl_kind, ("k1", "k2", "k3"))
     if kl_bound is not None:
-        kl_bound = checks.positive("kl_bound", number("kl_bound", kl_bound))
+        kl_bound = checks.positive("kl_bound", checks.setting("kl_bound", kl_bound))
         if kl_kind != "k3":
             checks.fail("kl_bound", f"None beside kl_kind={kl_kind!r}", kl_bound)
     modes = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
     one_of("aggregate", aggregate, modes)
     if dual_clip is not None:
-        dual_clip = number("dual_clip", dual_clip)
+        dual_clip = checks.setting("dual_clip", dual_clip)
         if not dual_clip > 1.0:
             checks.fail("dual_clip", "a number above 1, or None", dual_clip)
         if ratio in ("detached", "none"):
@@ -109,11 +109,11 @@ def policy_gradient_loss(
     if kl is not None and logp_ref is None:
         checks.fail("logp_ref", "log-probs of the reference, for kl", None)
     if horizon is not None:
-        horizon = checks.positive("horizon", number("horizon", horizon))
+        horizon = checks.positive("horizon", checks.setting("horizon", horizon))
         if aggregate != "seq-mean-token-sum-norm":
             checks.fail("horizon", f"None beside aggregate={aggregate!r}, which does not divide by it", horizon)
     if kl is not None:
-        kl = number("kl", kl)
+        kl = checks.setting("kl", kl)
         if not math.isfinite(kl):
             checks.fail("kl", "a finite number, or None", kl)
     if horizon is None and aggregate == "seq-mean-token-sum-norm" and cu_seqlens is not None:
@@ -172,7 +172,7 @@ def value_loss(
     if clip is not None and old_value is None:
         checks.fail("old_value", "values at rollout time, for clip", None)
     if clip is not None:
-        clip = checks.positive("clip", number("clip", clip))
+        clip = checks.positive("clip", checks.setting("clip", clip))
     elif old_value is not None:
         checks.fail("clip", "how far the value may move, beside old_value, which nothing else reads", None)
     segments = segments_of(value, mask, cu_seqlens, "value")

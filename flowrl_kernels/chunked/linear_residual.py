@@ -62,7 +62,7 @@ def linear_residual_fwd(
     """The loss of the batch with its gradients for an incoming one of 1; those not needed are None."""
     dtype = tiles.accumulator_dtype(hidden.dtype)
     weight, _, temperature, logit_scale, _ = head
-    (most, edges, bounds), (mask, cu_seqlens, _) = chunks, segments
+    most, (mask, cu_seqlens, _) = chunks.most, segments
     assert cu_seqlens is not None
     vocab_size = weight.shape[0]
     logp = torch.zeros(hidden.shape[0], dtype=dtype, device=hidden.device)
@@ -71,7 +71,7 @@ def linear_residual_fwd(
     dbias = logp.new_zeros(vocab_size) if need.bias else None
     parts, dlog_z = [], []
     with tiles.exact_products():
-        for first, last, low, high in zip(bounds, bounds[1:], edges, edges[1:]):
+        for first, last, low, high in chunks.spans():
             own = slice(low, high)
             live = target[own] >= 0
             rows = kept_rows(live)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -62,13 +63,23 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 
 def number(name: str, value: Any, wanted: str = "a finite number") -> float:
     """A finite float from a number of Python or numpy, or a tensor of one element (on a device: waits for it)."""
+    value = setting(name, value.cpu() if isinstance(value, Tensor) else value, wanted)
+    if not math.isfinite(value):
+        fail(name, wanted, value)
+    return value
+
+
+def setting(name: str, value: Any, wanted: str = "a number") -> float:
+    """As `number`, for what is set before a step: infinity may stand for "no bound", and no device is waited for."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             fail(
                 name,
-                f"{wanted}, or a tensor without requires_grad (its gradient is not computed)",
+                f"{wanted}, or a tensor without requires_grad (its .item(): no gradient reaches it)",
                 "requires_grad=True",
             )
+        if value.device.type != "cpu":
+            fail(name, f"{wanted}, or a tensor of one on the CPU (its .item() waits)", value.device)
         if value.numel() != 1:
             fail(name, wanted, shape(value))
         if value.dtype == torch.bool or value.is_complex():
@@ -76,10 +87,7 @@ def number(name: str, value: Any, wanted: str = "a finite number") -> float:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: wanted {wanted}; got {value!r} of type {type(value).__name__}")
-    value = float(value)
-    if value != value or value in (float("inf"), float("-inf")):
-        fail(name, wanted, value)
-    return value
+    return float(value)
 
 
 def positive(name: str, value: Any) -> float:

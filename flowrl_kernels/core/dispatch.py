@@ -41,6 +41,11 @@ def check_enabled() -> bool:
     return os.environ.get("FLOWRL_CHECK", "0") == "1"
 
 
+def can_look(tensor: Tensor) -> bool:
+    """Whether values can be read without waiting for a device, or waiting was asked for."""
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or check_enabled())
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowrl_kernels.core import checks, dispatch
+from flowrl_kernels.core import checks
+from flowrl_kernels.core.dispatch import can_look
 from flowrl_kernels.core.types import Budget, Head
 
 
@@ -119,7 +120,7 @@ def temperature_of(value: float | Tensor, leading: tuple[int, ...], like: Tensor
     if value.dim() > 0:
         value = torch.where(counted, value, 1.0)
     given, value = value, value.to(dtype)
-    if (value.device.type == "cpu" or dispatch.check_enabled()) and not torch.compiler.is_compiling():
+    if can_look(value):
         wrong = ~((value >= torch.finfo(dtype).tiny) & value.isfinite())  # as it will divide
         if bool(wrong.any()):
             checks.fail("temperature", f"finite values above 0 in {dtype}", float(given[wrong][0]))
@@ -135,7 +136,7 @@ def fitting(name: str, value: float, dtype: torch.dtype) -> float:
 
 def check_targets(target: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Exact where looking costs no device sync (CPU) or is asked for; elsewhere a wrong target shows as NaN."""
-    if torch.compiler.is_compiling() or not (target.device.type == "cpu" or dispatch.check_enabled()):
+    if not can_look(target):
         return
     wrong = ((target < 0) | (target >= vocab_size)) & (target != ignore_index)
     if bool(wrong.any()):
@@ -164,7 +165,7 @@ def kept_of(kept: Any, hidden: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]
         checks.fail("kept ids", "shape [K]", checks.shape(ids))
     for name, value in (("kept ids", ids), ("kept offsets", offsets)):
         checks.same_device(name, value, "hidden", hidden)
-    if (hidden.device.type == "cpu" or dispatch.check_enabled()) and not torch.compiler.is_compiling():
+    if can_look(hidden):
         bounds = offsets.tolist()
         if bounds[0] != 0 or bounds[-1] != len(ids) or bounds != sorted(bounds):
             checks.fail("kept offsets", f"rising boundaries from 0 to {len(ids)}", bounds)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowrl_kernels.core import checks, dispatch
+from flowrl_kernels.core import checks
+from flowrl_kernels.core.dispatch import can_look
 from flowrl_kernels.core.segments import Segments
 
 
@@ -62,11 +63,6 @@ def segments_of(
     if mask is None:
         mask = torch.ones_like(tokens, dtype=torch.bool)
     return Segments(mask.to(torch.bool), cu_seqlens.long())
-
-
-def can_look(tensor: Tensor) -> bool:
-    """Whether values can be read without waiting for a device, or waiting was asked for."""
-    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or dispatch.check_enabled())
 
 
 def normalizer_of(value: Any, like: Tensor, pair: bool = False) -> Tensor | None:

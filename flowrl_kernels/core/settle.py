@@ -14,7 +14,7 @@ from flowrl_kernels.core import checks, dispatch
 from flowrl_kernels.core.layout import check_tokens, normalizer_of, segments_of
 from flowrl_kernels.core.segments import Segments
 from flowrl_kernels.core.types import Anchors, Sequences
-from flowrl_kernels.presets.row import CHOICES, Row, bounds_of, number
+from flowrl_kernels.presets.row import CHOICES, Row, bounds_of
 
 UNSET: Any = ...  # an argument that was not given: a preset may set it
 # what a module's constructor holds for `flowrl_loss`
@@ -29,7 +29,7 @@ def flow_settings(*, clip: Any = UNSET, length_normalize: Any = UNSET, **explici
         explicit["length_normalize"] = checks.flag("length_normalize", length_normalize)
     for name in ("beta", "tis_cap"):
         if explicit.get(name, UNSET) is not UNSET:
-            explicit[name] = number(name, explicit[name])
+            explicit[name] = checks.setting(name, explicit[name])
     return explicit
 
 

@@ -91,6 +91,10 @@ class Chunks(NamedTuple):
     edges: list[int]  # the tokens at which chunks begin, and N
     bounds: list[int]  # the sequences at which they begin, and B
 
+    def spans(self) -> list[tuple[int, int, int, int]]:
+        """First and last sequence, first and last token of each."""
+        return list(zip(self.bounds, self.bounds[1:], self.edges, self.edges[1:]))
+
 
 class LogProb(NamedTuple):
     """Log-probabilities of the targets, in nats.

@@ -12,9 +12,9 @@ from typing import Any
 from flowrl_kernels.core import checks
 from flowrl_kernels.presets.methods import METHODS
 from flowrl_kernels.presets.released import RELEASED
-from flowrl_kernels.presets.row import CHOICES, CLIPS, Row, number, row_of
+from flowrl_kernels.presets.row import CHOICES, CLIPS, Row, row_of
 
-__all__ = ["CHOICES", "CLIPS", "METHODS", "PRESETS", "RELEASED", "Row", "named", "number", "row_of", "settle"]
+__all__ = ["CHOICES", "CLIPS", "METHODS", "PRESETS", "RELEASED", "Row", "named", "row_of", "settle"]
 
 PRESETS: dict[str, Row] = METHODS | RELEASED
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from typing import Any
 
 import torch
@@ -100,23 +99,6 @@ def row_of(codes: list[int], values: list[float]) -> Row:
     )  # fmt: skip
 
 
-def number(name: str, value: Any) -> float:
-    """`value` as a float: a Python or numpy number, or a tensor of one that can be read without waiting.
-
-    Raises:
-        TypeError, ValueError: it is not one.
-    """
-    if isinstance(value, Tensor):
-        if value.dtype == torch.bool or value.dtype.is_complex:
-            raise TypeError(f"{name}: wanted a number; got {value.dtype}")
-        if value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad:
-            return float(value)
-        checks.fail(name, "a number (of a tensor: its .item(), for no gradient reaches it)", checks.shape(value))
-    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        raise TypeError(f"{name}: wanted a number; got {value!r}")
-    return float(value)
-
-
 CLIPS: dict[str, tuple[float | None, float | None]] = {
     "paper": (0.8, 1.2),
     "release": (None, 10.0),
@@ -131,7 +113,7 @@ def bounds_of(clip: Any) -> tuple[float | None, float | None]:
         return CLIPS[clip]
     if not (isinstance(clip, (tuple, list)) and len(clip) == 2):
         checks.fail("clip", f"(low, high) or one of {', '.join(map(repr, CLIPS))}", repr(clip))
-    low, high = (None if bound is None else number("clip", bound) for bound in clip)
+    low, high = (None if bound is None else checks.setting("clip", bound) for bound in clip)
     if (low is not None and not low >= 0) or (high is not None and not high >= (low or 0.0)):
         checks.fail("clip", "0 <= low <= high", repr(clip))
     return low, high

@@ -119,7 +119,7 @@ def linear_residual_fwd(
     dhidden = torch.zeros_like(hidden, dtype=wide(dtype)) if need.hidden else None
     dbias = torch.zeros(v, dtype=torch.float32, device=device) if need.bias else None
     out = residual.outputs(logp, each.reward)
-    spans = list(zip(chunks.bounds, chunks.bounds[1:], chunks.edges, chunks.edges[1:]))
+    spans = chunks.spans()
     sizes = [high - low for _, _, low, high in spans]
     twice = [size > most and dtype != torch.float16 for size in sizes]
     several = sum(size > 0 for size in sizes) != 1 or any(twice)
