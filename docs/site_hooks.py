@@ -17,6 +17,8 @@ PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)]*)?\))")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
+TAG = re.compile(r"\\tag\{(\d+)\}\s*$")
+
 
 def _relinked(text: str, folder: str, page: str, linked: set[str]) -> str:
     """The text of a page of `folder` with its links as they are from `page`; what they copy is added to `linked`."""
@@ -63,13 +65,20 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(text, page, config, files):
-    """Each formula as MathML, which browsers draw by themselves; one that cannot be read ends the build."""
+    """Each formula as MathML, which browsers draw by themselves; one that cannot be read ends the build.
+
+    A number (\\tag) stands at the right and is an anchor: maths.html#eq-5.
+    """
 
     def render(match: re.Match[str]) -> str:
         formula = html.unescape(match[2]).strip()
+        formula, *number = TAG.split(formula)
         try:
-            return convert(formula, display="block" if match[1] == "div" else "inline")
+            drawn = convert(formula, display="block" if match[1] == "div" else "inline")
         except Exception as error:
             raise PluginError(f"{page.file.src_uri}: {formula!r}: {error}") from error
+        if not number:
+            return drawn
+        return f'<div class="numbered" id="eq-{number[0]}">{drawn}<span>({number[0]})</span></div>'
 
     return FORMULA.sub(render, text)
