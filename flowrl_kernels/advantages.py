@@ -50,6 +50,19 @@ def leave_one_out(reward: Tensor, groups: Tensor) -> Tensor:
     return torch.where(size > 1, (value - mean) * size / (size - 1).clamp_min(1.0), 0.0).to(reward.dtype)
 
 
+def optimal_baseline(reward: Tensor, length: Tensor, groups: Tensor) -> Tensor:
+    """r minus the group's mean weighted by length, sum l r / sum l (OPO, arXiv 2505.23585); a group of one gives 0. [B]
+
+    length: [B] tokens of each response. The weight stands for the squared norm of its gradient, which makes this the
+    baseline of least variance if all tokens' gradients are alike and orthogonal.
+    """
+    value, _, size, own = _per_group(reward, groups)
+    checks.integers("length", length, tuple(reward.shape))
+    checks.same_device("length", length, "reward", reward)
+    weight = length.clamp_min(1).double()
+    return torch.where(size > 1, value - own.total(value * weight) / own.total(weight), 0.0).to(reward.dtype)
+
+
 def raft(reward: Tensor) -> Tensor:
     """max(r, 0): only good samples are trained (RAFT, arXiv 2304.06767). [B]"""
     return checks.floating("reward", reward, dims=1).detach().clamp_min(0.0)

@@ -64,6 +64,16 @@ def test_leave_one_out_subtracts_the_mean_of_the_others():
         assert float(got[i]) == pytest.approx(wanted, abs=1e-12)
 
 
+def test_the_optimal_baseline_is_the_mean_weighted_by_length():
+    length = torch.tensor([3, 1, 7, 2, 5, 4, 1, 9, 2])
+    got = advantages.optimal_baseline(REWARD, length, GROUPS)
+    for i in range(9):
+        weights = [int(length[j]) for j in members(i)]
+        baseline = statistics.fmean([float(REWARD[j]) for j in members(i)], weights)
+        wanted = float(REWARD[i]) - baseline if len(weights) > 1 else 0.0
+        assert float(got[i]) == pytest.approx(wanted, abs=1e-12)
+
+
 def test_raft_trains_good_samples_only_and_reinforce_rej_mixed_groups_only():
     assert advantages.raft(torch.tensor([1.0, -1.0, 0.0])).tolist() == [1.0, 0.0, 0.0]
     got = advantages.reinforce_rej(REWARD, GROUPS)

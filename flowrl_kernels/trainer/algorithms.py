@@ -17,6 +17,7 @@ Reward = Literal[
     "zscore",  # (r - mean) / deviation
     "centred",  # r - mean
     "left out",  # r - mean of the others
+    "by length",  # r - mean weighted by the responses' lengths
     "raw",  # r
     "good",  # max(r, 0); responses at 0 stay out of the loss
     "configured",  # zscore, centred or raw, as `algorithm.reward` says
@@ -66,7 +67,7 @@ class Algorithm:
     @property
     def compares(self) -> bool:
         """Whether a response is judged beside those of its group, so that a group of one gives no gradient."""
-        return self.mixed or self.reward in ("zscore", "centred", "left out")
+        return self.mixed or self.reward in ("zscore", "centred", "left out", "by length")
 
     @property
     def reads(self) -> frozenset[str]:
@@ -96,6 +97,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "reinforce_pp":  Algorithm("2501.03262", "raw",        "token",    (0.8, 1.2),           "token-mean", "returns",
                                kl="return"),
     "rloo":          Algorithm("2402.14740", "left out",   "none",     UNCLIPPED,            "seq-mean-token-sum"),
+    "opo":           Algorithm("2505.23585", "by length",  "none",     UNCLIPPED,            "seq-mean-token-sum"),
     "raft":          Algorithm("2304.06767", "good",       "none",     UNCLIPPED,            "token-mean"),
     "reinforce_rej": Algorithm("2504.11343", "raw",        "token",    (0.8, 1.2),           "token-mean", mixed=True),
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 AlgorithmName = Literal[
-    "flowrl", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "ppo", "reinforce_pp", "rloo", "raft", "reinforce_rej"
+    "flowrl", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "ppo", "reinforce_pp", "rloo", "opo", "raft", "reinforce_rej"
 ]
 
 

@@ -41,6 +41,8 @@ def shape(config: Config, rollouts: Rollouts, world: World) -> Shaped:
         value = advantages.group_normalize(value, members, scale=how == "zscore")
     elif how == "left out":
         value = advantages.leave_one_out(value, members)
+    elif how == "by length":
+        value = advantages.optimal_baseline(value, length[keep].long(), members)
     elif how == "good":
         value = advantages.raft(value)
     shaped = torch.full_like(reward, float("nan")).masked_scatter(keep, value)

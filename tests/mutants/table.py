@@ -55,6 +55,8 @@ ROWS = [
     ("cispo like ppo", ALGORITHMS, '"detached", (None', '"token", (None', golden("cispo")),
     ("raft with a ratio", ALGORITHMS, '"good",       "none",     UNCLIPPED', '"good", "token", (0.8, 1.2)',
      golden("raft")),
+    ("opo weighs all alike", "advantages.py", "weight = length.clamp_min(1).double()",
+     "weight = torch.ones_like(value)", golden("opo")),
     ("rloo keeps its own reward", ALGORITHMS, '"2402.14740", "left out"', '"2402.14740", "centred"', golden("rloo")),
     ("value clip off", OBJECTIVE, "clip=a.value_clip or None", "clip=None", golden("ppo")),
     ("dual clip off", OBJECTIVE, "dual_clip=a.dual_clip or None", "dual_clip=None",

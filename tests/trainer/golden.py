@@ -97,6 +97,10 @@ def shape(responses, a, budget):
         if how == "left out":  # arXiv 2402.14740, eq. 8: against the mean of the group's others
             others = [reward[id(m)] for m in members[r.group] if m is not r]
             x = x - sum(others) / len(others) if others else 0.0
+        if how == "by length":  # arXiv 2505.23585, eq. 5: against the mean weighted by length
+            lengths = [len(m.tokens) for m in members[r.group]]
+            weighted = sum(n * reward[id(m)] for n, m in zip(lengths, members[r.group]))
+            x = x - weighted / sum(lengths) if len(lengths) > 1 else 0.0
         if a["name"] == "raft" and x <= 0:
             continue  # only good samples are trained
         if a["filter"] and float(own.max() - own.min()) < 1e-9:
@@ -174,7 +178,7 @@ def gradient(policy, batch, a, temperature, budget):
             loss = clipped((logp - old).mean().exp(), r.advantage, low, high)
         elif name == "cispo":  # arXiv 2506.13585: the clipped weight is a constant
             loss = -ratio.detach().clamp(low, high) * r.advantage * logp
-        elif name in ("raft", "rloo"):  # arXiv 2304.06767: likelihood of the good ones; 2402.14740: REINFORCE
+        elif name in ("raft", "rloo", "opo"):  # arXiv 2304.06767: likelihood of the good ones; 2402.14740: REINFORCE
             loss = -r.advantage * logp
         else:
             loss = clipped(ratio, r.advantage, low, high)
@@ -184,7 +188,7 @@ def gradient(policy, batch, a, temperature, budget):
             loss = loss + a["kl"] * ((r.ref - logp).exp() - (r.ref - logp) - 1)
         if name in PER_SEQUENCE:
             total = total + loss.mean() / len(batch)
-        elif name == "rloo":  # the log-probability of the whole response
+        elif name in ("rloo", "opo"):  # the log-probability of the whole response
             total = total + loss.sum() / len(batch)
         elif name == "dr_grpo":  # arXiv 2503.20783: a constant in place of the length
             total = total + loss.sum() / budget / len(batch)

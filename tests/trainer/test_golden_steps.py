@@ -32,6 +32,7 @@ SETTINGS = tiny.flags(f"""
 SHAPES = {
     "dr_grpo": "centred",
     "rloo": "left out",
+    "opo": "by length",
     "ppo": "raw",
     "reinforce_pp": "raw",
     "raft": "raw",
@@ -65,6 +66,7 @@ CASES = {
             "critic.lr 0.02  algorithm.kl 0.1  optim.lr 0.002", MISSING),
     "reinforce_pp": ("algorithm.name reinforce_pp  algorithm.kl 0.3  algorithm.gamma 0.95", MISSING),
     "rloo": ("algorithm.name rloo  algorithm.kl 0.1  algorithm.entropy 0.02", MISSING),
+    "opo": ("algorithm.name opo", MISSING),
     "raft": ("algorithm.name raft  algorithm.entropy 0.02", MISSING),
     "reinforce_rej": ("algorithm.name reinforce_rej  algorithm.kl 0.1", MIXED),
 }  # fmt: skip
