@@ -29,10 +29,15 @@ def block_mask(positions: Tensor, *, boolean: bool) -> Tensor:
     return torch.zeros_like(allowed, dtype=torch.float32).masked_fill(~allowed, least)[:, None]
 
 
+def one_row(config: Any) -> bool:
+    """Whether boundaries are read off the positions of a batch of one row only: transformers with flash-attention."""
+    return "flash" in (getattr(config, "_attn_implementation", None) or "")
+
+
 def takes_masks(config: Any) -> bool:
     """Whether one mask can serve every layer: no layer looks through a window or at chunks."""
     text = config.get_text_config()
-    if "flash" in (getattr(config, "_attn_implementation", None) or ""):
+    if one_row(config):
         return False
     kinds = getattr(text, "layer_types", None) or ()
     if kinds:
@@ -126,8 +131,9 @@ def find_packing(
     if not probe.context > 2 * tolerance:  # a new model's layers may all start at 0: no leak could be seen
         ways = []
     for way in [*ways, "alone"]:
+        rows = [[0, 1, 3, 2]] if way == "positions" and one_row(config) else None
         try:
-            found[way] = probe.error(way, boolean=getattr(config, "_attn_implementation", "") != "eager")
+            found[way] = probe.error(way, rows, boolean=getattr(config, "_attn_implementation", "") != "eager")
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:

@@ -173,13 +173,16 @@ def apply_liger(model: Any) -> None:
     """Liger kernels for norms, rotary embedding and feed-forward; the head and loss stay this library's.
 
     Raises:
-        ValueError: liger-kernel is not installed.
+        ValueError: liger-kernel is not installed, or has nothing for this kind of model.
     """
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:
         message = "model.liger = true needs liger-kernel: pip install 'flowrl-kernels[liger]'"
         raise ValueError(message) from error
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # Liger itself would say so in its log and go on
+        raise ValueError(f"model.liger: liger-kernel has nothing for a model of type {model.config.model_type!r}")
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 

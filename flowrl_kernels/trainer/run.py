@@ -74,7 +74,12 @@ def prepare(config: Config, world: World) -> Run:
     settled = parallel.agree(lambda: settle(config, world), world)
     torch.manual_seed(config.run.seed + world.rank)
     attention = parallel.attention_of(config.model, config.parallel, world.device)
-    if attention == "flash_attention_2" and not config.parallel.row_tokens:
+    if attention == "flash_attention_2":  # transformers reads boundaries off positions in a batch of one row only
+        if config.parallel.row_tokens not in (0, config.parallel.max_tokens):
+            raise ValueError(
+                "parallel.row_tokens: wanted 0 with flash-attention, which keeps packed sequences apart in one row a "
+                f"micro-batch; got {config.parallel.row_tokens}"
+            )
         one_row = dataclasses.replace(config.parallel, row_tokens=config.parallel.max_tokens)
         config = dataclasses.replace(config, parallel=one_row)
     job = Job(config, world, settled.text, attention)

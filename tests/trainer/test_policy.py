@@ -1,5 +1,7 @@
 """The policy's one forward: packed equals unpacked, the head is the model's own, folders load elsewhere."""
 
+import sys
+
 import pytest
 import tiny
 import torch
@@ -78,7 +80,9 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
         policies.load_tokenizer(str(tmp_path), tiny.config().model)
 
 
-def test_liger_without_liger_says_what_to_install():
+def test_liger_without_liger_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
     with pytest.raises(ValueError, match="liger-kernel"):
         policies.apply_liger(tiny.model())
 
