@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from flowrl_kernels.core import checks
 from flowrl_kernels.core.layout import segments_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["LogPartition"]
 
@@ -108,7 +111,11 @@ class LogPartition(nn.Module):
         (Path(folder) / LOG_Z_FILE).write_bytes(save(state, {"format": "pt", "module": "LogPartition"}))
 
     def forward(
-        self, hidden: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, cp_group: Any = None
+        self,
+        hidden: Tensor,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cp_group: ProcessGroup | None = None,
     ) -> Tensor:
         """log Z per prompt, fp32. [B]
 
@@ -133,7 +140,9 @@ class LogPartition(nn.Module):
             return out.sum(-1)  # [B, 1] -> [B]; not a view, which FSDP's hooks warn about
 
 
-def prompt_mean(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, cp_group: Any = None) -> Tensor:
+def prompt_mean(
+    hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, cp_group: ProcessGroup | None = None
+) -> Tensor:
     """Mean hidden state over each prompt's tokens, in fp32. [B, H]"""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if hidden.dim() != (3 if cu_seqlens is None else 2) or (cu_seqlens is None and mask is None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -17,6 +17,9 @@ from flowrl_kernels.core.head import (
     temperature_of,
 )
 from flowrl_kernels.core.types import LogProb
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["linear_logprob", "logprob"]
 
@@ -36,7 +39,7 @@ def linear_logprob(
     report: Tensor | None = None,
     main_grad: Tensor | None = None,
     kept: tuple[Tensor, Tensor] | None = None,
-    vocab_parallel: Any = None,
+    vocab_parallel: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> LogProb:
     """Log-probabilities of `target` under a language-model head, without a [N, V] tensor.

@@ -7,7 +7,7 @@ be left out, `mask` [N]). Results do not depend on which.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -16,6 +16,9 @@ from flowrl_kernels.core import checks, dispatch
 from flowrl_kernels.core.settle import UNSET, Dials, Given, Settled, flow_settings, settle
 from flowrl_kernels.core.types import LossOutput
 from flowrl_kernels.presets.row import bounds_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["flowrl_loss", "residual_loss"]
 
@@ -41,7 +44,7 @@ def flowrl_loss(
     normalizer: Tensor | float | tuple[float, float] | None = None,
     groups: Tensor | None = None,
     preset: str | None = None,
-    cp_group: Any = None,
+    cp_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> LossOutput:
     """The FlowRL loss (arXiv 2509.15207, eq. 6), or the released variant that `preset` names.
@@ -116,7 +119,7 @@ def residual_loss(
     log_z: Tensor | None = None,
     normalizer: Tensor | float | tuple[float, float] | None = None,
     preset: str | None = None,
-    cp_group: Any = None,
+    cp_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> LossOutput:
     """The squared-residual family: ``d = a sum_t (logp - anchor) - target [- group mean]``, ``sum_b w phi(d) / n``.
@@ -166,7 +169,7 @@ def _anchor_of(preset: str, anchor: Tensor | None) -> None:
 
 
 def _residual(
-    logp: Tensor, given: Given, dials: Dials, cp_group: Any, impl: str, anchor_is_given: bool = False
+    logp: Tensor, given: Given, dials: Dials, cp_group: ProcessGroup | None, impl: str, anchor_is_given: bool = False
 ) -> LossOutput:
     checks.floating("logp", logp)
     if cp_group is not None:
@@ -179,7 +182,7 @@ def _residual(
     return run(logp, settled, cp_group, chosen)
 
 
-def run(logp: Tensor, settled: Settled, cp_group: Any, impl: str) -> LossOutput:
+def run(logp: Tensor, settled: Settled, cp_group: ProcessGroup | None, impl: str) -> LossOutput:
     """The loss of what is settled, by `impl`."""
     from flowrl_kernels.ops import context_parallel, residual
 

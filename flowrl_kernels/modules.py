@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from flowrl_kernels.core.settle import Given, check_settings, dials_of, settle
 from flowrl_kernels.core.types import LossOutput, Needs
 from flowrl_kernels.losses import flowrl_loss, run
 from flowrl_kernels.ops import linear_logprob, linear_residual
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["FlowRLLoss", "LinearFlowRLLoss"]
 
@@ -86,7 +89,7 @@ class LinearFlowRLLoss(FlowRLLoss):
         softcap: float | None = None,
         main_grad: Tensor | None = None,
         report: Tensor | None = None,
-        cp_group: Any = None,
+        cp_group: ProcessGroup | None = None,
     ) -> LossOutput:
         """The loss of response positions only.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ INTEGERS = (
 )  # fmt: skip
 
 
-def fail(name: str, wanted: str, got: Any) -> None:
+def fail(name: str, wanted: str, got: object) -> None:
     """Raise the one kind of ValueError this library raises."""
     raise ValueError(f"{name}: wanted {wanted}; got {got}")
 
@@ -24,7 +23,7 @@ def shape(value: Tensor) -> str:
     return f"shape {tuple(value.shape)}"
 
 
-def plain(name: str, value: Any) -> Tensor:
+def plain(name: str, value: object) -> Tensor:
     """A plain tensor: not a DTensor, not a module, not a list."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: wanted a torch.Tensor; got {type(value).__name__}")
@@ -38,7 +37,7 @@ def plain(name: str, value: Any) -> Tensor:
     return value
 
 
-def floating(name: str, value: Any, dims: int | None = None) -> Tensor:
+def floating(name: str, value: object, dims: int | None = None) -> Tensor:
     value = plain(name, value)
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: wanted float32, bfloat16, float16 or float64; got {value.dtype}")
@@ -47,7 +46,7 @@ def floating(name: str, value: Any, dims: int | None = None) -> Tensor:
     return value
 
 
-def integers(name: str, value: Any, wanted_shape: tuple[int, ...] | None = None) -> Tensor:
+def integers(name: str, value: object, wanted_shape: tuple[int, ...] | None = None) -> Tensor:
     value = plain(name, value)
     if value.dtype not in INTEGERS:
         raise TypeError(f"{name}: wanted an integer tensor; got {value.dtype}")
@@ -61,7 +60,7 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         fail(name, f"the device of {other_name}, {other.device}", value.device)
 
 
-def number(name: str, value: Any, wanted: str = "a finite number") -> float:
+def number(name: str, value: object, wanted: str = "a finite number") -> float:
     """A finite float from a number of Python or numpy, or a tensor of one element (on a device: waits for it)."""
     value = setting(name, value.cpu() if isinstance(value, Tensor) else value, wanted)
     if not math.isfinite(value):
@@ -69,7 +68,7 @@ def number(name: str, value: Any, wanted: str = "a finite number") -> float:
     return value
 
 
-def setting(name: str, value: Any, wanted: str = "a number") -> float:
+def setting(name: str, value: object, wanted: str = "a number") -> float:
     """As `number`, for what is set before a step: infinity may stand for "no bound", and no device is waited for."""
     if isinstance(value, Tensor):
         if value.requires_grad:
@@ -90,31 +89,31 @@ def setting(name: str, value: Any, wanted: str = "a number") -> float:
     return float(value)
 
 
-def positive(name: str, value: Any) -> float:
+def positive(name: str, value: object) -> float:
     value = number(name, value, "a finite number above 0")
     if not value > 0.0:
         fail(name, "a finite number above 0", value)
     return value
 
 
-def integer(name: str, value: Any) -> int:
+def integer(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name}: wanted an integer; got {value!r} of type {type(value).__name__}")
     return int(value)
 
 
-def flag(name: str, value: Any) -> bool:
+def flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: wanted True or False; got {value!r} of type {type(value).__name__}")
     return value
 
 
-def one_of(name: str, value: Any, wanted: tuple) -> None:
+def one_of(name: str, value: object, wanted: tuple) -> None:
     if not (value is None or isinstance(value, str)) or value not in wanted:  # == of an array is no answer
         fail(name, f"one of {', '.join(map(repr, wanted))}", repr(value))
 
 
-def process_group(name: str, value: Any) -> None:
+def process_group(name: str, value: object) -> None:
     """A torch.distributed group of which this process is a member."""
     import torch.distributed as dist
 
@@ -125,7 +124,7 @@ def process_group(name: str, value: Any) -> None:
         )
 
 
-def no_tangent(name: str, value: Any) -> None:
+def no_tangent(name: str, value: object) -> None:
     """Forward mode would pass an operator by, unseen."""
     level = torch.autograd.forward_ad
     if torch.compiler.is_compiling() or level._current_level < 0 or not isinstance(value, Tensor):

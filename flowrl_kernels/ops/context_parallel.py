@@ -6,7 +6,7 @@ gradient: summed over the group, the shares are the gradient. Of dL/dlog Z, whic
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,9 @@ from flowrl_kernels.ops.residual import wide
 from flowrl_kernels.presets.row import Row
 from flowrl_kernels.reference import residual as reference
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 STEM = "context_parallel"
 
 
@@ -30,7 +33,7 @@ class SumOverRanks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, group: Any, shares: bool) -> Tensor:
+    def forward(ctx: Any, own: Tensor, group: ProcessGroup, shares: bool) -> Tensor:
         ctx.factor = dist.get_world_size(group) if shares else 1
         return sum_over_ranks(own, group)
 

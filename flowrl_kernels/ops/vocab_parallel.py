@@ -7,7 +7,7 @@ from its own shard whether the others have seen this head before.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,9 @@ from flowrl_kernels.core.dispatch import launchers
 from flowrl_kernels.core.types import Head, LogProb, Needs, Saved
 from flowrl_kernels.ops.linear_logprob import STEM, both_upstream, finish
 from flowrl_kernels.ops.operator import OnceDifferentiable, first_backward_only, without_autocast
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def shard(group: dist.ProcessGroup, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -36,7 +39,7 @@ class VocabParallel(OnceDifferentiable):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: Tensor,
-        logit_scale: float, softcap: float | None, ignore_index: int, entropy: bool, group: Any, impl: str,
+        logit_scale: float, softcap: float | None, ignore_index: int, entropy: bool, group: ProcessGroup, impl: str,
     ):  # fmt: skip
         start, vocab_size = shard(group, weight.shape[0], hidden.device)
         target = target.long()

@@ -295,9 +295,7 @@ class LogConfig:
     tensorboard: bool = False
     """Also write TensorBoard events."""
     wandb: bool = False
-    """Also log to Weights & Biases."""
-    wandb_project: str = "flowrl"
-    """Its project."""
+    """Also log to Weights & Biases; WANDB_PROJECT and its other variables say where."""
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class Log:
             self._board = self._open_board(folder)
         if cfg.wandb:
             self._wandb = packages.require("log.wandb").init(
-                project=cfg.wandb_project, name=folder.name, dir=str(folder), config=dict(config or {}),
+                name=folder.name, dir=str(folder), config=dict(config or {}),
                 id=_wandb_id(folder), resume="allow",
             )  # fmt: skip
 

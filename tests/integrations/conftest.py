@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
 ANYWHERE = {"test_prime_rl.py", "test_other_trainers.py"}
 MUST_RUN = {  # files, or beginnings of tests, none of which may be skipped there; by environment (constraints-*.txt)
     "trl": {
-        "test_trl.py", "test_trl_benchmark.py", "test_examples.py::test_the_example_trains",
+        "test_trl.py", "test_trl_patch.py", "test_trl_benchmark.py", "test_examples.py::test_the_example_trains",
         "test_examples.py::test_three_loops", "test_docs.py::test_the_snippet_runs[trl", *ANYWHERE,
     },
     "verl": {
