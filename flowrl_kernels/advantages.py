@@ -24,6 +24,15 @@ def _per_group(reward: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     return value, own.mean(value, one), own.total(one), own
 
 
+def _beside_reward(name: str, value: Tensor, reward: Tensor) -> Tensor:
+    """`value` in float64, checked to be [B] floats where the rewards are."""
+    checks.floating(name, value, dims=1)
+    if value.shape != reward.shape:
+        checks.fail(name, f"shape {tuple(reward.shape)} as reward has", checks.shape(value))
+    checks.same_device(name, value, "reward", reward)
+    return value.detach().double()
+
+
 def group_normalize(reward: Tensor, groups: Tensor, *, eps: float = 1e-6, scale: bool = True) -> Tensor:
     """(r - mean) / (std + eps) within each group (GRPO, arXiv 2402.03300); std unbiased.
 
@@ -82,16 +91,74 @@ def unlikeliness_reward(reward: Tensor, logp_old_mean: Tensor, groups: Tensor, *
     logp_old_mean: [B] length-normalised log-prob of each response under the behaviour policy. Normalise afterwards.
     """
     value, _, size, own = _per_group(reward, groups)
-    checks.floating("logp_old_mean", logp_old_mean, dims=1)
-    if logp_old_mean.shape != reward.shape:
-        checks.fail("logp_old_mean", f"shape {tuple(reward.shape)} as reward has", checks.shape(logp_old_mean))
-    checks.same_device("logp_old_mean", logp_old_mean, "reward", reward)
+    _beside_reward("logp_old_mean", logp_old_mean, reward)
     strength = checks.number("strength", strength)
     by_logp = logp_old_mean.sort(stable=True).indices  # ties go by place
     order = by_logp[groups.long()[by_logp].sort(stable=True).indices]
     place = torch.arange(len(order), device=order.device) - own.offsets[own.which[order]]
     rank = torch.empty_like(order).scatter_(0, order, place)
     return (value * (1.0 - strength * rank / size)).to(reward.dtype)
+
+
+def mara_reward(reward: Tensor, logp_ref: Tensor, groups: Tensor, *, beta: float, threshold: float = 1.0) -> Tensor:
+    """Rewards that make the target flat over right answers (MARA, arXiv 2510.20817). [B]
+
+    r'(y) = r(z) + (log pi_ref(z) - log pi_ref(y)) / beta where r(y) >= threshold, z the group's most likely response
+    under the reference among those; other rewards stay. pi_ref exp(beta r') then gives every right answer of the group
+    the mass of z. It holds for raw rewards and rows whose target is pi_ref exp(beta r) / Z (presets "tb",
+    "length_true"; the KL paid in the reward at weight 1 / beta), not under length normalisation or a normalised reward.
+
+    Args:
+        reward: [B] floats, raw.
+        logp_ref: [B] log-probability of each whole response under the reference, nats (a sum over tokens).
+        groups: [B] integer group ids in any order.
+        beta: the target's factor of the reward, above 0.
+        threshold: least reward of a right answer.
+    """
+    value, _, _, own = _per_group(reward, groups)
+    ref = _beside_reward("logp_ref", logp_ref, reward)
+    beta = checks.positive("beta", checks.number("beta", beta))
+    right = value >= checks.number("threshold", threshold)
+    # the first of the most likely right ones: by -log pi_ref, wrong ones behind, then by group
+    by_ref = torch.where(right, -ref, torch.inf).sort(stable=True).indices
+    order = by_ref[own.which[by_ref].sort(stable=True).indices]
+    mode = order[own.offsets[own.which]]  # [B]
+    lifted = value[mode] + (ref[mode] - ref) / beta
+    return torch.where(right, lifted, value).to(reward.dtype)
+
+
+def distinct_advantage(
+    reward: Tensor, classes: Tensor, groups: Tensor, *, credit: str = "shapley", threshold: float = 1.0
+) -> Tensor:
+    """Credit for how many *different* right answers a group holds, less a baseline of the group's others. [B]
+
+    credit "shapley": 1[right] / (right answers of its class in the group), the Shapley share of the number of classes
+    found; its expected policy gradient is that of the sum over k <= G of E[distinct in k samples] / k. "alone":
+    1[right and no other of its class is], what the group would lose without it; its gradient is that of
+    E[distinct in G samples]. The baseline is the mean credit of the other members in the group without this one, so it
+    does not depend on the response and leaves the expected gradient alone. A group of one has its credit.
+
+    Args:
+        reward: [B] floats.
+        classes: [B] integer ids of what a response answers; equal for the same solution, within a group.
+        groups: [B] integer group ids in any order.
+        credit: "shapley" or "alone".
+        threshold: least reward of a right answer.
+    """
+    value, _, size, own = _per_group(reward, groups)
+    checks.same_device("classes", checks.integers("classes", classes, tuple(reward.shape)), "reward", reward)
+    checks.one_of("credit", credit, ("shapley", "alone"))
+    right = (value >= checks.number("threshold", threshold)).double()
+    kinds = grouped(own.which * len(value) + grouped(classes).which)  # groups by class
+    same = kinds.total(right)  # right answers of one's class, oneself among them
+    alone = right * (same == 1)
+    if credit == "shapley":
+        share = right / same.clamp_min(1.0)
+        others = own.total(share) - alone
+    else:
+        share = alone
+        others = own.total(alone) - alone + right * (same == 2)
+    return (share - others / (size - 1).clamp_min(1.0)).to(reward.dtype)
 
 
 def whiten(value: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:

@@ -36,6 +36,7 @@ def flowrl_loss(
     ratio: str | None = UNSET,
     clip: str | tuple[float | None, float | None] = UNSET,
     length_normalize: bool = UNSET,
+    length_power: float = UNSET,
     anchor: str | None = UNSET,
     phi: str = UNSET,
     logp_sampler: Tensor | None = None,
@@ -68,6 +69,8 @@ def flowrl_loss(
         ratio: "sum" (the sequence's ratio, the paper's), "mean" (geometric), or None (w = 1).
         clip: (low, high) of the weight, either side None; or "paper" (0.8, 1.2), "release" (None, 10), "unclipped".
         length_normalize: False gives the trajectory-balance residual of sums instead of means.
+        length_power: p of a weight |y|^-p of each sequence's squared residual besides w, 0. With sums (preset
+            "length_true") p = 1 keeps the gradient's size about constant in |y|, p = 2 gives it the paper's scale.
         anchor: "ref", "old" or None.
         phi: "square", "exp", "exp_half", "cosh" or "abs".
         logp_sampler: log-probs as the rollout engine reported them, for the second weight: only beside `tis`.
@@ -95,7 +98,7 @@ def flowrl_loss(
     """
     explicit = flow_settings(
         beta=beta, ratio=ratio, anchor=anchor, phi=phi, tis=tis, tis_cap=tis_cap, clip=clip,
-        length_normalize=length_normalize,
+        length_normalize=length_normalize, length_power=length_power,
     )  # fmt: skip
     given = Given(logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer)
     return _residual(logp, given, Dials(preset, presets.PRESETS["paper"], explicit), cp_group, impl)
@@ -115,6 +118,7 @@ def residual_loss(
     ratio: str | None = UNSET,
     clip: str | tuple[float | None, float | None] = UNSET,
     phi: str = UNSET,
+    length_power: float = UNSET,
     level: str = UNSET,
     log_z: Tensor | None = None,
     normalizer: Tensor | float | tuple[float, float] | None = None,
@@ -138,7 +142,7 @@ def residual_loss(
         groups: [B] integer ids, for `center`.
         level: "sequence", or "token" for one residual per token.
         log_z: [B] learned partition, added to the residual, or None.
-        ratio, clip, phi, mask, cu_seqlens, normalizer, preset, cp_group, impl: as in `flowrl_loss`.
+        ratio, clip, phi, length_power, mask, cu_seqlens, normalizer, preset, cp_group, impl: as in `flowrl_loss`.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -151,6 +155,7 @@ def residual_loss(
     explicit = {
         "ratio": ratio, "phi": phi, "level": level, "clip": clip if clip is UNSET else bounds_of(clip),
         "scale": scale if scale is UNSET or scale is None else checks.setting("scale", scale),
+        "length_power": length_power if length_power is UNSET else checks.setting("length_power", length_power),
     }  # fmt: skip
     partition: Any = {"detached": "group", "through": "through", None: UNSET if preset else None}[center]
     if log_z is not None:

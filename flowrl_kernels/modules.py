@@ -24,8 +24,9 @@ __all__ = ["FlowRLLoss", "LinearFlowRLLoss"]
 class FlowRLLoss(nn.Module):
     """`flowrl_loss` with its settings held: `FlowRLLoss(preset="release")(logp, logp_ref, reward, log_z, ...)`.
 
-    The constructor takes the settings (preset, beta, ratio, clip, length_normalize, anchor, phi, tis, tis_cap, impl),
-    the call takes the tensors (logp_old, mask or cu_seqlens, groups, normalizer, logp_sampler) and cp_group.
+    The constructor takes the settings (preset, beta, ratio, clip, length_normalize, length_power, anchor, phi, tis,
+    tis_cap, impl), the call takes the tensors (logp_old, mask or cu_seqlens, groups, normalizer, logp_sampler) and
+    cp_group.
     """
 
     def __init__(self, **settings: Any):

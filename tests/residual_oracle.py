@@ -26,6 +26,7 @@ class Spec:
     drop: bool = False
     surrogate: bool = False
     per_token: bool = False
+    power: float = 0.0
 
 
 PAPER = {"lo": 0.8, "hi": 1.2}
@@ -65,6 +66,7 @@ SPECS = {
     "phi_exp_half": Spec(phi="exp_half", **CAP),
     "phi_cosh": Spec(phi="cosh", **CAP),
     "tb": Spec(a=1.0, **PLAIN),
+    "length_true": Spec(a=1.0, beta=1.0, power=1.0, **PAPER),
     "tba": Spec(a=1.0, z="group", weight=None, beta=1 / 0.014),
     "contrastive_tb": Spec(a=1.0, z="through", **PLAIN),
     "rebel": Spec(a=1.0, anchor="old", z="through", **PLAIN),
@@ -126,6 +128,7 @@ def loss(spec, data, normalizer=None):
             w *= min(math.exp(sum(off) / n), spec.cap)
         elif spec.second == "sum":
             w *= min(math.exp(sum(off)), spec.cap)
+        w /= n**spec.power
         z = data["log_z"][b] if spec.z == "learned" else 0.0
         if spec.per_token:
             a = 1.0 if spec.a is None else spec.a

@@ -18,7 +18,9 @@ from flowrl_kernels.presets.row import CHOICES, Row, bounds_of
 
 UNSET: Any = ...  # an argument that was not given: a preset may set it
 # what a module's constructor holds for `flowrl_loss`
-SETTINGS = ("preset", "beta", "ratio", "clip", "length_normalize", "anchor", "phi", "tis", "tis_cap", "impl")
+SETTINGS = (
+    "preset", "beta", "ratio", "clip", "length_normalize", "length_power", "anchor", "phi", "tis", "tis_cap", "impl"
+)  # fmt: skip
 
 
 def flow_settings(*, clip: Any = UNSET, length_normalize: Any = UNSET, **explicit: Any) -> dict[str, Any]:
@@ -27,7 +29,7 @@ def flow_settings(*, clip: Any = UNSET, length_normalize: Any = UNSET, **explici
         explicit["clip"] = bounds_of(clip)
     if length_normalize is not UNSET:
         explicit["length_normalize"] = checks.flag("length_normalize", length_normalize)
-    for name in ("beta", "tis_cap"):
+    for name in ("beta", "length_power", "tis_cap"):
         if explicit.get(name, UNSET) is not UNSET:
             explicit[name] = checks.setting(name, explicit[name])
     return explicit
@@ -67,6 +69,8 @@ def settled_row(preset: str | None, base: Row, explicit: dict[str, Any]) -> Row:
         checks.fail("tis_cap", "none beside tis=None, where there is no second weight", given["tis_cap"])
     if "length_normalize" in given and row.level == "token":
         checks.fail("length_normalize", f"nothing for the residual per token of preset={preset!r}", True)
+    if row.length_power != 0.0 and row.level == "token":
+        checks.fail("length_power", "0 for the residual per token", row.length_power)
     return row
 
 
@@ -170,6 +174,6 @@ def _check_row(row: Row) -> None:
         checks.one_of(name, getattr(row, name), CHOICES[name])
     if not row.tis_cap > 0.0:
         checks.fail("tis_cap", "a number above 0", row.tis_cap)
-    for name, value in (("beta", row.beta), ("scale", row.scale)):
+    for name, value in (("beta", row.beta), ("scale", row.scale), ("length_power", row.length_power)):
         if value is not None and not abs(value) < math.inf:  # which a traced number can answer
             checks.fail(name, "a finite number", value)

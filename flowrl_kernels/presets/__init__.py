@@ -46,7 +46,7 @@ def settle(preset: str | None, default: Row, explicit: dict[str, Any]) -> Row:
         return dataclasses.replace(row, **explicit)
     for name, value in explicit.items():
         added = name == "tis" and row.tis is None  # a correction for the rollout engine goes with every row
-        if name in ("beta", "scale", "tis_cap") or added:  # a method's own dials, not its shape
+        if name in ("beta", "scale", "length_power", "tis_cap") or added:  # a method's own dials, not its shape
             row = dataclasses.replace(row, **{name: value})
         elif getattr(row, name) != value:
             checks.fail(name, f"{getattr(row, name)!r}, which preset={preset!r} sets (or no preset)", repr(value))

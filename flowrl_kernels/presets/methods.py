@@ -9,6 +9,10 @@ METHODS: dict[str, Row] = {
     "release": Row("the authors' code since 27 Oct 2025, and verl-recipe: only the cap of 10", clip=(None, 10.0)),
     "group": Row("VarGrad (arXiv 2010.10436) in the paper's residual: log Z is the group's mean", log_z="group"),
     "tb": Row("GFlowNet trajectory balance (arXiv 2201.13259): log R = beta r", scale=1.0, ratio=None, beta=1.0),
+    "length_true": Row(
+        "trajectory balance whose penalty is weighted by |y|^-p (docs/maths.md): the zero is pi_ref exp(beta r) / Z at"
+        " every length; p is length_power", scale=1.0, length_power=1.0, beta=1.0,
+    ),
     "tba": Row(
         "TBA (arXiv 2503.18929): target r / kl_coef, log Z by VarGrad, detached; beta = 1 / kl_coef",
         scale=1.0, log_z="group", ratio=None, beta=1.0 / 0.014,

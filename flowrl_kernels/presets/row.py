@@ -36,6 +36,8 @@ class Row:
     log_z: "learned" (a tensor [B] is wanted), "group" (the group's mean, detached), "through" (the group's mean, with
         its gradient) or None.
     scale: a of eq. 6: None for 1/|y|, or a number.
+    length_power: p of the weight |y|^-p that a sequence's penalty carries besides (sequence level only): beside scale 1
+        the residual is of sums, and its gradient's size goes as |y|^(1-p) where token scores are uncorrelated.
     ratio: the log-ratio behind the weight: "sum", "mean" or None (weight 1).
     clip: (low, high) bounds of the weight, either side None.
     token_weight: the weight is the token's own ratio, clipped (token level only).
@@ -56,6 +58,7 @@ class Row:
     anchor: str | None = "ref"
     log_z: str | None = "learned"
     scale: float | None = None
+    length_power: float = 0.0
     ratio: str | None = "sum"
     clip: tuple[float | None, float | None] = (0.8, 1.2)
     token_weight: bool = False
@@ -76,7 +79,18 @@ class Row:
         """The fields that are numbers; NaN stands for None."""
         low, high = self.clip
         drop_low, drop_high = (None, None) if self.drop is None else self.drop
-        fields = (self.scale, low, high, self.tis_cap, *self.gate_clip, drop_low, drop_high, self.surrogate, self.beta)
+        fields = (
+            self.scale,
+            low,
+            high,
+            self.tis_cap,
+            *self.gate_clip,
+            drop_low,
+            drop_high,
+            self.surrogate,
+            self.beta,
+            self.length_power,
+        )
         return [math.nan if value is None else value for value in fields]
 
     def packed_numbers(self) -> Tensor:
@@ -87,14 +101,15 @@ class Row:
 def row_of(codes: list[int], values: list[float]) -> Row:
     """The row behind `Row.codes` and `Row.numbers`, without its source."""
     words: dict[str, Any] = {name: wanted[i] for (name, wanted), i in zip(CHOICES.items(), codes)}
-    scale, low, high, tis_cap, gate_low, gate_high, drop_low, drop_high, surrogate, beta = (
+    scale, low, high, tis_cap, gate_low, gate_high, drop_low, drop_high, surrogate, beta, power = (
         None if math.isnan(value) else value for value in values
     )
-    if tis_cap is None or gate_low is None or gate_high is None or beta is None:
-        raise ValueError(f"row: wanted numbers for tis_cap, gate_clip and beta; got {values}")
+    if tis_cap is None or gate_low is None or gate_high is None or beta is None or power is None:
+        raise ValueError(f"row: wanted numbers for tis_cap, gate_clip, beta and length_power; got {values}")
     return Row(
         "", scale=scale, clip=(low, high), tis_cap=tis_cap, gate_clip=(gate_low, gate_high),
         drop=None if drop_low is None or drop_high is None else (drop_low, drop_high), surrogate=surrogate, beta=beta,
+        length_power=power,
         token_weight=bool(codes[-1]), **words,
     )  # fmt: skip
 

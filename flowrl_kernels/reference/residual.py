@@ -121,6 +121,8 @@ def residual(
         else:
             second = exp_bounded(segments.total(off) / (length if row.tis == "mean" else 1.0))
         weight = weight * second.clamp_max(row.tis_cap)
+    if row.length_power:
+        weight = weight * length**-row.length_power
     weight = torch.where(used, weight, 0.0)
 
     passes, extra = torch.ones_like(used), None

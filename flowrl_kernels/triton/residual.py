@@ -88,7 +88,8 @@ def sequences(
         sequence_kernel[(last - first,)](
             logp, anchor, old, sampler, reward, log_z, seen, cu_seqlens, divisor, token_divisor, out.record,
             out.residual, out.weight, out.dlogp, out.dlog_z, num, slots, first, row.beta, row.scale, low, high,
-            row.tis_cap, math.log1p(-row.gate_clip[0]), math.log1p(row.gate_clip[1]), drop_low, drop_high, eps,
+            row.tis_cap, row.length_power or None, math.log1p(-row.gate_clip[0]), math.log1p(row.gate_clip[1]),
+            drop_low, drop_high, eps,
             TOKEN=token, TOKEN_WEIGHT=token_weight, RATIO=row.ratio if weighs else None,
             TIS=row.tis if weighs and sampler is not None else None, GATE=row.gate if weighs else None, PHI=row.phi,
             COUPLED=coupled, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,

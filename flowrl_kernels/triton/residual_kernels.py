@@ -200,6 +200,7 @@ def sequence_kernel(
     low,
     high,
     tis_cap,
+    length_power,
     gate_low,
     gate_high,
     drop_low,
@@ -286,6 +287,8 @@ def sequence_kernel(
                 b_second = b_second / b_length
             b_second = exp_bounded(b_second)
         weight *= clipped(b_second, None, tis_cap)
+    if length_power is not None:
+        weight *= tl.exp(-length_power * tl.log(b_length))
     raw = weight
     passes = tl.full((), 1.0, tl.float64)
     if TOKEN:
