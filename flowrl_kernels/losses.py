@@ -15,7 +15,7 @@ from flowrl_kernels import presets
 from flowrl_kernels.core import checks, dispatch
 from flowrl_kernels.core.settle import UNSET, Dials, Given, Settled, flow_settings, settle
 from flowrl_kernels.core.types import LossOutput
-from flowrl_kernels.presets.row import bounds_of, number
+from flowrl_kernels.presets.row import bounds_of, number, phi_of
 
 __all__ = ["flowrl_loss", "residual_loss"]
 
@@ -34,7 +34,7 @@ def flowrl_loss(
     clip: str | tuple[float | None, float | None] = UNSET,
     length_normalize: bool = UNSET,
     anchor: str | None = UNSET,
-    phi: str = UNSET,
+    phi: str | float = UNSET,
     logp_sampler: Tensor | None = None,
     tis: str | None = UNSET,
     tis_cap: float = UNSET,
@@ -66,7 +66,10 @@ def flowrl_loss(
         clip: (low, high) of the weight, either side None; or "paper" (0.8, 1.2), "release" (None, 10), "unclipped".
         length_normalize: False gives the trajectory-balance residual of sums instead of means.
         anchor: "ref", "old" or None.
-        phi: "square", "exp", "exp_half", "cosh" or "abs".
+        phi: the penalty: a number alpha, for ``L_alpha(d) = (e^((alpha-1) d) - (alpha-1) d - 1) / (alpha-1)^2`` (0 is
+            the forward KL's and covers modes, 1 is d^2/2, 2 is the chi-square's; docs/maths.md, eq. 21-23), or
+            "square" (twice alpha 1), "exp" (2), "exp_half" (1.5), "cosh" (2 plus 0), "abs". The exponent is held
+            within +-60. Triton compiles its kernel anew for another number.
         logp_sampler: log-probs as the rollout engine reported them, for the second weight: only beside `tis`.
         tis: "token", "mean" or "sequence": a second weight min(pi_old / pi_sampler, tis_cap).
         normalizer: what the sum over sequences is divided by; B if None. For gradient accumulation and data parallelism
@@ -111,7 +114,7 @@ def residual_loss(
     cu_seqlens: Tensor | None = None,
     ratio: str | None = UNSET,
     clip: str | tuple[float | None, float | None] = UNSET,
-    phi: str = UNSET,
+    phi: str | float = UNSET,
     level: str = UNSET,
     log_z: Tensor | None = None,
     normalizer: Tensor | float | tuple[float, float] | None = None,
@@ -146,7 +149,8 @@ def residual_loss(
     if preset is not None:
         _anchor_of(preset, anchor)
     explicit = {
-        "ratio": ratio, "phi": phi, "level": level, "clip": clip if clip is UNSET else bounds_of(clip),
+        "ratio": ratio, "phi": phi if phi is UNSET else phi_of(phi), "level": level,
+        "clip": clip if clip is UNSET else bounds_of(clip),
         "scale": scale if scale is UNSET or scale is None else number("scale", scale),
     }  # fmt: skip
     partition: Any = {"detached": "group", "through": "through", None: UNSET if preset else None}[center]
