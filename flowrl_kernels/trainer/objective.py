@@ -53,8 +53,9 @@ def row(config: Config) -> Row:
         raise ValueError(f"algorithm.clip, algorithm.tis_cap: preset {a.preset!r} sets its own; leave them out")
     if a.alpha is not None and chosen.phi != "square":
         raise ValueError(f"algorithm.alpha: preset {a.preset!r} sets its own penalty, {chosen.phi!r}; leave it out")
-    own = {"beta": a.beta, "phi": None if a.alpha is None else phi_of(a.alpha)}
-    return dataclasses.replace(chosen, **{name: value for name, value in own.items() if value is not None})
+    if a.alpha is not None:
+        chosen = dataclasses.replace(chosen, phi=phi_of(a.alpha))
+    return chosen if a.beta is None else dataclasses.replace(chosen, beta=a.beta)
 
 
 def log_z_kind(config: Config) -> str | None:
