@@ -15,7 +15,7 @@ from flowrl_kernels import presets
 from flowrl_kernels.core import checks, dispatch
 from flowrl_kernels.core.settle import UNSET, Dials, Given, Settled, flow_settings, settle
 from flowrl_kernels.core.types import LossOutput
-from flowrl_kernels.presets.row import bounds_of
+from flowrl_kernels.presets.row import bounds_of, phi_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,7 +38,7 @@ def flowrl_loss(
     length_normalize: bool = UNSET,
     length_power: float = UNSET,
     anchor: str | None = UNSET,
-    phi: str = UNSET,
+    phi: str | float = UNSET,
     logp_sampler: Tensor | None = None,
     tis: str | None = UNSET,
     tis_cap: float = UNSET,
@@ -72,7 +72,10 @@ def flowrl_loss(
         length_power: p of a weight |y|^-p of each sequence's squared residual besides w, 0. With sums (preset
             "length_true") p = 1 keeps the gradient's size about constant in |y|, p = 2 gives it the paper's scale.
         anchor: "ref", "old" or None.
-        phi: "square", "exp", "exp_half", "cosh" or "abs".
+        phi: the penalty: a number alpha, for ``L_alpha(d) = (e^((alpha-1) d) - (alpha-1) d - 1) / (alpha-1)^2`` (0 is
+            the forward KL's and covers modes, 1 is d^2/2, 2 is the chi-square's; docs/maths.md, eq. 21-23), or
+            "square" (twice alpha 1), "exp" (2), "exp_half" (1.5), "cosh" (2 plus 0), "abs". The exponent is held
+            within +-60. Triton compiles its kernel anew for another number.
         logp_sampler: log-probs as the rollout engine reported them, for the second weight: only beside `tis`.
         tis: "token", "mean" or "sequence": a second weight min(pi_old / pi_sampler, tis_cap).
         normalizer: what the sum over sequences is divided by; B if None. For gradient accumulation and data parallelism
@@ -117,7 +120,7 @@ def residual_loss(
     cu_seqlens: Tensor | None = None,
     ratio: str | None = UNSET,
     clip: str | tuple[float | None, float | None] = UNSET,
-    phi: str = UNSET,
+    phi: str | float = UNSET,
     length_power: float = UNSET,
     level: str = UNSET,
     log_z: Tensor | None = None,
@@ -153,7 +156,8 @@ def residual_loss(
     if preset is not None:
         _anchor_of(preset, anchor)
     explicit = {
-        "ratio": ratio, "phi": phi, "level": level, "clip": clip if clip is UNSET else bounds_of(clip),
+        "ratio": ratio, "phi": phi if phi is UNSET else phi_of(phi), "level": level,
+        "clip": clip if clip is UNSET else bounds_of(clip),
         "scale": scale if scale is UNSET or scale is None else checks.setting("scale", scale),
         "length_power": length_power if length_power is UNSET else checks.setting("length_power", length_power),
     }  # fmt: skip

@@ -71,7 +71,7 @@ FLOW = {
         TypeError,
         r"length_normalize: .*True or False.*\[1.0\]",
     ),
-    "phi as a list": ({"phi": ["exp"]}, ValueError, r"phi: wanted one of .*\['exp'\]"),
+    "phi as a list": ({"phi": ["exp"]}, ValueError, r"phi: wanted .* or one of .*\['exp'\]"),
     "ratio as an array": ({"ratio": np.ones(3)}, ValueError, "ratio: wanted one of .*array"),
     "log_z as an array": ({"log_z": np.ones(2)}, ValueError, "log_z: wanted a tensor.*array"),
     "preset as a list": ({"preset": ["paper"]}, ValueError, r"preset: wanted one of .*\['paper'\]"),

@@ -107,9 +107,13 @@ def test_the_flow_loss(preset, impl, layout, poison):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("center", [None, "detached", "through"])
 def test_the_family_by_its_own_door(center, layout, poison):
+    penalty = {None: 0.0, "detached": "square", "through": 1.3}[center]
+
     def run(given, place):
         return named(
-            residual_loss(given["logp"], given["reward"], anchor=given["ref"], center=center, groups=GROUPS, **place)
+            residual_loss(
+                given["logp"], given["reward"], anchor=given["ref"], center=center, groups=GROUPS, phi=penalty, **place
+            )
         )
 
     both(run, made(), layout, poison, ["logp"])

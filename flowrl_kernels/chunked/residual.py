@@ -12,23 +12,17 @@ from torch import Tensor
 
 from flowrl_kernels.core.segments import Segments, group_mean
 from flowrl_kernels.core.types import Anchors, Sequences
-from flowrl_kernels.presets.row import Row
+from flowrl_kernels.presets.row import Row, penalty_of
 from flowrl_kernels.reference import residual as reference
-from flowrl_kernels.reference.residual import BOUND, Terms
+from flowrl_kernels.reference.residual import BOUND, Terms, slope_alpha
 
 
-def slope(d: Tensor, kind: str) -> Tensor:
+def slope(d: Tensor, kind: str | float) -> Tensor:
     """phi'(d)."""
-    if kind == "square":
-        return 2.0 * d
     if kind == "abs":
         return d.sign()
-    c = d.clamp(-BOUND, BOUND)
-    if kind == "exp":
-        return c.exp() - 1.0
-    if kind == "exp_half":
-        return 2.0 * (c / 2).exp() - 2.0
-    return c.exp() - (-c).exp()
+    factor, alphas = penalty_of(kind)
+    return sum((factor * slope_alpha(d, alpha) for alpha in alphas), torch.zeros_like(d))
 
 
 def residual_fwd(

@@ -14,7 +14,7 @@ from flowrl_kernels.core import checks, dispatch
 from flowrl_kernels.core.layout import check_tokens, normalizer_of, segments_of
 from flowrl_kernels.core.segments import Segments
 from flowrl_kernels.core.types import Anchors, Sequences
-from flowrl_kernels.presets.row import CHOICES, Row, bounds_of
+from flowrl_kernels.presets.row import CHOICES, Row, bounds_of, phi_of
 
 UNSET: Any = ...  # an argument that was not given: a preset may set it
 # what a module's constructor holds for `flowrl_loss`
@@ -29,6 +29,8 @@ def flow_settings(*, clip: Any = UNSET, length_normalize: Any = UNSET, **explici
         explicit["clip"] = bounds_of(clip)
     if length_normalize is not UNSET:
         explicit["length_normalize"] = checks.flag("length_normalize", length_normalize)
+    if explicit.get("phi", UNSET) is not UNSET:
+        explicit["phi"] = phi_of(explicit["phi"])
     for name in ("beta", "length_power", "tis_cap"):
         if explicit.get(name, UNSET) is not UNSET:
             explicit[name] = checks.setting(name, explicit[name])
@@ -59,7 +61,7 @@ def settled_row(preset: str | None, base: Row, explicit: dict[str, Any]) -> Row:
     """The row of preset and explicit arguments; those that would change nothing in it are refused."""
     given = {name: value for name, value in explicit.items() if value is not UNSET}
     for name, value in given.items():
-        if name in CHOICES:
+        if name in CHOICES and name != "phi":
             checks.one_of(name, value, CHOICES[name])
     row = presets.settle(preset, base, given)
     _check_row(row)
@@ -170,8 +172,9 @@ def settle(logp: Tensor, given: Given, dials: Dials, anchor_is_given: bool = Fal
 
 
 def _check_row(row: Row) -> None:
-    for name in ("ratio", "anchor", "phi", "tis", "level"):
+    for name in ("ratio", "anchor", "tis", "level"):
         checks.one_of(name, getattr(row, name), CHOICES[name])
+    phi_of(row.phi)
     if not row.tis_cap > 0.0:
         checks.fail("tis_cap", "a number above 0", row.tis_cap)
     for name, value in (("beta", row.beta), ("scale", row.scale), ("length_power", row.length_power)):

@@ -12,9 +12,12 @@ from typing import Any
 from flowrl_kernels.core import checks
 from flowrl_kernels.presets.methods import METHODS
 from flowrl_kernels.presets.released import RELEASED
-from flowrl_kernels.presets.row import CHOICES, CLIPS, Row, row_of
+from flowrl_kernels.presets.row import CHOICES, CLIPS, PENALTIES, Row, penalty_of, phi_of, row_of
 
-__all__ = ["CHOICES", "CLIPS", "METHODS", "PRESETS", "RELEASED", "Row", "named", "row_of", "settle"]
+__all__ = [
+    "CHOICES", "CLIPS", "METHODS", "PENALTIES", "PRESETS", "RELEASED", "Row", "named", "penalty_of", "phi_of",
+    "row_of", "settle",
+]  # fmt: skip
 
 PRESETS: dict[str, Row] = METHODS | RELEASED
 
@@ -46,8 +49,12 @@ def settle(preset: str | None, default: Row, explicit: dict[str, Any]) -> Row:
         return dataclasses.replace(row, **explicit)
     for name, value in explicit.items():
         added = name == "tis" and row.tis is None  # a correction for the rollout engine goes with every row
+        # alpha is one, of a method that squares its residual
+        added |= name == "phi" and not isinstance(value, str) and row.phi == "square"
         if name in ("beta", "scale", "length_power", "tis_cap") or added:  # a method's own dials, not its shape
             row = dataclasses.replace(row, **{name: value})
+        elif name == "phi" and "abs" not in (row.phi, value) and penalty_of(row.phi) == penalty_of(value):
+            continue  # by its name or by its number
         elif getattr(row, name) != value:
             checks.fail(name, f"{getattr(row, name)!r}, which preset={preset!r} sets (or no preset)", repr(value))
     return row

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -25,6 +26,13 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "tis": ("token", "mean", "sequence", None),
     "gate": ("clip_logp", "select", None),
 }
+# penalties with a name as (factor, alphas): the factor times the sum of their L_alpha (docs/maths.md, eq. 21)
+PENALTIES: dict[str, tuple[float, tuple[float, ...]]] = {
+    "square": (2.0, (1.0,)),
+    "exp": (1.0, (2.0,)),
+    "exp_half": (1.0, (1.5,)),
+    "cosh": (1.0, (2.0, 0.0)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +49,7 @@ class Row:
     ratio: the log-ratio behind the weight: "sum", "mean" or None (weight 1).
     clip: (low, high) bounds of the weight, either side None.
     token_weight: the weight is the token's own ratio, clipped (token level only).
-    phi: "square", "exp", "exp_half", "cosh" or "abs".
+    phi: a number, alpha of L_alpha, or "square", "exp", "exp_half", "cosh" or "abs".
     tis: second weight pi_old / pi_sampler: "token" (mean of the tokens' ratios), "mean" (geometric), "sequence" (their
         product), or None.
     tis_cap: its upper bound.
@@ -62,7 +70,7 @@ class Row:
     ratio: str | None = "sum"
     clip: tuple[float | None, float | None] = (0.8, 1.2)
     token_weight: bool = False
-    phi: str = "square"
+    phi: str | float = "square"
     tis: str | None = None
     tis_cap: float = 2.0
     gate: str | None = None
@@ -73,24 +81,20 @@ class Row:
 
     def codes(self) -> list[int]:
         """The fields that are words or flags, as an operator carries them: places in CHOICES, then token_weight."""
-        return [wanted.index(getattr(self, name)) for name, wanted in CHOICES.items()] + [int(self.token_weight)]
+        words = {name: getattr(self, name) for name in CHOICES}
+        if not isinstance(self.phi, str):  # `numbers` has it
+            words["phi"] = "square"
+        return [wanted.index(words[name]) for name, wanted in CHOICES.items()] + [int(self.token_weight)]
 
     def numbers(self) -> list[float]:
         """The fields that are numbers; NaN stands for None."""
         low, high = self.clip
         drop_low, drop_high = (None, None) if self.drop is None else self.drop
+        alpha = None if isinstance(self.phi, str) else self.phi
         fields = (
-            self.scale,
-            low,
-            high,
-            self.tis_cap,
-            *self.gate_clip,
-            drop_low,
-            drop_high,
-            self.surrogate,
-            self.beta,
-            self.length_power,
-        )
+            self.scale, low, high, self.tis_cap, *self.gate_clip, drop_low, drop_high, self.surrogate, self.beta,
+            self.length_power, alpha,
+        )  # fmt: skip
         return [math.nan if value is None else value for value in fields]
 
     def packed_numbers(self) -> Tensor:
@@ -101,17 +105,42 @@ class Row:
 def row_of(codes: list[int], values: list[float]) -> Row:
     """The row behind `Row.codes` and `Row.numbers`, without its source."""
     words: dict[str, Any] = {name: wanted[i] for (name, wanted), i in zip(CHOICES.items(), codes)}
-    scale, low, high, tis_cap, gate_low, gate_high, drop_low, drop_high, surrogate, beta, power = (
+    scale, low, high, tis_cap, gate_low, gate_high, drop_low, drop_high, surrogate, beta, power, alpha = (
         None if math.isnan(value) else value for value in values
     )
     if tis_cap is None or gate_low is None or gate_high is None or beta is None or power is None:
         raise ValueError(f"row: wanted numbers for tis_cap, gate_clip, beta and length_power; got {values}")
+    if alpha is not None:
+        words["phi"] = alpha
     return Row(
         "", scale=scale, clip=(low, high), tis_cap=tis_cap, gate_clip=(gate_low, gate_high),
         drop=None if drop_low is None or drop_high is None else (drop_low, drop_high), surrogate=surrogate, beta=beta,
         length_power=power,
         token_weight=bool(codes[-1]), **words,
     )  # fmt: skip
+
+
+def phi_of(value: Any) -> str | float:
+    """`phi` as a row holds it: a name, or alpha as a float.
+
+    Raises:
+        TypeError, ValueError: it is neither.
+    """
+    names = CHOICES["phi"]
+    if isinstance(value, bool) or not isinstance(value, (Tensor, numbers.Real, torch.SymFloat, torch.SymInt)):
+        if not isinstance(value, str) or value not in names:
+            wanted = ", ".join(map(repr, names))
+            checks.fail("phi", f"a number (alpha of docs/maths.md, eq. 21) or one of {wanted}", repr(value))
+        return value
+    alpha = checks.setting("phi", value)
+    if not abs(alpha) < math.inf:  # which a traced number can answer
+        checks.fail("phi", "a finite number", alpha)
+    return alpha
+
+
+def penalty_of(phi: str | float) -> tuple[float, tuple[float, ...]]:
+    """phi as (factor, alphas). Not of "abs", which is no L_alpha."""
+    return PENALTIES[phi] if isinstance(phi, str) else (1.0, (phi,))
 
 
 CLIPS: dict[str, tuple[float | None, float | None]] = {

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from flowrl_kernels.core.segments import Segments, group_mean
 from flowrl_kernels.core.types import Anchors, Sequences
-from flowrl_kernels.presets.row import Row
+from flowrl_kernels.presets.row import Row, penalty_of
 
-BOUND = 60.0  # log-ratios are clamped to +-BOUND before exp, and phi goes on straight beyond it
+BOUND = 60.0  # what goes into exp is clamped to +-BOUND; phi goes on straight beyond it
+NEAR = 0.5  # up to here L_alpha is summed as a series, from so many terms to double precision
+TERMS = 13
 
 
 class Terms(NamedTuple):
@@ -33,19 +35,37 @@ class Terms(NamedTuple):
     segments: Segments  # with the tokens that CISPO's mask left
 
 
-def phi(d: Tensor, kind: str) -> Tensor:
-    """The penalty of a residual; beyond +-BOUND it goes on as its tangent, so nothing overflows."""
-    if kind == "square":
-        return d.square()
+def phi(d: Tensor, kind: str | float) -> Tensor:
+    """The penalty of a residual, by its name or its alpha (docs/maths.md, eq. 21)."""
     if kind == "abs":
         return d.abs()
-    c = d.clamp(-BOUND, BOUND)
-    value, slope = {
-        "exp": (c.exp() - c - 1.0, c.exp() - 1.0),
-        "exp_half": (4.0 * (c / 2).exp() - 2.0 * c - 4.0, 2.0 * (c / 2).exp() - 2.0),
-        "cosh": (c.exp() + (-c).exp() - 2.0, c.exp() - (-c).exp()),
-    }[kind]
-    return value + slope.detach() * (d - c)
+    factor, alphas = penalty_of(kind)
+    return sum((factor * l_alpha(d, alpha) for alpha in alphas), torch.zeros_like(d))
+
+
+def l_alpha(d: Tensor, alpha: float) -> Tensor:
+    """(e^(k d) - k d - 1) / k^2 with k = alpha - 1; beyond |k d| = BOUND it goes on as its tangent: nothing overflows.
+
+    (e^u - u - 1) / u^2 loses all digits near 0, where k or d is small; there it is a series.
+    """
+    k = alpha - 1.0
+    if k == 0.0:
+        return 0.5 * d.square()
+    c = d.clamp(-BOUND / abs(k), BOUND / abs(k))
+    u = k * c
+    near = u.abs() < NEAR
+    small, large = torch.where(near, u, 0.0), torch.where(near, 1.0, u)
+    series = torch.ones_like(u)
+    for n in range(TERMS + 1, 2, -1):
+        series = 1.0 + small * series / n
+    value = torch.where(near, 0.5 * c.square() * series, (large.expm1() - large) / k / k)
+    return value + slope_alpha(d, alpha).detach() * (d - c)
+
+
+def slope_alpha(d: Tensor, alpha: float) -> Tensor:
+    """L_alpha'(d) = (e^(k d) - 1) / k."""
+    k = alpha - 1.0
+    return d if k == 0.0 else (k * d).clamp(-BOUND, BOUND).expm1() / k
 
 
 def exp_bounded(log_ratio: Tensor) -> Tensor:

@@ -160,6 +160,9 @@ class AlgorithmConfig:
     """For flowrl: the reward in the residual, normalised in its group, centred in it, or as it came."""
     beta: float | None = None
     """For flowrl: scale of the reward in the residual (inverse temperature of the target); absent: the preset's, 15."""
+    alpha: float | None = None
+    """For flowrl: the residual's penalty L_alpha (0 covers modes, 1 is half the square, 2 seeks them); absent: the
+    preset's, the square."""
     clip: tuple[float, float] | None = None
     """Range of the importance ratio, e.g. [0.8, 1.2]; inf opens a side; absent: the algorithm's own."""
     minibatch_prompts: int = 0

@@ -17,7 +17,7 @@ from flowrl_kernels.core.types import LossOutput
 from flowrl_kernels.logprobs import linear_logprob
 from flowrl_kernels.modules import LinearFlowRLLoss
 from flowrl_kernels.policy_gradient import policy_gradient_loss, value_loss
-from flowrl_kernels.presets import Row, named
+from flowrl_kernels.presets import Row, named, phi_of
 from flowrl_kernels.trainer import algorithms
 from flowrl_kernels.trainer.batches import MicroBatch
 from flowrl_kernels.trainer.config import Config
@@ -51,6 +51,10 @@ def row(config: Config) -> Row:
     chosen = named(a.preset or "paper")
     if (a.clip is not None or a.tis_cap > 0) and a.preset not in ("", "paper"):
         raise ValueError(f"algorithm.clip, algorithm.tis_cap: preset {a.preset!r} sets its own; leave them out")
+    if a.alpha is not None and chosen.phi != "square":
+        raise ValueError(f"algorithm.alpha: preset {a.preset!r} sets its own penalty, {chosen.phi!r}; leave it out")
+    if a.alpha is not None:
+        chosen = dataclasses.replace(chosen, phi=phi_of(a.alpha))
     return chosen if a.beta is None else dataclasses.replace(chosen, beta=a.beta)
 
 
@@ -169,6 +173,8 @@ def flow_loss(config: Config) -> Loss:
     """FlowRL and the squared-residual family: log-probs, residual and gradient in one fused call."""
     a, kind, chosen = config.algorithm, log_z_kind(config), row(config)
     settings: dict[str, Any] = {"beta": chosen.beta, "preset": a.preset or None, "impl": config.parallel.impl}
+    if a.alpha is not None:
+        settings["phi"] = chosen.phi
     if a.clip is not None or a.tis_cap > 0:  # the paper's row with fields of one's own
         settings["preset"] = None
         # without log-probs of an older policy the weight is 1, and the loss takes no clip

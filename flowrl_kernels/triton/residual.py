@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowrl_kernels.core.segments import Segments
 from flowrl_kernels.core.types import METRICS, Anchors, Sequences
-from flowrl_kernels.presets.row import Row
+from flowrl_kernels.presets.row import Row, penalty_of
 from flowrl_kernels.triton.residual_kernels import coupled_kernel, sequence_kernel
 from flowrl_kernels.triton.residual_totals import FIELDS, total_kernel
 
@@ -73,6 +73,10 @@ def sequences(
         return
     slots = logp.shape[1] if cu_seqlens is None else 0
     token = row.level == "token"
+    # one L_alpha goes by alpha - 1, which double precision keeps where a kernel's argument would not
+    phi: str | float = row.phi
+    if phi in ("exp", "exp_half") or not isinstance(phi, str):
+        phi = penalty_of(phi)[1][0] - 1.0
     centre = row.log_z if row.log_z in ("group", "through") and log_z is None and not token else None
     low, high = row.clip
     weighs = old is not None
@@ -91,14 +95,14 @@ def sequences(
             row.tis_cap, row.length_power or None, math.log1p(-row.gate_clip[0]), math.log1p(row.gate_clip[1]),
             drop_low, drop_high, eps,
             TOKEN=token, TOKEN_WEIGHT=token_weight, RATIO=row.ratio if weighs else None,
-            TIS=row.tis if weighs and sampler is not None else None, GATE=row.gate if weighs else None, PHI=row.phi,
+            TIS=row.tis if weighs and sampler is not None else None, GATE=row.gate if weighs else None, PHI=phi,
             COUPLED=coupled, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
         if coupled:
             coupled_kernel[(num,)](
                 logp, anchor, old, reward, log_z, seen, cu_seqlens, groups, divisor, token_divisor, out.record,
                 out.residual, out.dlogp, out.dlog_z, num, slots, row.beta, row.scale, low, high, drop_low, drop_high,
-                eps, TOKEN=token, TOKEN_WEIGHT=token_weight, CENTRE=centre, PHI=row.phi, BLOCK=BLOCK, LANES=LANES,
+                eps, TOKEN=token, TOKEN_WEIGHT=token_weight, CENTRE=centre, PHI=phi, BLOCK=BLOCK, LANES=LANES,
                 num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
 

@@ -52,31 +52,43 @@ def clipped(ratio, low, high):
 
 
 @triton.jit
+def l_alpha(d, K: tl.constexpr):
+    """(e^(K d) - K d - 1) / K^2 and its slope, K = alpha - 1: a series near 0, straight beyond |K d| = BOUND."""
+    if K == 0.0:
+        value = 0.5 * d * d
+        slope = d
+    else:
+        k = tl.full((), K, tl.float64)
+        u = k * d
+        u = tl.where(u > BOUND, BOUND, u)
+        u = tl.where(u < -BOUND, -BOUND, u)
+        c = tl.where(tl.abs(k * d) > BOUND, u / k, d)
+        e = tl.exp(u)
+        series = tl.full(u.shape, 1.0, tl.float64)
+        for i in tl.static_range(12):
+            series = 1.0 + u * series / (14 - i)
+        near = tl.abs(u) < 0.5
+        slope = tl.where(near, c * (1.0 + 0.5 * u * series), (e - 1.0) / k)
+        value = tl.where(near, 0.5 * c * c * series, (e - 1.0 - u) / k / k) + slope * (d - c)
+    return value, slope
+
+
+@triton.jit
 def penalty(d, PHI: tl.constexpr):
-    """phi(d) and phi'(d)."""
+    """phi(d) and phi'(d); PHI is a word, or alpha - 1."""
     if PHI == "square":
         value = d * d
         slope = 2.0 * d
     elif PHI == "abs":
         value = tl.abs(d)
         slope = tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, d))
+    elif PHI == "cosh":
+        value, slope = l_alpha(d, 1.0)
+        other, other_slope = l_alpha(d, -1.0)
+        value += other
+        slope += other_slope
     else:
-        c = tl.where(d > BOUND, BOUND, d)
-        c = tl.where(c < -BOUND, -BOUND, c)
-        if PHI == "exp":
-            e = tl.exp(c)
-            value = e - c - 1.0
-            slope = e - 1.0
-        elif PHI == "exp_half":
-            e = tl.exp(c * 0.5)
-            value = 4.0 * e - 2.0 * c - 4.0
-            slope = 2.0 * e - 2.0
-        else:
-            e = tl.exp(c)
-            f = tl.exp(-c)
-            value = e + f - 2.0
-            slope = e - f
-        value += slope * (d - c)
+        value, slope = l_alpha(d, PHI)
     return value, slope
 
 

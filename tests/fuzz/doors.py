@@ -56,7 +56,8 @@ def flow_settings(d):
     options = {
         "beta": (15.0, 1.0, 0.0, -2.0), "ratio": ("sum", "mean", None), "anchor": ("ref", "old", None),
         "clip": ("paper", "release", (0.8, 1.2), (None, None), (0.0, 1.0), (None, 2), [0.5, None]),
-        "phi": ("square", "exp", "exp_half", "cosh", "abs"), "tis": ("token", "mean", "sequence", None),
+        "phi": ("square", "exp", "exp_half", "cosh", "abs", 0.0, 1, 0.5, 1.0001, -1.0, 3.0),
+        "tis": ("token", "mean", "sequence", None),
         "tis_cap": (2.0, 1.0), "length_normalize": (True, False),
     }  # fmt: skip
     for name, values in options.items():
@@ -209,7 +210,7 @@ def door_residual_loss(d):
         "groups": lambda: d.ids((num,), 3), "log_z": lambda: d.normal((num,), d.of(*FLOATS)),
         "scale": lambda: d.of(1.0, 0.1, None), "center": lambda: d.of("detached", "through"),
         "ratio": lambda: d.of("sum", "mean", None), "clip": lambda: d.of("paper", (0.5, 2.0)),
-        "phi": lambda: d.of("square", "exp", "abs"), "level": lambda: d.of("sequence", "token"),
+        "phi": lambda: d.of("square", "exp", "abs", 0.0, 1.0, 1.3), "level": lambda: d.of("sequence", "token"),
         "normalizer": lambda: normalizers(d, num), "preset": lambda: d.of(*sorted(PRESETS)),
     }  # fmt: skip
     for name, made in options.items():

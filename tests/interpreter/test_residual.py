@@ -123,8 +123,11 @@ def test_nothing_to_learn_from_gives_zeros():
     "fields",
     [
         *({"phi": phi, "scale": 1.0} for phi in ("square", "abs", "exp", "exp_half", "cosh")),
+        *({"phi": alpha, "scale": 1.0} for alpha in (0.0, 1.0, 1.0 + 1e-9, 1.1, 3.0)),
         {"phi": "cosh", "log_z": "through"},
         {"phi": "exp", "level": "token"},
+        {"phi": 0.5, "level": "token"},
+        {"phi": -0.5, "log_z": "through"},
         {"phi": "abs", "log_z": "group", "ratio": "mean"},
     ],
     ids=str,

@@ -156,8 +156,16 @@ def flow(policy, batch, a, temperature):
             weight = min(max(math.exp(float((logp.detach() - r.old).sum())), low), high)
         if a["tis_cap"]:
             weight *= min(math.exp(float((r.old - r.sampler).sum())), a["tis_cap"])
-        total = total + weight * delta**2
+        total = total + weight * penalty(delta, a["alpha"])
     return total / len(batch)
+
+
+def penalty(delta, alpha):
+    """The square; or L_alpha (docs/maths.md, eq. 21)."""
+    if alpha is None:
+        return delta**2
+    k = alpha - 1.0
+    return ((k * delta).exp() - k * delta - 1.0) / k**2
 
 
 def clipped(ratio, advantage, low, high):

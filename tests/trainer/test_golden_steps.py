@@ -52,6 +52,8 @@ CASES = {
     "flowrl tb": ("algorithm.preset tb  algorithm.reward raw  optim.schedule linear", MISSING),
     "flowrl tb, no log Z, filtered": (
         "algorithm.preset tb  algorithm.log_z none  algorithm.filter_groups True  algorithm.beta 2.0", MIXED),
+    "flowrl tb, modes covered": (
+        "algorithm.preset tb  algorithm.reward raw  algorithm.alpha 0.0  optim.schedule linear", MISSING),
     "grpo": ("algorithm.name grpo  algorithm.kl 0.2  algorithm.entropy 0.05", MISSING),
     "grpo, one update": (
         "algorithm.name grpo  algorithm.epochs 1  algorithm.minibatch_prompts 0  algorithm.kl 0.5", MIXED),
