@@ -14,9 +14,11 @@ from flowrl_kernels.core.head import (
     fitting,
     kept_of,
     refuse_reference,
+    sampled_of,
+    stem_of,
     temperature_of,
 )
-from flowrl_kernels.core.types import LogProb
+from flowrl_kernels.core.types import LogProb, Sampled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,6 +42,7 @@ def linear_logprob(
     main_grad: Tensor | None = None,
     kept: tuple[Tensor, Tensor] | None = None,
     vocab_parallel: ProcessGroup | None = None,
+    sampled: Sampled | None = None,
     impl: str = "auto",
 ) -> LogProb:
     """Log-probabilities of `target` under a language-model head, without a [N, V] tensor.
@@ -63,12 +66,17 @@ def linear_logprob(
             L1 error of dlogits (non-target entries, before the tail correction) stays at most epsilon (docs/maths.md).
         report: fp32 [3] on the same device, filled by the backward with (bound reached, share of tiles computed, 1 if
             a bounded one returned to the exact path); (0, 1, 0) at epsilon 0. Refused where no backward would fill it.
+            Beside `sampled` [4]: the bound is NaN, for none is certain, and the last is the relative L2 error of
+            dlogits as estimated from what was kept (0 where all was computed).
         main_grad: fp32 [V, H]; the weight's gradient is added to it and `weight.grad` stays untouched. Refused beside
             a weight that wants no gradient. Under no_grad both are taken and left as they are.
         kept: (ids [K], offsets [N+1]), the token ids a sampler kept per row (top-k, top-p), packed: log-probs are
             renormalised over them, in O(K H). The target counts as kept. Runs in torch on any device, whatever `impl`.
         vocab_parallel: a ProcessGroup over which the rows of `weight` (and `bias`) are split, in rank order. Targets
             are global ids, `hidden` is the same on every rank, and its gradient is summed over the group.
+        sampled: a `Sampled`, for a backward from a random part of the vocabulary whose expectation is the exact one;
+            epsilon stays 0 beside it. A softcap or an entropy gradient makes the backward exact, and the report says
+            so. "chunked" has it.
         impl: "auto", "reference", "chunked", "triton". See `flowrl_kernels.backends()`.
 
     Returns:
@@ -84,8 +92,8 @@ def linear_logprob(
     flat, ids, head, leading = checked_head(
         hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_index, whole=vocab_parallel is None
     )
-    budget = checked_budget(flat, head, epsilon, report, main_grad)
-    chosen = dispatch.resolve("linear_logprob", impl, flat)
+    budget = checked_budget(flat, head, epsilon, report, main_grad, sampled_of(sampled, leading, head))
+    chosen = dispatch.resolve(stem_of(budget), impl, flat)
     if vocab_parallel is not None:
         checks.process_group("vocab_parallel", vocab_parallel)
     exact_only = "kept" if kept is not None else "vocab_parallel"
@@ -94,9 +102,10 @@ def linear_logprob(
             ("epsilon", budget.epsilon > 0.0),
             ("report", report is not None),
             ("main_grad", main_grad is not None),
+            ("sampled", sampled is not None),
         ):
             if given:
-                checks.fail(exact_only, "neither epsilon, report nor main_grad beside it", name)
+                checks.fail(exact_only, "neither epsilon, report, main_grad nor sampled beside it", name)
     if kept is not None:
         if vocab_parallel is not None:
             checks.fail("kept", "no vocab_parallel beside it", "both")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from flowrl_kernels.core import checks, dispatch
-from flowrl_kernels.core.head import checked_budget, checked_head, refuse_reference
+from flowrl_kernels.core.head import checked_budget, checked_head, refuse_reference, sampled_of, stem_of
 from flowrl_kernels.core.passes import one_pass
 from flowrl_kernels.core.settle import Given, check_settings, dials_of, settle
-from flowrl_kernels.core.types import LossOutput, Needs
+from flowrl_kernels.core.types import LossOutput, Needs, Sampled
 from flowrl_kernels.losses import flowrl_loss, run
 from flowrl_kernels.ops import linear_logprob, linear_residual
 
@@ -91,6 +91,7 @@ class LinearFlowRLLoss(FlowRLLoss):
         main_grad: Tensor | None = None,
         report: Tensor | None = None,
         cp_group: ProcessGroup | None = None,
+        sampled: Sampled | None = None,
     ) -> LossOutput:
         """The loss of response positions only.
 
@@ -101,8 +102,8 @@ class LinearFlowRLLoss(FlowRLLoss):
                 any tensor.
             logp_ref, reward, log_z, logp_old, mask, cu_seqlens, groups, normalizer, logp_sampler, cp_group: as in
                 `flowrl_loss`. With cp_group it takes two passes.
-            bias, temperature, logit_scale, softcap, main_grad, report: as in `linear_logprob`; main_grad takes two
-                passes.
+            bias, temperature, logit_scale, softcap, main_grad, report, sampled: as in `linear_logprob`; main_grad and
+                sampled take two passes.
         """
         checks.floating("hidden", hidden)
         ids = checks.integers("target", target, tuple(hidden.shape[:-1]))
@@ -124,11 +125,12 @@ class LinearFlowRLLoss(FlowRLLoss):
         scale = checks.setting("logit_scale", logit_scale)
         cap = None if softcap is None else checks.setting("softcap", softcap)
         flat, ids, head, leading = checked_head(hidden, weight, ids, bias, temperature, scale, cap)
-        budget = checked_budget(flat, head, self.epsilon, report, main_grad)
+        draw = sampled_of(sampled, leading, head)
+        budget = checked_budget(flat, head, self.epsilon, report, main_grad, draw)
         grad = torch.is_grad_enabled()
         need = Needs(*(grad and t is not None and t.requires_grad for t in (flat, head.weight, bias)))
         chosen = dispatch.resolve("linear_residual", impl, flat)
-        plain = budget.epsilon == 0.0 and main_grad is None and cp_group is None
+        plain = budget.epsilon == 0.0 and draw is None and main_grad is None and cp_group is None
         if self.single_pass and plain and any(need) and chosen != "reference":
             plan = one_pass(flat, len(head.weight), settled)
             if plan is not None:
@@ -138,7 +140,7 @@ class LinearFlowRLLoss(FlowRLLoss):
                 if report is not None:  # as an exact backward says
                     report.copy_(report.new_tensor([0.0, 1.0, 0.0]))
                 return out
-        chosen = dispatch.resolve("linear_logprob", impl, flat)
+        chosen = dispatch.resolve(stem_of(budget), impl, flat)
         if chosen == "reference":
             refuse_reference(budget, main_grad)
         logp = linear_logprob.apply(flat, ids, head, -100, False, chosen, budget, main_grad).logp.reshape(leading)

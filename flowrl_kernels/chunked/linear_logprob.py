@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowrl_kernels.chunked import tiles
 from flowrl_kernels.chunked.bounded import bounded_backward
+from flowrl_kernels.chunked.sampled import sampled_backward
 from flowrl_kernels.chunked.tiles import Rows, Sinks
 from flowrl_kernels.core.types import EXACT, TILE, Budget, Head, Needs, Saved, Upstream
 
@@ -45,6 +46,7 @@ def linear_logprob_fwd(
     head: Head,
     entropy: bool,
     stats: bool,
+    order: Tensor | None = None,  # [V] the id at each place; targets are places then
 ) -> Saved:
     """logp [N] (-inf without a target here), log-sum-exp [2, N] as maximum and log of the sum, entropy [N] or [0],
     tile log-sum-exp [ceil(V/128), N] fp16 or [0, 0]; all 0 in skipped rows."""
@@ -74,8 +76,9 @@ def linear_logprob_fwd(
     tile_lse = like.new_empty((num_runs, padded) if stats else (0, 0), dtype=torch.float16)
     with tiles.exact_products():
         for start, stop in tiles.column_tiles(vocab_size, tiles.COLUMNS) if blocks else ():
-            columns = tiles.operand(weight[start:stop])
-            tile_bias = None if bias is None else bias[start:stop]
+            own_columns = slice(start, stop) if order is None else order[start:stop]
+            columns = tiles.operand(weight[own_columns])
+            tile_bias = None if bias is None else bias[own_columns]
             for own, running in zip(blocks, sums):
                 z = tiles.logits_tile(hidden[own], columns, tile_bias, logit_scale, softcap)
                 tiles.divide_by_temperature(z, temperature if temperature.numel() == 1 else temperature[own])
@@ -113,8 +116,9 @@ def linear_logprob_bwd(
     wide_hidden: bool = False,  # hidden's gradient as it was accumulated, not rounded to hidden's dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias; those not needed are None (weight's goes into main_grad if given)."""
-    (grad_logp, grad_entropy), (logp, lse, entropy, tile_lse), (epsilon, report) = grad, saved, budget
+    (grad_logp, grad_entropy), (logp, lse, entropy, tile_lse) = grad, saved
     weight, _, temperature, logit_scale, softcap = head
+    order = None if budget.draw is None else budget.draw.order
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
     dtype, out_dtype = tiles.accumulator_dtype(hidden.dtype), hidden.dtype
     active = (target >= 0) & (grad_logp != 0)
@@ -148,14 +152,22 @@ def linear_logprob_bwd(
     )
     into = Sinks(dhidden, dweight, main_grad if need.weight else None, dbias)
     exact_only = softcap is not None or grad_entropy is not None
-    if epsilon > 0.0 and not exact_only and hidden.shape[0] > 0:
+    done, partial = False, budget.epsilon > 0.0 or budget.draw is not None
+    if partial and not exact_only and hidden.shape[0] > 0:
         stats = tile_lse if rows is None else tile_lse.index_select(1, rows)
-        done = bounded_backward(rows_in, head, stats, budget, into)
-    else:
-        done = False
-        if report is not None:
-            report.copy_(report.new_tensor([0.0, 1.0, float(epsilon > 0.0)]))
+        if budget.draw is not None:
+            ids = budget.draw.rows
+            ids = torch.arange(num_tokens, device=x.device) if ids is None else ids
+            done = sampled_backward(
+                rows_in, head, stats, budget._replace(draw=budget.draw._replace(rows=take(rows, ids)[0])), into
+            )
+        else:
+            done = bounded_backward(rows_in, head, stats, budget, into)
     if not done:
+        budget.tell(0.0, 1.0, partial)
+        if order is not None:  # nothing of it depends on an order
+            ids = torch.nn.functional.pad(order, (0, 1), value=vocab_size)[rows_in.target]
+            rows_in = rows_in._replace(target=ids)
         _exact_backward(rows_in, head, into)
     if inverse is not None:
         dbias = None if dbias is None else dbias.mul_(inverse)

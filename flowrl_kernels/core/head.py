@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.core import checks
+from flowrl_kernels.core.counter import fold
 from flowrl_kernels.core.dispatch import can_look
-from flowrl_kernels.core.types import Budget, Head
+from flowrl_kernels.core.types import Budget, Draw, Head, Sampled
 
 
 class Tokens(NamedTuple):
@@ -71,13 +72,16 @@ def checked_head(
 
 
 def checked_budget(
-    hidden: Tensor, head: Head, epsilon: float, report: Tensor | None, main_grad: Tensor | None
-) -> Budget:
+    hidden: Tensor, head: Head, epsilon: float, report: Tensor | None, main_grad: Tensor | None,
+    draw: Draw | None = None,
+) -> Budget:  # fmt: skip
     """What a backward may leave out, and what it writes, against their contract."""
     epsilon = checks.number("epsilon", epsilon)
     if not 0.0 <= epsilon < 1.0:
         checks.fail("epsilon", "a number in [0, 1)", epsilon)
-    accumulator("report", report, (3,), hidden)
+    if draw is not None and epsilon > 0.0:
+        checks.fail("epsilon", "0 beside sampled, whose error is an expectation and has no bound", epsilon)
+    accumulator("report", report, (3,) if draw is None else (4,), hidden)
     accumulator("main_grad", main_grad, tuple(head.weight.shape), hidden)
     if torch.is_grad_enabled():
         if main_grad is not None and not head.weight.requires_grad:
@@ -85,12 +89,46 @@ def checked_budget(
         trained = any(t is not None and t.requires_grad for t in (hidden, head.weight, head.bias))
         if report is not None and not trained:
             checks.fail("report", "an input that requires a gradient: the backward fills it", "frozen inputs")
-    return Budget(epsilon, report)
+    return Budget(epsilon, report, draw)
+
+
+def sampled_of(sampled: Any, leading: tuple[int, ...], head: Head) -> Draw | None:
+    """A `Sampled` against its contract."""
+    if sampled is None:
+        return None
+    if not isinstance(sampled, Sampled):
+        raise TypeError(f"sampled: wanted a flowrl_kernels.Sampled or None; got {type(sampled).__name__}")
+    share = checks.number("sampled.share", sampled.share)
+    if not 0.0 < share <= 1.0:
+        checks.fail("sampled.share", "a number in (0, 1]", share)
+    draw = sampled.draw
+    if not isinstance(draw, (tuple, list)) or len(draw) == 0:
+        raise TypeError(f"sampled.draw: wanted a tuple of integers such as (seed, step); got {draw!r}")
+    key = fold(checks.integer("sampled.draw", number) for number in draw)
+    rows, order, weight = sampled.rows, sampled.order, head.weight
+    if rows is not None:
+        rows = checks.integers("sampled.rows", rows, leading).reshape(-1).long()
+        checks.same_device("sampled.rows", rows, "hidden", weight)
+    if order is not None:
+        order = checks.integers("sampled.order", order, (len(weight),)).long()
+        checks.same_device("sampled.order", order, "hidden", weight)
+        if can_look(order):
+            if not bool(torch.equal(order.sort().values, torch.arange(len(order), device=order.device))):
+                checks.fail("sampled.order", f"each id in [0, {len(order)}) once", "some more than once, or others")
+    if sampled.group is not None:
+        checks.process_group("sampled.group", sampled.group)
+    return Draw(share, key, rows, order, "" if sampled.group is None else sampled.group.group_name)
+
+
+def stem_of(budget: Budget) -> str:
+    return "linear_logprob" if budget.draw is None else "linear_logprob_sampled"
 
 
 def refuse_reference(budget: Budget, main_grad: Tensor | None) -> None:
-    if budget.epsilon > 0.0 or main_grad is not None or budget.report is not None:
-        raise RuntimeError("impl='reference' is plain autograd: it takes neither epsilon, report nor main_grad")
+    if budget.epsilon > 0.0 or main_grad is not None or budget.report is not None or budget.draw is not None:
+        raise RuntimeError(
+            "impl='reference' is plain autograd: it takes neither epsilon, report, main_grad nor sampled"
+        )
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,9 @@ Axis letters, the same everywhere: ``N`` packed tokens, ``B`` sequences (respons
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 TILE = 128  # columns of the vocabulary that share one entry of the tile statistics
@@ -51,11 +52,51 @@ class Needs(NamedTuple):
     bias: bool
 
 
+class Sampled(NamedTuple):
+    """A backward from a random part of the (row, run of 128 columns) pairs: unbiased, at the cost of the part.
+
+    share: expected share of the pairs that are computed, in (0, 1]. Where that would not be faster, all are.
+    draw: integers that name the draw, such as (run seed, step, update): the same ones give the same draw, under
+        checkpointing and in a retained graph too. New ones at each step, or the errors do not average out.
+    rows: [...] integer ids of the rows, such as sequence * 2^32 + position, over all ranks: what a row draws depends
+        on its id and not on its place. None: its place in this call.
+    order: [V] integer permutation: the token ids in the order in which runs of 128 are cut, such as by falling mean
+        probability on earlier batches. Row results are summed in it, so calls whose log-probs are to be equal to the
+        bit take the same one. None: by id.
+    group: a torch.distributed group over whose ranks the batch is split (each calls once): the same pairs are kept,
+        with the same factors, as on one rank.
+    """
+
+    share: float
+    draw: tuple[int, ...]
+    rows: Tensor | None = None
+    order: Tensor | None = None
+    group: Any = None
+
+
+class Draw(NamedTuple):
+    """`Sampled` as the launchers read it."""
+
+    share: float
+    key: int  # 64 bits
+    rows: Tensor | None = None  # [N] int64
+    order: Tensor | None = None  # [V] int64: the id at each place; targets are places then
+    group: str = ""  # name, "" without
+
+
 class Budget(NamedTuple):
-    """How much softmax mass a backward may leave out, and where it reports what it did."""
+    """How much softmax mass a backward may leave out, by which rule, and where it reports what it did."""
 
     epsilon: float = 0.0
-    report: Tensor | None = None  # [3]
+    report: Tensor | None = None  # [3], [4] beside a draw
+    draw: Draw | None = None
+
+    def tell(self, bound: Tensor | float, share: Tensor | float, fell_back: bool, error: Tensor | float = 0.0) -> None:
+        """Fill the report: a bound that is certain (NaN where none is), the share computed, whether an exact backward
+        took the place of another, and the estimated relative error."""
+        if self.report is not None:
+            facts = (bound, share, float(fell_back), error)[: len(self.report)]
+            self.report.copy_(torch.stack([torch.as_tensor(f, device=self.report.device).double() for f in facts]))
 
 
 EXACT = Budget()

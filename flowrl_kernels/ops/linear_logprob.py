@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowrl_kernels import reference
 from flowrl_kernels.core.dispatch import launchers
-from flowrl_kernels.core.types import EXACT, TILE, Budget, Head, LogProb, Needs, Saved, Upstream
+from flowrl_kernels.core.types import EXACT, TILE, Budget, Draw, Head, LogProb, Needs, Saved, Upstream
 from flowrl_kernels.ops.operator import operator
 
 STEM = "linear_logprob"
@@ -21,6 +21,13 @@ def clean_target(target: Tensor, vocab_size: int, ignore_index: int) -> tuple[Te
     ignored = target == ignore_index
     wrong = ((target < 0) | (target >= vocab_size)) & ~ignored
     return target.masked_fill(ignored, -1).masked_fill(wrong, vocab_size), ignored, wrong
+
+
+def places(target: Tensor, order: Tensor) -> Tensor:
+    """Where the targets stand in the order; those that are no ids stay as they are. [N]"""
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    known = (target >= 0) & (target < len(order))
+    return torch.where(known, inverse[target.clamp(0, len(order) - 1)], target)
 
 
 def finish(logp: Tensor, ignored: Tensor, wrong: Tensor) -> Tensor:
@@ -53,6 +60,11 @@ def linear_logprob(
     report: Tensor | None,  # [3], written by the backward
     main_grad: Tensor | None,  # [V, H], written by the backward
     impl: str,
+    share: float = 0.0,  # above 0: a sampled backward, by the draw that the rest names
+    draw: int = 0,
+    rows: Tensor | None = None,  # [N] int64
+    order: Tensor | None = None,  # [V] int64
+    group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp [N], entropy [N] or [0], lse [2, N], tile statistics [ceil(V/128), N] or [0, 0].
 
@@ -61,12 +73,17 @@ def linear_logprob(
     """
     clean, ignored, wrong = clean_target(target, weight.shape[0], ignore_index)
     head = Head(weight, bias, temperature, logit_scale, softcap)
-    logp, lse, ent, stats = launchers(STEM, impl).linear_logprob_fwd(hidden, clean, head, entropy, epsilon > 0.0)
+    room, partial = launchers(STEM, impl), epsilon > 0.0 or share > 0.0
+    if order is None:
+        logp, lse, ent, stats = room.linear_logprob_fwd(hidden, clean, head, entropy, partial)
+    else:
+        logp, lse, ent, stats = room.linear_logprob_fwd(hidden, places(clean, order), head, entropy, partial, order)
     return finish(logp, ignored, wrong), ent, lse, stats
 
 
 @linear_logprob.register_fake
-def _(hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_index, entropy, epsilon, *_):
+def _(hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_index, entropy, epsilon, report,
+      main_grad, impl, share=0.0, *_, **__):  # fmt: skip
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     runs = (vocab_size + TILE - 1) // TILE
@@ -74,7 +91,7 @@ def _(hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_in
         hidden.new_empty(num_tokens, dtype=dtype),
         hidden.new_empty(num_tokens if entropy else 0, dtype=dtype),
         hidden.new_empty((2, num_tokens), dtype=dtype),
-        hidden.new_empty((runs, num_tokens) if epsilon > 0.0 else (0, 0), dtype=torch.float16),
+        hidden.new_empty((runs, num_tokens) if epsilon > 0.0 or share > 0.0 else (0, 0), dtype=torch.float16),
     )
 
 
@@ -101,13 +118,20 @@ def linear_logprob_bwd(
     need_weight: bool,
     need_bias: bool,
     impl: str,
+    share: float = 0.0,
+    draw: int = 0,
+    rows: Tensor | None = None,  # [N]
+    order: Tensor | None = None,  # [V]
+    group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden [N, H], weight [V, H], bias [V]; [0] where not needed or kept in main_grad."""
     clean, ignored, _ = clean_target(target, weight.shape[0], ignore_index)
     head, saved = Head(weight, bias, temperature, logit_scale, softcap), Saved(logp, lse, ent, stats)
+    clean = clean if order is None else places(clean, order)
+    budget = Budget(epsilon, report, Draw(share, draw, rows, order, group) if share > 0.0 else None)
     dhidden, dweight, dbias = launchers(STEM, impl).linear_logprob_bwd(
         both_upstream(grad_logp, grad_entropy, logp, ignored), hidden, clean, head, saved,
-        Needs(need_hidden, need_weight, need_bias), Budget(epsilon, report), main_grad,
+        Needs(need_hidden, need_weight, need_bias), budget, main_grad,
     )  # fmt: skip
     nothing = hidden.new_empty(0)
     if dbias is not None and bias is not None:
@@ -120,8 +144,8 @@ def linear_logprob_bwd(
 
 
 @linear_logprob_bwd.register_fake
-def _(grad_logp, grad_entropy, hidden, weight, target, bias, temperature, logp, lse, ent, stats, report,
-      main_grad, logit_scale, softcap, ignore_index, epsilon, need_hidden, need_weight, need_bias, impl):  # fmt: skip
+def _(grad_logp, grad_entropy, hidden, weight, target, bias, temperature, logp, lse, ent, stats, report, main_grad,
+      logit_scale, softcap, ignore_index, epsilon, need_hidden, need_weight, need_bias, *_, **__):  # fmt: skip
     def like(tensor: Tensor | None, wanted: bool) -> Tensor:
         return torch.empty_like(tensor) if wanted and tensor is not None else hidden.new_empty(0)
 
@@ -130,11 +154,13 @@ def _(grad_logp, grad_entropy, hidden, weight, target, bias, temperature, logp, 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, target, bias, temperature, *settings = inputs
-    logit_scale, softcap, ignore_index, ctx.entropy, epsilon, report, main_grad, impl = settings
+    logit_scale, softcap, ignore_index, ctx.entropy, epsilon, report, main_grad, impl, *draw = settings
+    share, key, rows, order, group = draw or (0.0, 0, None, None, "")
     logp, ent, lse, stats = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, stats)
-    ctx.save_for_backward(hidden, weight, target, bias, temperature, logp, lse, ent, stats)
+    ctx.save_for_backward(hidden, weight, target, bias, temperature, logp, lse, ent, stats, rows, order)
+    ctx.draw = share, key, group
     # what the backward writes, so no saved value: it may change between forward and backward, and twice
     ctx.written = report, main_grad
     ctx.settings = (logit_scale, softcap, ignore_index, epsilon)
@@ -144,13 +170,15 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple:
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     report, main_grad = ctx.written
-    nothing = (None,) * 13
+    nothing = (None,) * 18
+    *saved, rows, order = ctx.saved_tensors
+    share, key, group = ctx.draw
     grad_entropy = grad_entropy if ctx.entropy else None
     if grad_logp is None and grad_entropy is None:
         return nothing
     dhidden, dweight, dbias = linear_logprob_bwd(
-        grad_logp, grad_entropy, *ctx.saved_tensors, report, main_grad, *ctx.settings,
-        need_hidden, need_weight, need_bias, ctx.impl,
+        grad_logp, grad_entropy, *saved, report, main_grad, *ctx.settings,
+        need_hidden, need_weight, need_bias, ctx.impl, share, key, rows, order, group,
     )  # fmt: skip
     return (
         dhidden if need_hidden else None,
@@ -174,7 +202,7 @@ def apply(
             )
         logp, ent, _, _ = linear_logprob(
             hidden, head.weight, target, head.bias, head.temperature, head.logit_scale, head.softcap, ignore_index,
-            entropy, budget.epsilon, budget.report, main_grad, impl,
+            entropy, budget.epsilon, budget.report, main_grad, impl, *(budget.draw or ()),
         )  # fmt: skip
     return LogProb(logp, ent if entropy else None)
 
