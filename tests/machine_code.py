@@ -43,7 +43,7 @@ class Block(NamedTuple):
 class Work(NamedTuple):
     """One matrix kernel's machine code. Counts are instructions a warp."""
 
-    mma: str  # shape and types of the matrix instruction
+    mma: str  # shape of the matrix instruction and type it adds up in
     mma_a_step: int
     loads_a_step: int  # by tensor descriptor
     in_flight: int  # matrix instruction groups that a step leaves unfinished: 0 is synchronous
@@ -197,7 +197,7 @@ def work(cubin: bytes) -> Work:
     products = [i for i in step if i.opcode.startswith("HGMMA")]
     waits = [int(n, 16) for i in step for n in re.findall(r"^WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)", i.text)]
     return Work(
-        "+".join(sorted({i.opcode for i in products})),
+        "+".join(sorted({i.opcode.removesuffix(".BF16") for i in products})),
         len(products),
         one["UTMALDG"],
         min(waits, default=0),

@@ -72,7 +72,8 @@ def test_one_stage_is_found_in_the_machine_code(kernel, monkeypatch):
     [
         ({"in_flight": 0}, "every step waits for its own products"),
         ({"flattened": False}, "the pipeline drains after every tile"),
-        ({"mma": "HGMMA.64x128x16.F32.BF16"}, "products by HGMMA.64x128x16.F32.BF16 instead of"),
+        ({"mma": "HGMMA.64x128x16.F32"}, "products by HGMMA.64x128x16.F32 instead of"),
+        ({"mma": "HGMMA.64x256x16.F16"}, "mma HGMMA.64x256x16.F16, was HGMMA.64x256x16.F32"),
         ({"mma_a_step": 2}, "mma_a_step 2, was 4"),
         ({"loads_a_step": 0}, "loads_a_step 0, was 2"),
         ({"epilogue": 2000}, "epilogue 2000, at most"),

@@ -14,7 +14,7 @@ from types import ModuleType
 from flowrl_kernels.triton import linear_logprob_kernels
 
 MERGED = re.compile(
-    r"    for step in tl\.range\(0, mine \* tiles_per_split, flatten=True\):\n"
+    r"    for step in tl\.range\(0, mine \* tiles_per_split, flatten=FLATTEN\):\n"
     r"        item = (.*)step // tiles_per_split(.*)\n"
     r"        i_tile = step % tiles_per_split\n"
     r"(.*?)(?=\n\n\n@triton\.jit)",
@@ -41,7 +41,7 @@ def three_loops(text: str) -> str:
     """The forward with a loop of its own over a split's tiles: the bits are the same, nothing can be flattened."""
     return MERGED.sub(
         lambda found: (
-            "    for turn in tl.range(0, mine, flatten=True):\n"
+            "    for turn in tl.range(0, mine, flatten=FLATTEN):\n"
             "        for i_tile in range(tiles_per_split):\n"
             f"            item = {found[1]}turn{found[2]}\n" + textwrap.indent(found[3], "    ")
         ),
@@ -50,4 +50,4 @@ def three_loops(text: str) -> str:
 
 
 def unflattened(text: str) -> str:
-    return text.replace(", flatten=True)", ")")
+    return text.replace(", flatten=FLATTEN)", ")")

@@ -65,6 +65,7 @@ def _options(tile: tiles.Tile, hidden_size: int) -> dict:
         "BLOCK_K": tile.block_k,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        "FLATTEN": tile.flatten,
         "enable_fp_fusion": False,
     }
 
@@ -287,6 +288,8 @@ def _backward_rows(batch: Compact, target: Tensor, head: Head, back: Back, into:
     )  # fmt: skip
     x, w = _operands(rows, weight, tile)
     out = TensorDescriptor.from_tensor(buffer, [tile.block_m, TILE]) if tile.descriptor else buffer
+    # summing the columns for the bias takes what one loop would need of registers and shared memory
+    own = tile._replace(flatten=tile.flatten and dbias is None)
     for begin in range(0, v, columns):
         slab = slice(begin, min(begin + columns, v))
         width = slab.stop - begin
@@ -295,7 +298,7 @@ def _backward_rows(batch: Compact, target: Tensor, head: Head, back: Back, into:
             x, w, bias, count, columns_of, terms, out, part_bias,
             n, v, h, rows.stride(0), weight.stride(0), logit_scale, softcap, tiles.group_rows(h, itemsize, tile),
             begin, slab.stop, columns, padded,
-            ENTROPY=grad_entropy is not None, BIAS=dbias is not None, **_options(tile, h),
+            ENTROPY=grad_entropy is not None, BIAS=dbias is not None, **_options(own, h),
         )  # fmt: skip
         dz = buffer[:, :width]  # [N, width]
         if dbias is not None:

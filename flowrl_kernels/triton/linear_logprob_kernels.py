@@ -61,19 +61,21 @@ def _absorb(
     # against the tile's own maximum, so that its mass is known however small it is beside the row's
     if not EVEN_V:
         z = tl.where((i_col < V)[None, :], z, float("-inf"))
-    t_max = tl.max(z, 1)
+    # the last split may end before its last tile: no mass there, and nothing is stored
+    inside = i_col0 < V
+    t_max = tl.where(inside, tl.max(z, 1), float("-inf"))
     t_ref = tl.where(t_max == float("-inf"), 0.0, t_max * LOG2E)
     d = tl.fma(z, LOG2E, -t_ref[:, None])
     e = tl.exp2(d)
-    t_sum = tl.sum(e, 1)
+    t_sum = tl.where(inside, tl.sum(e, 1), 0.0)
     t_dot = t_sum
     if ENTROPY:
-        t_dot = tl.sum(tl.maximum(d, -200.0) * e, 1)  # e is 0 there: keeps 0 * -inf out
+        t_dot = tl.where(inside, tl.sum(tl.maximum(d, -200.0) * e, 1), 0.0)  # e is 0 there: keeps 0 * -inf out
     if STATS:
         lse = tl.fma(tl.log2(t_sum), LN2, t_max)
         # covers the rounding of the fp32 logits; then up to fp16: an upper bound
         lse += (tl.abs(t_ref) + 1.0) * 3.8e-6
-        live = i_row < num_live
+        live = (i_row < num_live) & inside
         source = tl.load(order + i_row, mask=live, other=0)
         tl.store(tile_lse + (i_col0 // TILE).to(tl.int64) * N + source, round_up_fp16(lse), mask=live)
 
@@ -90,7 +92,7 @@ def _absorb(
     b_sum = tl.fma(b_sum, scale, t_sum * t_scale)
     if logits is not None:
         _store_logits(
-            z, logits, i_row, num_live, i_col0, stride_logits, DESCRIPTOR, STORE, BLOCK_M, TILE
+            z, logits, i_row, tl.where(inside, num_live, 0), i_col0, stride_logits, DESCRIPTOR, STORE, BLOCK_M, TILE
         )  # fmt: skip
     return new_max, b_sum, b_dot, b_logit
 
@@ -132,6 +134,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     num_live = tl.load(count).to(tl.int32)
     num_row_blocks = tl.cdiv(num_live, BLOCK_M)
@@ -142,7 +145,7 @@ def forward_kernel(
     b_dot = tl.zeros((BLOCK_M,), tl.float32)
     b_logit = tl.zeros((BLOCK_M,), tl.float32)
     # items and their tiles in one loop, and that one with the product's: Triton flattens two levels and no third
-    for step in tl.range(0, mine * tiles_per_split, flatten=True):
+    for step in tl.range(0, mine * tiles_per_split, flatten=FLATTEN):
         item = tl.program_id(0) + step // tiles_per_split * tl.num_programs(0)
         i_tile = step % tiles_per_split
         i_block, i_split = raster(item, num_row_blocks, num_splits, group_rows)
@@ -164,12 +167,11 @@ def forward_kernel(
         b_logit = tl.where(fresh, 0.0, b_logit)
         if BLOCK_N == 2 * TILE:
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, TILE)), (0, 2, 1)))
-            if col0 < V:  # the last split may end before its last tile
-                b_max, b_sum, b_dot, b_logit = _absorb(
-                    left, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live, col0,
-                    N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V,
-                    DESCRIPTOR, STORE, BLOCK_M, TILE,
-                )  # fmt: skip
+            b_max, b_sum, b_dot, b_logit = _absorb(
+                left, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live, col0,
+                N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V,
+                DESCRIPTOR, STORE, BLOCK_M, TILE,
+            )  # fmt: skip
             if col0 + TILE < V:
                 b_max, b_sum, b_dot, b_logit = _absorb(
                     right, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live,
@@ -178,12 +180,11 @@ def forward_kernel(
                 )  # fmt: skip
         else:
             tl.static_assert(BLOCK_N == TILE)
-            if col0 < V:
-                b_max, b_sum, b_dot, b_logit = _absorb(
-                    acc, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live, col0,
-                    N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V,
-                    DESCRIPTOR, STORE, BLOCK_M, TILE,
-                )  # fmt: skip
+            b_max, b_sum, b_dot, b_logit = _absorb(
+                acc, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live, col0,
+                N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V,
+                DESCRIPTOR, STORE, BLOCK_M, TILE,
+            )  # fmt: skip
 
         # masked, not behind a branch: one that does nothing but store keeps the loops from being flattened
         last = tl.minimum(first + tiles_per_split, num_tiles)
@@ -365,15 +366,17 @@ def dlogits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     """dz of one slab of the vocabulary; rows that take no part get 0, columns past the slab anything."""
     num_row_blocks = tl.cdiv(tl.minimum(tl.load(count).to(tl.int32), N), BLOCK_M)  # N may be a part of the rows
     num_tiles = tl.cdiv(col_end - col_begin, BLOCK_N)
-    for item in tl.range(tl.program_id(0), num_row_blocks * num_tiles, tl.num_programs(0), flatten=True):
+    for item in tl.range(tl.program_id(0), num_row_blocks * num_tiles, tl.num_programs(0), flatten=FLATTEN):
         i_block, i_tile = raster(item, num_row_blocks, num_tiles, group_rows)
         i_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
         col0 = col_begin + i_tile * BLOCK_N
-        if softcap is None:  # ahead of the product, whose steps hide it; with a soft-cap there are no registers for it
+        # ahead of the product, where its steps are in the same loop and hide them, and registers are left
+        if FLATTEN and softcap is None:
             b_target, b_max, b_factor, b_at_target, b_p, b_entropy = _row_terms(
                 columns, terms, i_row, stride_terms, ENTROPY
             )  # fmt: skip
@@ -381,7 +384,7 @@ def dlogits_kernel(
             x, w, i_block * BLOCK_M, col0, N, V, H, stride_x, stride_w,
             False, DESCRIPTOR, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        if softcap is not None:
+        if not FLATTEN or softcap is not None:
             b_target, b_max, b_factor, b_at_target, b_p, b_entropy = _row_terms(
                 columns, terms, i_row, stride_terms, ENTROPY
             )  # fmt: skip

@@ -6,10 +6,11 @@ they meet the others and where a split of the vocabulary ends, `block_m` how man
 of them makes log-probs of one machine differ from those of another version, and old ones from new ones, so
 `benchmarks/tune.py` times other blocks apart, for a revision of this file, and adopts none.
 
-What changes no bit (the pipeline's stages, programs per multiprocessor, and the raster: how many row blocks walk the
-vocabulary together) may come from tiles.json, a table that `python -m benchmarks.tune --adopt` writes from timings on
-hardware. Where it has no row for an architecture, dtype and hidden size, the values here are used. The compile matrix
-(docs/compile_matrix.md) shows registers, spills and shared memory of every entry in this file.
+What changes no bit (the pipeline's stages, programs per multiprocessor, the raster: how many row blocks walk the
+vocabulary together, and whether tiles follow each other in one loop) may come from tiles.json, a table that
+`python -m benchmarks.tune --adopt` writes from timings on hardware. Where it has no row for an architecture, dtype and
+hidden size, the values here are used. The compile matrix (docs/compile_matrix.md) shows registers, spills and shared
+memory of every entry in this file; what the loops hold on sm_90 is kept to budgets (tests/machine_code.json).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ FREE: dict[str, tuple[type, float, float]] = {
     "num_stages": (int, 1, 8),
     "programs_per_sm": (int, 1, 8),
     "raster": (float, 0.05, 64.0),
+    "flatten": (bool, 0, 1),
 }
 KEY: dict[str, type] = {"arch": str, "dtype": str, "h": int}
 
@@ -45,13 +47,14 @@ class Tile(NamedTuple):
     programs_per_sm: int
     descriptor: bool  # host-side tensor descriptors where the strides allow
     raster: float = 1.0  # times the row blocks that walk the vocabulary together
+    flatten: bool = False  # tiles and the steps of their products in one loop: no gap between tiles, more registers
 
 
 # 16-bit inputs with 16-byte rows; sm_89 and sm_120 have 99 KB of shared memory, gfx942 64 KB
 _HALF = {
     "sm_80": Tile(128, 128, 64, 8, 4, 1, False),
     "sm_89": Tile(128, 128, 32, 8, 3, 1, False),
-    "sm_90": Tile(128, 256, 64, 8, 4, 1, True),
+    "sm_90": Tile(128, 256, 64, 8, 4, 1, True, flatten=True),
     "sm_100": Tile(128, 256, 64, 8, 4, 1, True),
     "sm_120": Tile(128, 128, 32, 8, 4, 1, True),
     "gfx942": Tile(128, 128, 64, 8, 2, 1, False),
@@ -95,7 +98,10 @@ def read_table(path: Path) -> dict[tuple[str, str, int], dict[str, float]]:
             if name not in FREE:
                 fail(f"{where}, {name}", f"only {', '.join(FREE)}: anything else could change bits of logp", value)
             kind, least, most = FREE[name]
-            if isinstance(value, bool) or not isinstance(value, (kind, int)) or not least <= value <= most:
+            if kind is bool:
+                if not isinstance(value, bool):
+                    fail(f"{where}, {name}", "true or false", value)
+            elif isinstance(value, bool) or not isinstance(value, (kind, int)) or not least <= value <= most:
                 fail(f"{where}, {name}", f"a number ({kind.__name__}) from {least} to {most}", value)
         table[key] = settings
     return table
