@@ -148,7 +148,7 @@ def test_a_candidate_reaches_the_launchers_and_leaves_them_as_they_were():
 
 
 def test_a_split_ends_with_its_tiles_and_no_setting_of_the_table_moves_it(monkeypatch):
-    for vocab in (5, 257, 2500, 49152, 128256, 151936, 262144, 1 << 20):
+    for vocab in (5, 257, 2500, 49152, 128256, 151936, 262144, 1 << 23):
         for arch in tiles.ARCHS:
             count, length = tiles.splits(arch, 2048, vocab, 256)
             covered = -(-vocab // 256)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks import doubts
 from flowrl_kernels.core.types import Budget, Head, Needs, Saved, Upstream
 from flowrl_kernels.reference.linear_logprob import linear_logprob as reference
 from flowrl_kernels.testing import assert_grad_close, oracle, peaked_inputs, poisoned_memory
@@ -341,3 +342,9 @@ def test_splits_of_any_length_agree_within_rounding(dtype, per_split, monkeypatc
     assert (out[3].double() >= torch.stack([
         torch.logsumexp(z, -1) for z in (hidden.double() @ weight.double().T).split(128, 1)
     ])).all()  # fmt: skip
+
+
+def test_what_a_gpu_is_asked_first_is_right_here():
+    asked = doubts.one_loop("cpu", 40, 32, 700)
+    assert asked["right"]
+    assert asked["logp_error"] > 0
