@@ -143,10 +143,11 @@ def list_tile(arch: str, tile: Tile) -> Tile:
 def logits_store(arch: str, tile: Tile) -> tuple[Tile, int]:
     """What the forward of `tile` becomes where it also stores its logits by descriptor, and the columns at a time.
 
-    They are staged in shared memory, which must hold them beside the pipeline; half a tile at a time does that, but
-    would take sm_100 through a second register layout and spill. Stages change no bit.
+    They are staged in shared memory, which must hold them beside the pipeline: with three stages a whole tile of 128
+    columns, whose store is under way while the next one is made, where half a tile would wait for the half before it
+    (and take sm_100 through a second register layout, and spill). Stages change no bit.
     """
-    if arch == "sm_100":
+    if arch in ("sm_90", "sm_100"):
         return tile._replace(num_stages=min(tile.num_stages, 3)), TILE
     return tile._replace(num_stages=min(tile.num_stages, 4)), TILE // 2
 
