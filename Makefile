@@ -122,6 +122,7 @@ bench: setup  ## time, memory and error on this machine, beside the peers it has
 
 bench-report: setup  ## pages and pictures of the benchmarks, from committed JSON only
 	$(PY) -m benchmarks report
+	$(PY) -m benchmarks.model --write
 
 matrix: setup  ## every kernel for every architecture, compiled without a GPU; rewrites the committed table
 	$(PY) -m tests.compile_matrix --write

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # What only a GPU can prove, each mode in under nine minutes (docs/benchmarks/running.md has what each part takes):
-#   benchmarks/gpu_check.sh check OUTDIR   gpu-marked tests, then compute-sanitizer on the `sanitize` ones
+#   benchmarks/gpu_check.sh check OUTDIR   what reading left in doubt about this torch and triton, gpu-marked tests, then
+#                                          compute-sanitizer on the `sanitize` ones
 #   benchmarks/gpu_check.sh bench OUTDIR   the real shapes: the bars first, then every peer that is installed
-#   benchmarks/gpu_check.sh tune  OUTDIR   times the free settings of the kernels' tile table, the bounded backward's
-#                                          tile width and the single pass's chunk
+#   benchmarks/gpu_check.sh tune  OUTDIR   times one loop or two, stages, raster and the length of a split in the matrix
+#                                          kernels, the bounded backward's tile width and the single pass's chunk
+# In this order: check first, which says what the others may be trusted for.
 # Writes JSON and logs under OUTDIR. Exit 2: there is no GPU, and it says what was not proved.
 # PYTHON= chooses the interpreter (python3), LIMIT= the seconds, COMMIT= what to call a copy without git. Nothing is
 # installed, no setting of the card touched; where nvcc is there, the CUDA library is built in place.
@@ -103,7 +105,10 @@ if [[ $mode == bench ]]; then
   run peers --case qwen2.5-7b-8k --case llama-3.1-8b-8k --repeats 7 --seconds 20 "${ours[@]}" \
     --impl eager-fp32-head --impl torch.compile --impl F.linear_cross_entropy --impl F.linear_cross_entropy-chunked \
     --impl F.linear_cross_entropy-mean --impl liger-flce --impl liger-scaled-ce --impl liger-chunked-grpo --impl cce \
-    --impl cce-exact --impl trl-chunked --impl verl-triton --impl verl-torch --impl quack --impl quack-scaled-exp
+    --impl cce-exact --impl trl-chunked --impl verl-triton --impl verl-torch --impl quack --impl quack-scaled-exp \
+    --impl rl-kernel-triton --impl rl-kernel-cuda
+  run peers-logits --case logprob-8k --repeats 7 --seconds 5 --impl ours-triton --impl torch.compile \
+    --impl rl-kernel-logp-triton --impl rl-kernel-logp-cuda
   run options --case qwen2.5-7b-8k-entropy --case qwen2.5-7b-8k-frozen --case qwen2.5-1.5b-8k --case qwen2.5-32b-8k \
     --repeats 5 --seconds 5 "${ours[@]}"
   run scaling --case 'qwen2.5-7b-*-scaling' --repeats 5 --seconds 8 "${ours[@]}" \
@@ -116,6 +121,8 @@ fi
 
 # check: only the files that hold such tests, so that one that lacks a package elsewhere stops nothing; several workers
 # compile at once, and a kernel that breaks its process's context takes only that worker's tests with it
+within 90 "$python" -m benchmarks.doubts --out "$out/doubts.json" 2>&1 | tee "$out/doubts.log"
+doubts=${PIPESTATUS[0]}
 build_csrc
 mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.(gpu|sanitize)' tests)
 workers=()
@@ -143,6 +150,6 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "compute-sanitizer is not on the path: NOT PROVED: memcheck, racecheck"
 fi
-printf '{"kind": "check", "gpu": true, "gpu_tests_exit": %s, "memcheck": "%s", "racecheck": "%s", "seconds": %s}\n' \
-  "$tests" "$memcheck" "$racecheck" "$((SECONDS - begin))" | tee "$out/check.json"
-[[ $tests == 0 && $memcheck == "exit 0" && $racecheck == "exit 0" ]]
+printf '{"kind": "check", "gpu": true, "doubts_exit": %s, "gpu_tests_exit": %s, "memcheck": "%s", "racecheck": "%s", "seconds": %s}\n' \
+  "$doubts" "$tests" "$memcheck" "$racecheck" "$((SECONDS - begin))" | tee "$out/check.json"
+[[ $doubts == 0 && $tests == 0 && $memcheck == "exit 0" && $racecheck == "exit 0" ]]

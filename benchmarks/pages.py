@@ -13,7 +13,8 @@ from benchmarks.report import BEGIN, END
 PER_TOKEN = (
     "ours-triton", "ours-chunked", "ours-triton-bounded", "ours-chunked-bounded", "eager", "eager-fp32-head",
     "torch.compile", "F.linear_cross_entropy", "F.linear_cross_entropy-chunked", "trl-chunked", "liger-scaled-ce",
-    "cce", "cce-exact", "verl-triton", "verl-torch", "ours-triton-loss", "ours-chunked-loss",
+    "cce", "cce-exact", "verl-triton", "verl-torch", "rl-kernel-triton", "rl-kernel-cuda",
+    "rl-kernel-logp-triton", "rl-kernel-logp-cuda", "ours-triton-loss", "ours-chunked-loss",
     "ours-triton-loss-single-pass", "ours-chunked-loss-single-pass", "eager-loss",
 )  # fmt: skip
 NOTHING = "No results are committed yet."

@@ -3,11 +3,13 @@
     python -m benchmarks.tune --out FILE      # time every candidate on the real heads: minutes, needs a GPU
     python -m benchmarks.tune --adopt FILE    # write its best rows into flowrl_kernels/triton/tiles.json: needs none
 
-Free are the pipeline stages, the programs per multiprocessor and the raster (how many row blocks walk the vocabulary
-together): none of them changes a bit of the result, which is checked here for every candidate. Block sizes and warps
-fix the order of the reductions, so they are fixed by contract (flowrl_kernels/triton/tiles.py); candidates for them
-are timed apart, marked with whether they kept the bits, for whoever revises that file. They are never adopted.
-Last come the choices of the bounded backward and of the single pass (benchmarks/tune_steps.py), not adopted either.
+Free are the pipeline stages, the programs per multiprocessor, the raster (how many row blocks walk the vocabulary
+together) and whether tiles and the steps of their products are one loop: none of them changes a bit of the result,
+which is checked here for every candidate. Block sizes, warps and the length of a split fix the order of the reductions,
+so they are fixed by contract (flowrl_kernels/triton/tiles.py); candidates for them are timed apart, marked with whether
+they kept the bits, for whoever revises that file. They are never adopted. What should matter most by the machine code
+comes first: one loop or two, stages, the length of a split. Last come the choices of the bounded backward and of the
+single pass (benchmarks/tune_steps.py), not adopted either.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import datetime
 import itertools
 import json
+import math
 import time
 from pathlib import Path
 
@@ -26,8 +29,9 @@ from benchmarks.cases import HEADS
 
 GAIN = 0.01  # a row is adopted for a median at least this much shorter than the table's own
 
-FREE = ("num_stages", "programs_per_sm", "raster")
-STAGES, PROGRAMS, RASTERS = (2, 3, 4, 5), (1, 2), (0.5, 1.0, 2.0)
+FREE = ("num_stages", "programs_per_sm", "raster", "flatten")
+STAGES, FLATTENED, RASTERS = (2, 3, 4), (True, False), (0.5, 1.0, 2.0)
+SPLITS = (1, 2, 3, 4, 6, 9, 16)  # tiles each
 BLOCKS = (
     (128, 256, 64, 8),
     (128, 128, 64, 4),
@@ -44,24 +48,40 @@ class Overrides:
     def __init__(self):
         from flowrl_kernels.triton import tiles
 
-        self.tiles, self.tile_for, self.change = tiles, tiles.tile_for, {}
+        self.tiles, self.tile_for, self.splits, self.change = tiles, tiles.tile_for, tiles.splits, {}
 
     def __enter__(self):
-        self.tiles.tile_for = lambda *a: self.tile_for(*a)._replace(**self.change)
+        def tile_for(*given):
+            return self.tile_for(*given)._replace(**{k: v for k, v in self.change.items() if k != "tiles_a_split"})
+
+        def splits(arch, hidden, vocab, block_n):
+            per_split = self.change.get("tiles_a_split")
+            if per_split is None:
+                return self.splits(arch, hidden, vocab, block_n)
+            return math.ceil(math.ceil(vocab / block_n) / per_split), per_split
+
+        self.tiles.tile_for, self.tiles.splits = tile_for, splits
         return self
 
     def __exit__(self, *_):
-        self.tiles.tile_for = self.tile_for
+        self.tiles.tile_for, self.tiles.splits = self.tile_for, self.splits
 
 
 def candidates(tile) -> list[tuple[str, dict]]:
-    """(kind, change of the tile): the table's own entry first, then free ones, then other blocks."""
+    """(kind, change): the table's own entry first, then free ones, then other splits, then other blocks."""
     made: list[tuple[str, dict]] = [("table", {})]
-    for stages, programs, raster in itertools.product(STAGES, PROGRAMS, RASTERS):
-        made.append(("free", {"num_stages": stages, "programs_per_sm": programs, "raster": raster}))
+    for flatten, stages in itertools.product(FLATTENED, STAGES):
+        made.append(("free", {"flatten": flatten, "num_stages": stages}))
+    made += [("free", {"raster": raster}) for raster in RASTERS]
+    made.append(("free", {"programs_per_sm": 2, "num_stages": 2}))
+    made += [("splits", {"tiles_a_split": per_split}) for per_split in SPLITS]
     for m, n, k, warps in BLOCKS:
         made.append(("blocks", {"block_m": m, "block_n": n, "block_k": k, "num_warps": warps}))
-    return made[:1] + [(kind, change) for kind, change in made[1:] if tile._replace(**change) != tile]
+
+    def differs(change: dict) -> bool:
+        return "tiles_a_split" in change or tile._replace(**change) != tile
+
+    return made[:1] + [(kind, change) for kind, change in made[1:] if differs(change)]
 
 
 def tune_head(name: str, tokens: int, dtype: torch.dtype, repeats: int, deadline: float) -> dict:
@@ -90,7 +110,10 @@ def tune_head(name: str, tokens: int, dtype: torch.dtype, repeats: int, deadline
             if time.monotonic() > deadline:
                 break
             overrides.change = change
-            entry = {"kind": kind, **own._replace(**change)._asdict()}
+            block_n = change.get("block_n", own.block_n)
+            _, per_split = tiles.splits(arch, h, v, block_n)
+            blocks = {name: value for name, value in change.items() if name != "tiles_a_split"}
+            entry = {"kind": kind, **own._replace(**blocks)._asdict(), "tiles_a_split": per_split}
             try:
                 got = run()[:2]
                 entry["same_bits"] = all(torch.equal(a, b) for a, b in zip(got, expected))
@@ -102,7 +125,7 @@ def tune_head(name: str, tokens: int, dtype: torch.dtype, repeats: int, deadline
             except Exception as error:  # too much shared memory, say: a candidate that does not exist here
                 entry["error"] = f"{type(error).__name__}: {str(error)[:200]}"
             made.append(entry)
-    fit = [e for e in made if "median_ms" in e and e["kind"] != "blocks" and e["same_bits"]]
+    fit = [e for e in made if "median_ms" in e and e["kind"] in ("table", "free") and e["same_bits"]]
     return {
         "head": name, "tokens": tokens, "h": h, "v": v, "dtype": str(dtype).removeprefix("torch."), "arch": arch,
         "best": min(fit, key=lambda e: e["median_ms"], default=None), "candidates": made,
@@ -186,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
         best = record["best"]
         print(f"best {best['median_ms']:.2f} ms, {best['tflops']:.0f} TFLOP/s with {best}" if best else "nothing ran")
         for entry in record["candidates"]:
-            if entry["kind"] != "blocks" and entry.get("same_bits") is False:
+            if entry["kind"] in ("table", "free") and entry.get("same_bits") is False:
                 print(f"  WRONG: changed the bits: {entry}")
     last = time.monotonic() + 60 * given.step_minutes
     rl, loss = tune_steps.cases(given.tokens)

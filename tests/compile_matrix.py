@@ -29,6 +29,8 @@ from triton.runtime.jit import JITFunction
 from flowrl_kernels.core.segments import Segments
 from flowrl_kernels.core.types import Anchors, Budget, Chunks, Head, Needs, Saved, Sequences, Upstream
 from flowrl_kernels.triton import tiles
+from tests import machine_code
+from tests.machine_code import Work
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -75,10 +77,7 @@ class Entry(NamedTuple):
     tma: bool
     tf32: bool
     seconds: float = 0.0
-
-
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+    work: Work | None = None  # of a matrix kernel of 16-bit inputs on sm_90
 
 
 def _nvidia(kernel) -> tuple[int, int, str]:
@@ -87,7 +86,7 @@ def _nvidia(kernel) -> tuple[int, int, str]:
         file.flush()
 
         def dump(what: str) -> str:
-            command = [_tool("cuobjdump"), f"--dump-{what}", file.name]
+            command = [machine_code.tool("cuobjdump"), f"--dump-{what}", file.name]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage = dump("resource-usage")
@@ -116,9 +115,11 @@ def describe(kernel, name: str, case: str, dtype: str, arch: str, seconds: float
     }
     mma = "+".join(label for label, pattern in patterns.items() if re.search(pattern, text))
     tma = "cp.async.bulk.tensor" in text
+    read = arch == "sm_90" and "wgmma" in mma and name in (FORWARD, DLOGITS, *BOUNDED)
     return Entry(
-        name, case, dtype, arch, registers, spills, kernel.metadata.shared, mma, tma, "tf32" in text, round(seconds, 1)
-    )
+        name, case, dtype, arch, registers, spills, kernel.metadata.shared, mma, tma, "tf32" in text,
+        round(seconds, 1), machine_code.work(kernel.asm["cubin"]) if read else None,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -261,6 +262,10 @@ QUICK = [
     ("residual, groups", "bf16", None),
     ("plain", "fp32", FORWARD),
 ]
+# what the machine code's budgets are kept for, on sm_90, and on top of QUICK compiled for it: the forward and the
+# backward as most calls take them
+BUDGETED = ("plain", "stats", "entropy+stats", "softcap", "single pass", "bounded")
+PLAIN = ("plain", "bf16", None)
 
 
 def compile_case(
@@ -287,6 +292,11 @@ def faults(entry: Entry, spills: int = 0) -> list[str]:
             found.append(f"no {wanted} (found {entry.mma or 'none'})")
         if entry.arch in ("sm_90", "sm_100", "sm_120") and not entry.case.endswith("odd H") and not entry.tma:
             found.append("no loads by tensor descriptor")
+    if entry.work is not None and not entry.case.endswith("odd H"):
+        found += machine_code.faults(
+            entry.work, entry.kernel, entry.case,
+            entry.kernel == FORWARD or (entry.kernel == DLOGITS and entry.case != "bias"),
+        )  # fmt: skip
     return found
 
 
@@ -315,9 +325,9 @@ def load() -> dict[str, list[Entry]]:
 def save(table: dict[str, list[Entry]]) -> None:
     lines = []
     for version in sorted(table):
-        rows = ",\n".join("   " + json.dumps(list(entry[:-1])) for entry in table[version])
+        rows = ",\n".join("   " + json.dumps(list(entry[:-2])) for entry in table[version])
         lines.append(f'  "{version}": [\n{rows}\n  ]')
-    fields = json.dumps(list(Entry._fields[:-1]))
+    fields = json.dumps(list(Entry._fields[:-2]))
     JSON.write_text('{\n "fields": ' + fields + ',\n "triton": {\n' + ",\n".join(lines) + "\n }\n}\n")
     TABLE.write_text(markdown(table))
 
@@ -325,7 +335,7 @@ def save(table: dict[str, list[Entry]]) -> None:
 PINNED = "3.7.1"
 # versions, and architectures of the pinned one, compiled before the kernels last changed: after --write, edit by hand
 OLDER_VERSIONS = ("3.6.0", "3.9.0")
-OLDER_ARCHS: tuple[str, ...] = ()
+OLDER_ARCHS: tuple[str, ...] = ("sm_80", "sm_100", "sm_120", "gfx942")
 
 
 def _filled(text: str) -> str:
@@ -414,8 +424,18 @@ def main() -> None:
     parser.add_argument(
         "--write", action="store_true", help="replace this triton version's part of the committed table"
     )
+    parser.add_argument(
+        "--budget", action="store_true", help="only sm_90, bf16: replace the committed budgets of its machine code"
+    )
     options = parser.parse_args()
     start = time.perf_counter()
+    if options.budget:
+        seen: set[str] = set()
+        made = [e for case in BUDGETED for e in compile_case(case, "bf16", "sm_90", None, seen) if e.work is not None]
+        machine_code.save({(e.kernel, e.case): e.work for e in made if e.work is not None})
+        for e in made:
+            print(e.kernel, e.case, e.work, *faults(e), sep="\n  ")
+        return
     entries = everything(options.arch, options.case)
     print(f"triton {triton.__version__}: {len(entries)} kernels in {time.perf_counter() - start:.0f} s")
     if options.write:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.machinery
 import itertools
 import json
 import os
@@ -10,15 +11,16 @@ import re
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import inputs, measure, oracle, pages, plots, report, run
+from benchmarks import doubts, inputs, measure, oracle, pages, plots, report, run
 from benchmarks.cases import CASES, Case, choose
-from benchmarks.peers import Outcome, Peer, always, load
+from benchmarks.peers import Outcome, Peer, always, load, rl_kernel
 from benchmarks.peers.eager import forward as eager_forward
 from flowrl_kernels import testing
 
@@ -228,7 +230,16 @@ def test_a_bounded_step_reports_its_bound_and_its_errors():
 
 def test_every_adapter_answers_for_itself_on_a_machine_without_a_gpu():
     peers = load()
-    for name in ("ours-triton", "liger-flce", "liger-scaled-ce", "cce", "trl-chunked", "verl-triton", "quack"):
+    for name in (
+        "ours-triton",
+        "liger-flce",
+        "liger-scaled-ce",
+        "cce",
+        "trl-chunked",
+        "verl-triton",
+        "quack",
+        "rl-kernel-cuda",
+    ):
         here, reason = peers[name].usable("cpu")
         assert isinstance(here, bool)
         assert reason, name
@@ -465,6 +476,44 @@ def test_gpu_check_leaves_what_broke_the_gpu_out_of_a_second_try(tmp_path):
     assert made.stdout.count("lost the GPU to cce") == 2  # peers, scaling
     said = json.loads((tmp_path / "bench.json").read_text())
     assert {said[tag] for tag in ("exact", "bounded", "precision", "peers", "scaling")} == {"exit 0"}
+
+
+def test_what_reading_left_in_doubt_is_asked_first_and_says_so_without_a_gpu(tmp_path, capsys):
+    text = (ROOT / "benchmarks" / "gpu_check.sh").read_text()
+    assert text.index("benchmarks.doubts") < text.index("-m gpu")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert doubts.main(["--out", str(tmp_path / "doubts.json")]) == 2
+    assert "NOT PROVED" in capsys.readouterr().out
+    pytest.importorskip("triton", reason="triton is not installed")
+    asked = doubts.sums_in_place("cpu")  # the same question to another device
+    assert asked["right"]
+    assert set(asked["relative_error"]) == {"bfloat16", "float16"}
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("name", ["rl-kernel-triton", "rl-kernel-logp-triton"])
+def test_rl_kernel_is_found_in_the_place_it_had_and_in_the_one_it_has(name, moved, monkeypatch):
+    stem, kind = ("batch_invariant_logp", "BatchInvariantLogp") if "-logp-" in name else ("linear_logp", "LinearLogp")
+    room = rl_kernel.TRITON[0 if moved else 1]
+    module = types.ModuleType(f"{room}.{stem}")
+    operator = type(f"Triton{kind}Op", (), {"__call__": lambda self, *given, **_: given[0].sum(-1)})
+    setattr(module, operator.__name__, operator)
+    parts = room.split(".")
+    for end in range(1, len(parts) + 1):
+        package = types.ModuleType(".".join(parts[:end]))
+        package.__path__ = []
+        package.__spec__ = importlib.machinery.ModuleSpec(package.__name__, None, is_package=True)
+        monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    rl_kernel._operator.cache_clear()
+    peer = load()[name]
+    assert peer.usable("cpu") == (False, "RL-Kernel (no version) is installed; its kernels need a CUDA GPU")
+    assert peer.usable("cuda")[0]
+    case = CASES["logprob-8k" if "-logp-" in name else "qwen2.5-7b-8k"]
+    assert peer.refusal(case) is None
+    assert peer.refusal(dataclasses.replace(case, entropy=True)) == "returns no entropy"
+    rl_kernel._operator.cache_clear()
 
 
 def test_gpu_check_refuses_a_mode_it_does_not_know(tmp_path):

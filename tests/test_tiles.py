@@ -106,7 +106,7 @@ def test_a_tuning_run_becomes_rows_that_the_kernels_read(tmp_path, monkeypatch):
         (tmp_path / name).write_text(json.dumps(run))
     assert tune.main(["--adopt", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert tiles.read_table(path) == {
-        ("sm_90", "bfloat16", 3584): {"num_stages": 2, "programs_per_sm": 2, "raster": 2.0},
+        ("sm_90", "bfloat16", 3584): {"num_stages": 2, "programs_per_sm": 2, "raster": 2.0, "flatten": True},
         ("sm_90", "bfloat16", 4096): {"num_stages": 3, "raster": 0.5},
     }
     assert "a GPU" in path.read_text()
@@ -121,13 +121,53 @@ def test_every_free_candidate_keeps_the_blocks_and_none_is_the_table_itself():
     own = tiles.tile_for("sm_90", torch.bfloat16, True)
     kinds = {}
     for kind, change in tune.candidates(own)[1:]:
-        made = own._replace(**change)
-        kinds.setdefault(kind, set()).add(made)
-        assert made != own
-        if kind == "free":
-            assert all(getattr(made, name) == getattr(own, name) for name in set(own._fields) - set(tiles.FREE))
-    assert len(kinds["free"]) == len(tune.STAGES) * len(tune.PROGRAMS) * len(tune.RASTERS) - 1
+        kinds.setdefault(kind, []).append(change)
+    made = {own._replace(**change) for change in kinds["free"]}
+    assert own not in made
+    assert len(made) == len(kinds["free"]) == len(tune.STAGES) * len(tune.FLATTENED) + len(tune.RASTERS) - 1
+    for tile in made:
+        assert all(getattr(tile, name) == getattr(own, name) for name in set(own._fields) - set(tiles.FREE))
+    assert {tile.flatten for tile in made} == {True, False}
+    assert {tile.num_stages for tile in made if tile.flatten} == {2, 3, 4}
+    assert [change["tiles_a_split"] for change in kinds["splits"]] == list(tune.SPLITS)
     assert kinds["blocks"]
+
+
+def test_a_candidate_reaches_the_launchers_and_leaves_them_as_they_were():
+    from flowrl_kernels.triton import linear_logprob as room
+
+    own, length = tiles.tile_for("sm_90", torch.bfloat16, True), tiles.splits("sm_90", 64, 5000, 256)
+    with tune.Overrides() as overrides:
+        overrides.change = {"flatten": False, "num_stages": 3}
+        assert room.tiles.tile_for("sm_90", torch.bfloat16, True) == own._replace(flatten=False, num_stages=3)
+        assert room.tiles.splits("sm_90", 64, 5000, 256) == length
+        overrides.change = {"tiles_a_split": 9}
+        assert room.tiles.splits("sm_90", 64, 5000, 256) == (3, 9)
+        assert room.tiles.tile_for("sm_90", torch.bfloat16, True) == own
+    assert room.tiles.splits("sm_90", 64, 5000, 256) == length
+
+
+def test_a_split_ends_with_its_tiles_and_no_setting_of_the_table_moves_it(monkeypatch):
+    for vocab in (5, 257, 2500, 49152, 128256, 151936, 262144, 1 << 23):
+        for arch in tiles.ARCHS:
+            count, length = tiles.splits(arch, 2048, vocab, 256)
+            covered = -(-vocab // 256)
+            assert (count - 1) * length < covered <= count * length
+            assert count <= 1024
+    # all that reaches bits: no tuned field is asked for
+    assert list(tiles.splits.__wrapped__.__annotations__) == ["arch", "hidden", "vocab", "block_n", "return"]
+    assert tiles.splits("sm_90", 3584, 152064, 256) == (198, 3)
+    assert tiles.splits("sm_90", 4096, 128256, 256) == (251, 2)
+
+
+@pytest.mark.parametrize(("value", "right"), [(True, True), (False, True), (1, False), (0.0, False), ("true", False)])
+def test_one_loop_or_two_is_true_or_false(tmp_path, value, right):
+    path = table(tmp_path, {**ROW, "flatten": value})
+    if right:
+        assert tiles.read_table(path)["sm_90", "bfloat16", 3584]["flatten"] is value
+    else:
+        with pytest.raises(ValueError, match="row 0, flatten: wanted true or false; got"):
+            tiles.read_table(path)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.cases import HEAD_OPS, Case
 from benchmarks.inputs import Inputs
 
-FILES = ("ours", "eager", "compiled", "torch_core", "liger", "cce", "trl", "verl", "quack")
+FILES = ("ours", "eager", "compiled", "torch_core", "liger", "cce", "trl", "verl", "quack", "rl_kernel")
 
 
 @dataclass

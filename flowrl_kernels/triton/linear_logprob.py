@@ -24,7 +24,12 @@ from flowrl_kernels.chunked.tiles import fp16_factor
 from flowrl_kernels.core.types import EXACT, TILE, Budget, Head, Needs, Saved, Upstream
 from flowrl_kernels.triton import tiles
 from flowrl_kernels.triton.bounded import Wanted, bounded_backward
-from flowrl_kernels.triton.linear_logprob_kernels import dlogits_kernel, forward_kernel, merge_kernel
+from flowrl_kernels.triton.linear_logprob_kernels import (
+    dlogits_kernel,
+    forward_kernel,
+    merge_kernel,
+    row_terms_kernel,
+)
 from flowrl_kernels.triton.matmul import exact_matmul, matmul_into
 from flowrl_kernels.triton.primitives import compact, gather_rows, scatter_rows
 
@@ -60,6 +65,7 @@ def _options(tile: tiles.Tile, hidden_size: int) -> dict:
         "BLOCK_K": tile.block_k,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        "FLATTEN": tile.flatten,
         "enable_fp_fusion": False,
     }
 
@@ -136,7 +142,7 @@ def forward_rows(batch: Compact, target: Tensor, head: Head, into: Outputs) -> N
     v, device = weight.shape[0], rows.device
     weight = realigned(weight)
     tile = _tile(rows, weight)
-    num_splits, tiles_per_split = tiles.splits(v, tile)
+    num_splits, tiles_per_split = tiles.splits(tiles.arch_of(device), h, v, tile.block_n)
     # each part begins at a multiple of 16 bytes: Triton compiles once more for a pointer that does not
     size = -(-num_splits * n // 4) * 4
     parts = torch.empty(2 if entropy is None else 3, size, dtype=torch.float32, device=device)
@@ -157,9 +163,11 @@ def forward_rows(batch: Compact, target: Tensor, head: Head, into: Outputs) -> N
         ENTROPY=entropy is not None, STATS=tile_lse is not None, EVEN_V=v % TILE == 0, STORE=store,
         **_options(tile, h),
     )  # fmt: skip
-    merge_kernel[(triton.cdiv(n, 16),)](
+    together = triton.next_power_of_2(num_splits)
+    block = max(4, min(16, 2048 // together))
+    merge_kernel[(triton.cdiv(n, block),)](
         parts[0], parts[1], parts[-1], order, count, target, logp, lse, entropy, n, v, num_splits,
-        ENTROPY=entropy is not None, SPLITS=triton.next_power_of_2(num_splits), BLOCK=16,
+        ENTROPY=entropy is not None, SPLITS=together, BLOCK=block,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -270,18 +278,27 @@ def _backward_rows(batch: Compact, target: Tensor, head: Head, back: Back, into:
     row_blocks = triton.cdiv(n, tile.block_m)
     buffer = torch.empty(n, columns, dtype=rows.dtype, device=device)
     part_bias = torch.empty(row_blocks if dbias is not None else 0, columns, dtype=torch.float32, device=device)
+    padded = row_blocks * tile.block_m
+    columns_of = torch.empty(padded, dtype=torch.int32, device=device)
+    terms = torch.empty(4 if grad_entropy is None else 5, padded, dtype=torch.float32, device=device)
+    row_terms_kernel[(row_blocks,)](
+        order, count, target, temperature, lse, at_target, entropy, grad_logp, grad_entropy, factor, columns_of, terms,
+        n, int(temperature.shape[0] > 1), lse.stride(0), padded, logit_scale, softcap,
+        BLOCK=tile.block_m, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
     x, w = _operands(rows, weight, tile)
     out = TensorDescriptor.from_tensor(buffer, [tile.block_m, TILE]) if tile.descriptor else buffer
+    # summing the columns for the bias takes what one loop would need of registers and shared memory
+    own = tile._replace(flatten=tile.flatten and dbias is None)
     for begin in range(0, v, columns):
         slab = slice(begin, min(begin + columns, v))
         width = slab.stop - begin
         items = row_blocks * triton.cdiv(width, tile.block_n)
         dlogits_kernel[(min(items, tiles.num_programs(device, tile)),)](
-            x, w, bias, order, count, target, temperature, lse, at_target, entropy, grad_logp, grad_entropy, factor,
-            out, part_bias,
-            n, v, h, rows.stride(0), weight.stride(0), int(temperature.shape[0] > 1), logit_scale, softcap,
-            tiles.group_rows(h, itemsize, tile), begin, slab.stop, columns, lse.stride(0),
-            BIAS=dbias is not None, **_options(tile, h),
+            x, w, bias, count, columns_of, terms, out, part_bias,
+            n, v, h, rows.stride(0), weight.stride(0), logit_scale, softcap, tiles.group_rows(h, itemsize, tile),
+            begin, slab.stop, columns, padded,
+            ENTROPY=grad_entropy is not None, BIAS=dbias is not None, **_options(own, h),
         )  # fmt: skip
         dz = buffer[:, :width]  # [N, width]
         if dbias is not None:

@@ -61,19 +61,21 @@ def _absorb(
     # against the tile's own maximum, so that its mass is known however small it is beside the row's
     if not EVEN_V:
         z = tl.where((i_col < V)[None, :], z, float("-inf"))
-    t_max = tl.max(z, 1)
+    # the last split may end before its last tile: no mass there, and nothing is stored
+    inside = i_col0 < V
+    t_max = tl.where(inside, tl.max(z, 1), float("-inf"))
     t_ref = tl.where(t_max == float("-inf"), 0.0, t_max * LOG2E)
     d = tl.fma(z, LOG2E, -t_ref[:, None])
     e = tl.exp2(d)
-    t_sum = tl.sum(e, 1)
+    t_sum = tl.where(inside, tl.sum(e, 1), 0.0)
     t_dot = t_sum
     if ENTROPY:
-        t_dot = tl.sum(tl.maximum(d, -200.0) * e, 1)  # e is 0 there: keeps 0 * -inf out
+        t_dot = tl.where(inside, tl.sum(tl.maximum(d, -200.0) * e, 1), 0.0)  # e is 0 there: keeps 0 * -inf out
     if STATS:
         lse = tl.fma(tl.log2(t_sum), LN2, t_max)
         # covers the rounding of the fp32 logits; then up to fp16: an upper bound
         lse += (tl.abs(t_ref) + 1.0) * 3.8e-6
-        live = i_row < num_live
+        live = (i_row < num_live) & inside
         source = tl.load(order + i_row, mask=live, other=0)
         tl.store(tile_lse + (i_col0 // TILE).to(tl.int64) * N + source, round_up_fp16(lse), mask=live)
 
@@ -90,7 +92,7 @@ def _absorb(
     b_sum = tl.fma(b_sum, scale, t_sum * t_scale)
     if logits is not None:
         _store_logits(
-            z, logits, i_row, num_live, i_col0, stride_logits, DESCRIPTOR, STORE, BLOCK_M, TILE
+            z, logits, i_row, tl.where(inside, num_live, 0), i_col0, stride_logits, DESCRIPTOR, STORE, BLOCK_M, TILE
         )  # fmt: skip
     return new_max, b_sum, b_dot, b_logit
 
@@ -132,58 +134,67 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     num_live = tl.load(count).to(tl.int32)
     num_row_blocks = tl.cdiv(num_live, BLOCK_M)
     num_tiles = tl.cdiv(V, BLOCK_N)
-    for item in range(tl.program_id(0), num_row_blocks * num_splits, tl.num_programs(0)):
+    mine = tl.cdiv(tl.maximum(num_row_blocks * num_splits - tl.program_id(0), 0), tl.num_programs(0))
+    b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BLOCK_M,), tl.float32)
+    b_dot = tl.zeros((BLOCK_M,), tl.float32)
+    b_logit = tl.zeros((BLOCK_M,), tl.float32)
+    # items and their tiles in one loop, and that one with the product's: Triton flattens two levels and no third
+    for step in tl.range(0, mine * tiles_per_split, flatten=FLATTEN):
+        item = tl.program_id(0) + step // tiles_per_split * tl.num_programs(0)
+        i_tile = step % tiles_per_split
         i_block, i_split = raster(item, num_row_blocks, num_splits, group_rows)
+        first, fresh, done = i_split * tiles_per_split, i_tile == 0, i_tile == tiles_per_split - 1
+        col0 = (first + i_tile) * BLOCK_N
+        acc = matmul_tile(
+            x, w, i_block * BLOCK_M, col0, N, V, H, stride_x, stride_w,
+            False, DESCRIPTOR, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         i_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
         live = i_row < num_live
         source = tl.load(order + i_row, mask=live, other=0)
         b_target = tl.load(target + source, mask=live, other=-1).to(tl.int32)
         b_temperature = tl.load(temperature + source * temperature_stride, mask=live, other=1.0)
         b_factor = row_factor(b_temperature, logit_scale, softcap)
-        first = i_split * tiles_per_split
-        last = tl.minimum(first + tiles_per_split, num_tiles)
-        b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        b_sum = tl.zeros((BLOCK_M,), tl.float32)
-        b_dot = tl.zeros((BLOCK_M,), tl.float32)
-        b_logit = tl.zeros((BLOCK_M,), tl.float32)
-        for i_tile in range(first, last):
-            col0 = i_tile * BLOCK_N
-            acc = matmul_tile(
-                x, w, i_block * BLOCK_M, col0, N, V, H, stride_x, stride_w,
-                False, DESCRIPTOR, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        b_max = tl.where(fresh, float("-inf"), b_max)
+        b_sum = tl.where(fresh, 0.0, b_sum)
+        b_dot = tl.where(fresh, 0.0, b_dot)
+        b_logit = tl.where(fresh, 0.0, b_logit)
+        if BLOCK_N == 2 * TILE:
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, TILE)), (0, 2, 1)))
+            b_max, b_sum, b_dot, b_logit = _absorb(
+                left, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live, col0,
+                N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V,
+                DESCRIPTOR, STORE, BLOCK_M, TILE,
             )  # fmt: skip
-            if BLOCK_N == 2 * TILE:
-                left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, TILE)), (0, 2, 1)))
+            if col0 + TILE < V:
                 b_max, b_sum, b_dot, b_logit = _absorb(
-                    left, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live, col0,
-                    N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V,
-                    DESCRIPTOR, STORE, BLOCK_M, TILE,
+                    right, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live,
+                    col0 + TILE, N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS,
+                    EVEN_V, DESCRIPTOR, STORE, BLOCK_M, TILE,
                 )  # fmt: skip
-                if col0 + TILE < V:
-                    b_max, b_sum, b_dot, b_logit = _absorb(
-                        right, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live,
-                        col0 + TILE, N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS,
-                        EVEN_V, DESCRIPTOR, STORE, BLOCK_M, TILE,
-                    )  # fmt: skip
-            else:
-                tl.static_assert(BLOCK_N == TILE)
-                b_max, b_sum, b_dot, b_logit = _absorb(
-                    acc, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live, col0,
-                    N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V,
-                    DESCRIPTOR, STORE, BLOCK_M, TILE,
-                )  # fmt: skip
+        else:
+            tl.static_assert(BLOCK_N == TILE)
+            b_max, b_sum, b_dot, b_logit = _absorb(
+                acc, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live, col0,
+                N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V,
+                DESCRIPTOR, STORE, BLOCK_M, TILE,
+            )  # fmt: skip
 
+        # masked, not behind a branch: one that does nothing but store keeps the loops from being flattened
+        last = tl.minimum(first + tiles_per_split, num_tiles)
         held = (b_target >= first * BLOCK_N) & (b_target < tl.minimum(last * BLOCK_N, V))
-        tl.store(target_logit + source, b_logit, mask=live & held)
+        tl.store(target_logit + source, b_logit, mask=live & held & done)
         p_part = i_split.to(tl.int64) * N + i_row
-        tl.store(part_max + p_part, b_max, mask=live)
-        tl.store(part_sum + p_part, b_sum, mask=live)
+        tl.store(part_max + p_part, b_max, mask=live & done)
+        tl.store(part_sum + p_part, b_sum, mask=live & done)
         if ENTROPY:
-            tl.store(part_dot + p_part, b_dot, mask=live)
+            tl.store(part_dot + p_part, b_dot, mask=live & done)
 
 
 @triton.jit(do_not_specialize=["N", "V", "num_splits"])
@@ -253,7 +264,9 @@ def _store_dlogits(
     d = e * b_p[:, None]
     if ENTROPY:
         d = e * tl.fma(tl.maximum(x, -200.0), b_entropy[:, None], b_p[:, None])  # e is 0 below
-    d = tl.where(i_col[None, :] == b_target[:, None], b_at_target[:, None], d)
+    held = (b_target >= i_col0) & (b_target < i_col0 + COLUMNS)
+    if tl.max(held.to(tl.int32), 0) > 0:  # rare: a comparison and a choice an element less
+        d = tl.where(i_col[None, :] == b_target[:, None], b_at_target[:, None], d)
     if softcap is not None:
         d *= 1.0 - bend * bend
     if BIAS:
@@ -266,11 +279,8 @@ def _store_dlogits(
         tl.store(p_dz, d.to(dz.dtype.element_ty), mask=(i_row < N)[:, None])
 
 
-@triton.jit(do_not_specialize=["N", "V", "group_rows", "col_begin", "col_end", "temperature_stride", "stride_lse"])
-def dlogits_kernel(
-    x,  # [N, H] compact rows, descriptor or pointer
-    w,  # [V, H], descriptor or pointer
-    bias,  # [V] or None
+@triton.jit(do_not_specialize=["N", "temperature_stride", "stride_lse", "stride_terms"])
+def row_terms_kernel(
     order,  # [N]
     count,  # [1]
     target,  # [N]
@@ -281,6 +291,59 @@ def dlogits_kernel(
     grad_logp,  # [N]
     grad_entropy,  # [N] or None
     factor,  # [1] power of two, or None
+    columns,  # [rows of whole blocks] int32, compact
+    terms,  # [4 or 5, rows of whole blocks] compact
+    N,
+    temperature_stride,
+    stride_lse,  # `N` may be a part of the rows
+    stride_terms,
+    logit_scale,
+    softcap,
+    BLOCK: tl.constexpr,
+):
+    """All that dz takes from a row beside its products, once for all of its tiles; of rows that take no part, 0."""
+    i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = (i_row < N) & (i_row < tl.load(count))
+    source = tl.load(order + i_row, mask=live, other=0)
+    b_temperature = tl.load(temperature + source * temperature_stride, mask=live, other=1.0)
+    b_max = tl.load(lse + source, mask=live, other=float("inf"))  # p = 0 in rows that take no part
+    b_log_sum = tl.load(lse + stride_lse.to(tl.int64) + source, mask=live, other=0.0)
+    b_scale = row_factor(b_temperature, logit_scale, None)
+    if factor is not None:
+        b_scale *= tl.load(factor)
+    b_at_target = b_scale * tl.load(at_target + source, mask=live, other=0.0)
+    b_scale *= tl.exp2(b_log_sum * -LOG2E)
+    b_p = tl.load(grad_logp + source, mask=live, other=0.0) * -b_scale
+    if grad_entropy is not None:
+        b_entropy = tl.load(grad_entropy + source, mask=live, other=0.0) * -b_scale
+        b_p += b_entropy * (tl.load(entropy + source, mask=live, other=0.0) - b_log_sum)
+        tl.store(terms + 4 * stride_terms + i_row, b_entropy * LN2)
+    tl.store(columns + i_row, tl.load(target + source, mask=live, other=-1).to(tl.int32))
+    tl.store(terms + i_row, b_max)
+    tl.store(terms + stride_terms + i_row, row_factor(b_temperature, logit_scale, softcap))
+    tl.store(terms + 2 * stride_terms + i_row, b_at_target)
+    tl.store(terms + 3 * stride_terms + i_row, b_p)
+
+
+@triton.jit
+def _row_terms(columns, terms, i_row, stride_terms, ENTROPY: tl.constexpr):
+    """What `row_terms_kernel` wrote, of a block of rows."""
+    b_p = tl.load(terms + 3 * stride_terms + i_row)
+    b_entropy = b_p
+    if ENTROPY:  # one vector more than without: registers are full
+        b_entropy = tl.load(terms + 4 * stride_terms + i_row)
+    b_max, b_factor = tl.load(terms + i_row), tl.load(terms + stride_terms + i_row)
+    return tl.load(columns + i_row), b_max, b_factor, tl.load(terms + 2 * stride_terms + i_row), b_p, b_entropy
+
+
+@triton.jit(do_not_specialize=["N", "V", "group_rows", "col_begin", "col_end"])
+def dlogits_kernel(
+    x,  # [N, H] compact rows, descriptor or pointer
+    w,  # [V, H], descriptor or pointer
+    bias,  # [V] or None
+    count,  # [1]
+    columns,  # [row blocks of BLOCK_M] int32: the target
+    terms,  # [4 or 5, row blocks of BLOCK_M] maximum, factor of the logit, of e at the target, of e, of x e
     dz,  # [N, columns of the slab, a multiple of BLOCK_N] compact rows, descriptor or pointer
     part_bias,  # [row blocks, columns of the slab] fp32
     N,
@@ -288,14 +351,14 @@ def dlogits_kernel(
     H,
     stride_x,
     stride_w,
-    temperature_stride,
     logit_scale,
     softcap,
     group_rows,
     col_begin,
     col_end,
     stride_dz,
-    stride_lse,  # `N` may be a part of the rows
+    stride_terms,
+    ENTROPY: tl.constexpr,
     BIAS: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -303,38 +366,28 @@ def dlogits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     """dz of one slab of the vocabulary; rows that take no part get 0, columns past the slab anything."""
-    ENTROPY: tl.constexpr = grad_entropy is not None
-    num_live = tl.load(count).to(tl.int32)
-    num_row_blocks = tl.cdiv(N, BLOCK_M)
+    num_row_blocks = tl.cdiv(tl.minimum(tl.load(count).to(tl.int32), N), BLOCK_M)  # N may be a part of the rows
     num_tiles = tl.cdiv(col_end - col_begin, BLOCK_N)
-    for item in range(tl.program_id(0), num_row_blocks * num_tiles, tl.num_programs(0)):
+    for item in tl.range(tl.program_id(0), num_row_blocks * num_tiles, tl.num_programs(0), flatten=FLATTEN):
         i_block, i_tile = raster(item, num_row_blocks, num_tiles, group_rows)
         i_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
-        live = i_row < num_live
         col0 = col_begin + i_tile * BLOCK_N
+        # ahead of the product, where its steps are in the same loop and hide them, and registers are left
+        if FLATTEN and softcap is None:
+            b_target, b_max, b_factor, b_at_target, b_p, b_entropy = _row_terms(
+                columns, terms, i_row, stride_terms, ENTROPY
+            )  # fmt: skip
         acc = matmul_tile(
-            x, w, i_block * BLOCK_M, col0, N, V, tl.where(i_block * BLOCK_M < num_live, H, 0), stride_x, stride_w,
+            x, w, i_block * BLOCK_M, col0, N, V, H, stride_x, stride_w,
             False, DESCRIPTOR, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        source = tl.load(order + i_row, mask=live, other=0)
-        b_target = tl.load(target + source, mask=live, other=-1).to(tl.int32)
-        b_temperature = tl.load(temperature + source * temperature_stride, mask=live, other=1.0)
-        b_max = tl.load(lse + source, mask=live, other=float("inf"))  # p = 0 in rows that take no part
-        b_log_sum = tl.load(lse + stride_lse.to(tl.int64) + source, mask=live, other=0.0)
-        b_factor = row_factor(b_temperature, logit_scale, softcap)
-        b_scale = row_factor(b_temperature, logit_scale, None)
-        if factor is not None:
-            b_scale *= tl.load(factor)
-        b_at_target = b_scale * tl.load(at_target + source, mask=live, other=0.0)
-        b_scale *= tl.exp2(b_log_sum * -LOG2E)
-        b_p = tl.load(grad_logp + source, mask=live, other=0.0) * -b_scale
-        b_entropy = b_p
-        if ENTROPY:  # one vector more than without: registers are full
-            b_entropy = tl.load(grad_entropy + source, mask=live, other=0.0) * -b_scale
-            b_p += b_entropy * (tl.load(entropy + source, mask=live, other=0.0) - b_log_sum)
-            b_entropy *= LN2
+        if not FLATTEN or softcap is not None:
+            b_target, b_max, b_factor, b_at_target, b_p, b_entropy = _row_terms(
+                columns, terms, i_row, stride_terms, ENTROPY
+            )  # fmt: skip
         if BLOCK_N == 2 * TILE:
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, TILE)), (0, 2, 1)))
             _store_dlogits(
@@ -342,12 +395,11 @@ def dlogits_kernel(
                 b_target, b_factor, b_max, b_at_target, b_p, b_entropy, logit_scale, softcap,
                 ENTROPY, BIAS, DESCRIPTOR, BLOCK_M, TILE,
             )  # fmt: skip
-            if col0 + TILE < col_end:
-                _store_dlogits(
-                    right, dz, part_bias, bias, i_block, col0 + TILE, i_tile * BLOCK_N + TILE, N, V, stride_dz,
-                    b_target, b_factor, b_max, b_at_target, b_p, b_entropy, logit_scale, softcap,
-                    ENTROPY, BIAS, DESCRIPTOR, BLOCK_M, TILE,
-                )  # fmt: skip
+            _store_dlogits(
+                right, dz, part_bias, bias, i_block, col0 + TILE, i_tile * BLOCK_N + TILE, N, V, stride_dz,
+                b_target, b_factor, b_max, b_at_target, b_p, b_entropy, logit_scale, softcap,
+                ENTROPY, BIAS, DESCRIPTOR, BLOCK_M, TILE,
+            )  # fmt: skip
         else:
             tl.static_assert(BLOCK_N == TILE)
             _store_dlogits(
@@ -355,3 +407,18 @@ def dlogits_kernel(
                 b_target, b_factor, b_max, b_at_target, b_p, b_entropy, logit_scale, softcap,
                 ENTROPY, BIAS, DESCRIPTOR, BLOCK_M, TILE,
             )  # fmt: skip
+    # blocks of rows that take no part: no product
+    begin = num_row_blocks * num_tiles
+    for item in range(begin + tl.program_id(0), tl.cdiv(N, BLOCK_M) * num_tiles, tl.num_programs(0)):
+        i_row = item // num_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        i_col = item % num_tiles * BLOCK_N
+        zeros = tl.zeros((BLOCK_M, TILE), tl.float32)
+        for i_half in tl.static_range(BLOCK_N // TILE):
+            i_out = i_col + i_half * TILE + tl.arange(0, TILE)
+            if DESCRIPTOR:
+                dz.store([item // num_tiles * BLOCK_M, i_col + i_half * TILE], zeros.to(dz.dtype))
+            else:
+                p_dz = dz + i_row[:, None].to(tl.int64) * stride_dz + i_out[None, :]
+                tl.store(p_dz, zeros.to(dz.dtype.element_ty), mask=(i_row < N)[:, None])
+            if BIAS:
+                tl.store(part_bias + (item // num_tiles).to(tl.int64) * stride_dz + i_out, tl.sum(zeros, 0))

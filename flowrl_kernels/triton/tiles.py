@@ -6,10 +6,11 @@ they meet the others and where a split of the vocabulary ends, `block_m` how man
 of them makes log-probs of one machine differ from those of another version, and old ones from new ones, so
 `benchmarks/tune.py` times other blocks apart, for a revision of this file, and adopts none.
 
-What changes no bit (the pipeline's stages, programs per multiprocessor, and the raster: how many row blocks walk the
-vocabulary together) may come from tiles.json, a table that `python -m benchmarks.tune --adopt` writes from timings on
-hardware. Where it has no row for an architecture, dtype and hidden size, the values here are used. The compile matrix
-(docs/compile_matrix.md) shows registers, spills and shared memory of every entry in this file.
+What changes no bit (the pipeline's stages, programs per multiprocessor, the raster: how many row blocks walk the
+vocabulary together, and whether tiles follow each other in one loop) may come from tiles.json, a table that
+`python -m benchmarks.tune --adopt` writes from timings on hardware. Where it has no row for an architecture, dtype and
+hidden size, the values here are used. The compile matrix (docs/compile_matrix.md) shows registers, spills and shared
+memory of every entry in this file; what the loops hold on sm_90 is kept to budgets (tests/machine_code.json).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ FREE: dict[str, tuple[type, float, float]] = {
     "num_stages": (int, 1, 8),
     "programs_per_sm": (int, 1, 8),
     "raster": (float, 0.05, 64.0),
+    "flatten": (bool, 0, 1),
 }
 KEY: dict[str, type] = {"arch": str, "dtype": str, "h": int}
 
@@ -45,13 +47,14 @@ class Tile(NamedTuple):
     programs_per_sm: int
     descriptor: bool  # host-side tensor descriptors where the strides allow
     raster: float = 1.0  # times the row blocks that walk the vocabulary together
+    flatten: bool = False  # tiles and the steps of their products in one loop: no gap between tiles, more registers
 
 
 # 16-bit inputs with 16-byte rows; sm_89 and sm_120 have 99 KB of shared memory, gfx942 64 KB
 _HALF = {
     "sm_80": Tile(128, 128, 64, 8, 4, 1, False),
     "sm_89": Tile(128, 128, 32, 8, 3, 1, False),
-    "sm_90": Tile(128, 256, 64, 8, 4, 1, True),
+    "sm_90": Tile(128, 256, 64, 8, 4, 1, True, flatten=True),
     "sm_100": Tile(128, 256, 64, 8, 4, 1, True),
     "sm_120": Tile(128, 128, 32, 8, 4, 1, True),
     "gfx942": Tile(128, 128, 64, 8, 2, 1, False),
@@ -95,7 +98,10 @@ def read_table(path: Path) -> dict[tuple[str, str, int], dict[str, float]]:
             if name not in FREE:
                 fail(f"{where}, {name}", f"only {', '.join(FREE)}: anything else could change bits of logp", value)
             kind, least, most = FREE[name]
-            if isinstance(value, bool) or not isinstance(value, (kind, int)) or not least <= value <= most:
+            if kind is bool:
+                if not isinstance(value, bool):
+                    fail(f"{where}, {name}", "true or false", value)
+            elif isinstance(value, bool) or not isinstance(value, (kind, int)) or not least <= value <= most:
                 fail(f"{where}, {name}", f"a number ({kind.__name__}) from {least} to {most}", value)
         table[key] = settings
     return table
@@ -137,10 +143,11 @@ def list_tile(arch: str, tile: Tile) -> Tile:
 def logits_store(arch: str, tile: Tile) -> tuple[Tile, int]:
     """What the forward of `tile` becomes where it also stores its logits by descriptor, and the columns at a time.
 
-    They are staged in shared memory, which must hold them beside the pipeline; half a tile at a time does that, but
-    would take sm_100 through a second register layout and spill. Stages change no bit.
+    They are staged in shared memory, which must hold them beside the pipeline: with three stages a whole tile of 128
+    columns, whose store is under way while the next one is made, where half a tile would wait for the half before it
+    (and take sm_100 through a second register layout, and spill). Stages change no bit.
     """
-    if arch == "sm_100":
+    if arch in ("sm_90", "sm_100"):
         return tile._replace(num_stages=min(tile.num_stages, 3)), TILE
     return tile._replace(num_stages=min(tile.num_stages, 4)), TILE // 2
 
@@ -177,14 +184,36 @@ def num_programs(device: torch.device, tile: Tile) -> int:
     return tile.programs_per_sm * _num_sms(device.index if device.index is not None else torch.cuda.current_device())
 
 
-def splits(vocab: int, tile: Tile) -> tuple[int, int]:
-    """(number of vocabulary splits, tiles in each): a function of V and the tile alone, at most 128 splits.
+# multiprocessors of the part that splits are sized for; a device with more or fewer gives the same bits
+MULTIPROCESSORS = {
+    "sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304, "interpreter": 132
+}  # fmt: skip
+ROW_BLOCKS = tuple(round(8 * 2 ** (i / 8)) for i in range(41))  # 8 to 256 alike on a scale of doublings
+# FLOP in the time of a byte: 720 TFLOP/s against 3 TB/s; bytes of partial sums a row and split, written and read
+FLOP_A_BYTE, PARTIAL_BYTES = 240, 24
 
-    Eight tiles a split keep the partial sums small (12 bytes a row and split) and leave enough work items to even
-    out the load of the last wave.
+
+def busy(row_blocks: int, tiles: int, per_split: int, programs: int) -> float:
+    """The share of the time that `programs` programs multiply what counts, where the one with most tiles sets it."""
+    items = row_blocks * -(-tiles // per_split)
+    return row_blocks * tiles / programs / (per_split * -(-items // programs))
+
+
+@cache
+def splits(arch: str, hidden: int, vocab: int, block_n: int) -> tuple[int, int]:
+    """(number of vocabulary splits, tiles in each): a function of (H, V, dtype, arch) alone, for bits follow it.
+
+    Short splits even out the last wave, and each costs a row its partial sums. Of 2 to 16 tiles this takes the length
+    that loses least of both on average over batches of 8 to 256 row blocks, the longest within a thousandth of it. The
+    merge holds all of a row's splits at once, which bounds them by 1024.
     """
-    tiles = -(-vocab // tile.block_n)
-    per_split = max(8, -(-tiles // 128))
+    tiles = -(-vocab // block_n)
+    least = max(2, -(-tiles // 1024))
+    lost = {}
+    for per in range(least, least + 15):
+        idle = sum(1.0 - busy(n, tiles, per, MULTIPROCESSORS[arch]) for n in ROW_BLOCKS) / len(ROW_BLOCKS)
+        lost[per] = idle + PARTIAL_BYTES * FLOP_A_BYTE / (2 * block_n * per * hidden)
+    per_split = max(per for per, share in lost.items() if share <= min(lost.values()) + 1e-3)
     return -(-tiles // per_split), per_split
 
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from benchmarks import doubts
 from flowrl_kernels.core.types import Budget, Head, Needs, Saved, Upstream
 from flowrl_kernels.reference.linear_logprob import linear_logprob as reference
 from flowrl_kernels.testing import assert_grad_close, oracle, peaked_inputs, poisoned_memory
 from flowrl_kernels.triton import linear_logprob as op
+from tests import variants
 
 ONE = torch.ones(1)
 
@@ -314,3 +316,35 @@ def test_junk_temperatures_of_skipped_rows_reach_nothing(dtype):
     )
     assert all(torch.equal(a, b) for a, b in zip(got[:2], expected[:2]))
     assert got[1].isfinite().all()
+
+
+def test_flattened_loops_give_the_bits_of_three_nested_ones(dtype, tmp_path, monkeypatch):
+    hidden, weight, target = peaked_inputs(70, 40, 2700, dtype=dtype)
+    monkeypatch.setattr(op.tiles, "splits", lambda *_: (3, 4))  # 11 tiles: the last split has one less
+    flat = forward(hidden, weight, target, entropy=True, stats=True)
+    nested = variants.kernels(variants.three_loops, tmp_path)
+    monkeypatch.setattr(op, "forward_kernel", nested.forward_kernel)
+    for a, b in zip(forward(hidden, weight, target, entropy=True, stats=True), flat):
+        assert torch.equal(a, b)
+    logp, entropy, _, _ = oracle(hidden, weight, target)
+    assert (flat[0] - logp).abs().max() < 2e-5
+    assert (flat[2] - entropy).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("per_split", [1, 2, 5, 16])
+def test_splits_of_any_length_agree_within_rounding(dtype, per_split, monkeypatch):
+    hidden, weight, target = peaked_inputs(40, 24, 1300, dtype=dtype)  # 6 tiles
+    logp, entropy, _, _ = oracle(hidden, weight, target)
+    monkeypatch.setattr(op.tiles, "splits", lambda *_: (-(-6 // per_split), per_split))
+    out = forward(hidden, weight, target, entropy=True, stats=True)
+    assert (out[0] - logp).abs().max() < 2e-5
+    assert (out[2] - entropy).abs().max() < 2e-5
+    assert (out[3].double() >= torch.stack([
+        torch.logsumexp(z, -1) for z in (hidden.double() @ weight.double().T).split(128, 1)
+    ])).all()  # fmt: skip
+
+
+def test_what_a_gpu_is_asked_first_is_right_here():
+    asked = doubts.one_loop("cpu", 40, 32, 700)
+    assert asked["right"]
+    assert asked["logp_error"] > 0

@@ -393,5 +393,13 @@ ROWS = [
      of("sandbox/test_code.py", "test_objects_do_not_judge_themselves")),
     ("any pickle", "trainer/tasks/code_rows.py", "elif opcode.name not in _HARMLESS:", "elif False:",
      of("sandbox/test_code_rows.py", "test_a_pickle_of_anything_but_one_text_is_refused_and_never_loaded")),
+    # --- kernels: what the machine code and its model see
+    ("tiles wait for each other", "triton/tiles.py", "8, 4, 1, True, flatten=True)", "8, 4, 1, True)",
+     of("test_compile_matrix.py",
+        "test_shipped_kernels_compile_without_spills_and_with_matrix_instructions[sm_90]")),
+    ("splits as long as they were", "triton/tiles.py", "range(least, least + 15)", "range(least + 6, least + 15)",
+     of("test_predicted.py", "test_the_busiest_program_is_within_two_in_a_hundred_of_an_even_share")),
+    ("more splits than a merge holds", "triton/tiles.py", "max(2, -(-tiles // 1024))", "2",
+     of("test_tiles.py", "test_a_split_ends_with_its_tiles_and_no_setting_of_the_table_moves_it")),
 ]  # fmt: skip
 MUTANTS = [Mutant(*row) for row in ROWS]
