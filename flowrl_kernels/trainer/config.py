@@ -274,6 +274,10 @@ class EvalConfig:
     """Responses per problem, the largest k of pass@k."""
     temperature: float = 1.0
     """Sampling temperature of the evaluation; 0 is greedy."""
+    top_p: float = 1.0
+    """The evaluation draws from the most likely tokens that hold this share of the mass; 1: from all."""
+    top_k: int = 0
+    """The evaluation draws from so many of the most likely tokens; 0: from all."""
     seed: int = 0
     """Seed of the evaluation's samples; the same for every evaluation of a run, whatever `run.seed`."""
     exact: bool = True
@@ -342,6 +346,7 @@ LEAST = {
     "eval.samples": 1,
     "eval.problems": 0,
     "eval.temperature": 0.0,
+    "eval.top_k": 0,
     "eval.kl_problems": 0,
     "run.threads": 0,
     "task.reward_workers": 1,
@@ -396,6 +401,7 @@ def check(config: Config, world: int = 1) -> None:
     want(rollout.temperature > 0, "rollout.temperature", "more than 0", rollout.temperature)
     want(rollout.top_p == 1, "rollout.top_p", f"1 ({whole} no truncation)", rollout.top_p)
     want(rollout.top_k == 0, "rollout.top_k", f"0 ({whole} no truncation)", rollout.top_k)
+    want(0 < config.eval.top_p <= 1, "eval.top_p", "a number above 0 and at most 1", config.eval.top_p)
     want(0 <= parallel.epsilon < 1, "parallel.epsilon", "a number in [0, 1)", parallel.epsilon)
     bounded = parallel.epsilon > 0
     want(

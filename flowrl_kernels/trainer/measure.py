@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowrl_kernels.trainer import objective, parallel
 from flowrl_kernels.trainer.batches import MicroBatch, pack
+from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.evaluate import LogProbs, Response, Sample, exact, sampled
 from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.parts import frozen_start
@@ -175,8 +176,13 @@ def last_split(run: Run) -> str:
 
 def sampler(run: Run) -> Sample:
     """evaluate's `sample` with the run's policy."""
-    sampling = Sampling(run.config.rollout.max_new_tokens, run.config.eval.temperature, run.sampling.stop)
-    return make_sampler(run.engine, run.text, sampling, run.world)
+    return make_sampler(run.engine, run.text, evaluation_sampling(run.config, run.sampling.stop), run.world)
+
+
+def evaluation_sampling(config: Config, stop: tuple[int, ...]) -> Sampling:
+    """How an evaluation draws."""
+    e = config.eval
+    return Sampling(config.rollout.max_new_tokens, e.temperature, stop, top_p=e.top_p, top_k=e.top_k)
 
 
 def make_sampler(engine: Engine, text: Text, sampling: Sampling, world: World) -> Sample:
