@@ -26,6 +26,7 @@ from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.plot import plot_runs
 from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.records import Lap, Progress, Result, Rollouts, Run, Shaped, Update
+from flowrl_kernels.trainer.rollout import Kept
 from flowrl_kernels.trainer.run import export, prepare, resume
 
 
@@ -150,6 +151,8 @@ def collect(run: Run, step: int) -> Rollouts:
     prompts = [run.text.encode(problem) for problem in problems]
     seed = config.run.seed * 2_000_003 + step
     out = run.engine.generate(prompts, r.samples, run.sampling, seed, numbers)
+    if run.sampling.truncated and out.kept is None:
+        raise RuntimeError(f"rollout.engine: {r.engine!r} did not return the tokens that its draws were left with")
     n, tokens = r.samples, out.tokens.numpy()
     lengths = out.length.tolist()
     return Rollouts(
@@ -160,6 +163,7 @@ def collect(run: Run, step: int) -> Rollouts:
         logp=out.logp,
         finished=out.finished,
         texts=run.text.decode([tokens[b, :length].tolist() for b, length in enumerate(lengths)]),
+        kept=out.kept,
     )
 
 
@@ -225,6 +229,10 @@ def fill(batch: MicroBatch, rollouts: Rollouts, shaped: Shaped, rows: Tensor) ->
     lengths = batch.cu_seqlens.diff().tolist()
     sampled = [rollouts.logp[row, :n] for row, n in zip(rows.tolist(), lengths)]
     batch.per_token["sampler"] = torch.cat(sampled).to(device)
+    if rollouts.kept is not None:
+        first = np.cumsum([0, *map(len, rollouts.responses)])
+        own = [torch.arange(n) + int(first[row]) for row, n in zip(rows.tolist(), lengths)]
+        batch.kept = Kept(*(part.to(device) for part in rollouts.kept.rows(torch.cat(own))))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowrl_kernels.core.types import LossOutput
 from flowrl_kernels.logprobs import linear_logprob
+from flowrl_kernels.losses import flowrl_loss
 from flowrl_kernels.modules import LinearFlowRLLoss
 from flowrl_kernels.policy_gradient import policy_gradient_loss, value_loss
 from flowrl_kernels.presets import Row, named
@@ -121,7 +122,10 @@ def score_head(
     epsilon: float = 0.0,
     report: Tensor | None = None,
 ) -> Callable[[Policy, Tensor], Scores]:
-    """Head: log-probs of the response tokens at the sampling temperature, and values where there is a critic."""
+    """Head: log-probs of the response tokens at the sampling temperature, and values where there is a critic.
+
+    Under truncated sampling they are over the tokens that were left to draw from, the reference's too.
+    """
 
     def head(actor: Policy, hidden: Tensor) -> Scores:
         rows = hidden.flatten(0, 1)[batch.predict]  # [N, H]
@@ -135,6 +139,7 @@ def score_head(
             entropy=entropy,
             epsilon=epsilon,
             report=report,
+            kept=batch.kept,
             impl=config.parallel.impl,
         )
         return Scores(out.logp, out.entropy, None if actor.value is None else actor.value(rows))
@@ -166,7 +171,10 @@ def make_loss(config: Config) -> Loss:
 
 
 def flow_loss(config: Config) -> Loss:
-    """FlowRL and the squared-residual family: log-probs, residual and gradient in one fused call."""
+    """FlowRL and the squared-residual family: log-probs, residual and gradient in one fused call.
+
+    Over kept tokens they are two calls: a row's kept set needs no [N, V] logits that one pass could share.
+    """
     a, kind, chosen = config.algorithm, log_z_kind(config), row(config)
     settings: dict[str, Any] = {"beta": chosen.beta, "preset": a.preset or None, "impl": config.parallel.impl}
     if a.clip is not None or a.tis_cap > 0:  # the paper's row with fields of one's own
@@ -186,6 +194,16 @@ def flow_loss(config: Config) -> Loss:
             else:
                 zeta = sequence["log_z"] if kind == "group" else kind
             report = report_of(config, hidden.device)
+            tensors: dict[str, Any] = {
+                "logp_old": token.get("old"),
+                "logp_sampler": token["sampler"] if second else None,
+                "cu_seqlens": batch.cu_seqlens,
+                "groups": sequence["group"],
+                "normalizer": (float(sequences), float(tokens)),
+            }
+            if batch.kept is not None:
+                now = score_head(config, batch)(actor, hidden)
+                return flowrl_loss(now.logp, token.get("ref"), sequence["reward"], zeta, **tensors, **settings)
             out = fused(
                 hidden.flatten(0, 1)[batch.predict],
                 actor.head.weight,
@@ -193,11 +211,7 @@ def flow_loss(config: Config) -> Loss:
                 token.get("ref"),
                 sequence["reward"],
                 zeta,
-                logp_old=token.get("old"),
-                logp_sampler=token["sampler"] if second else None,
-                cu_seqlens=batch.cu_seqlens,
-                groups=sequence["group"],
-                normalizer=(float(sequences), float(tokens)),
+                **tensors,
                 bias=getattr(actor.head, "bias", None),
                 **actor.scales._asdict(),
                 report=report,

@@ -30,6 +30,7 @@ class Response:
     advantage: torch.Tensor | None = None  # [n]
     returns: torch.Tensor | None = None  # [n]
     log_z: float = 0.0  # the group's
+    kept: list | None = None  # ids that each token was drawn from, where that was not everything
 
 
 @dataclass
@@ -46,7 +47,13 @@ def read(policy, response, temperature):
     ids = torch.tensor([response.prompt + response.tokens])
     out = policy.model(input_ids=ids, output_hidden_states=True, use_cache=False)
     start = len(response.prompt) - 1
-    table = torch.log_softmax(out.logits[0, start:-1] / temperature, -1)  # [n, V]
+    z = out.logits[0, start:-1] / temperature  # [n, V]
+    if response.kept is not None:  # the others have no chance, under whichever policy
+        out_of_reach = torch.ones_like(z, dtype=torch.bool)
+        for row, ids in zip(out_of_reach, response.kept):
+            row[ids] = False
+        z = z.masked_fill(out_of_reach, -1e9)
+    table = torch.log_softmax(z, -1)
     logp = table[range(len(response.tokens)), response.tokens]
     states = out.hidden_states[-1][0]
     return logp, -(table.exp() * table).sum(-1), states[: start + 1], states[start:-1]

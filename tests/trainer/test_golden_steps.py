@@ -14,7 +14,7 @@ from flowrl_kernels.trainer import config_file, loop, parallel
 from flowrl_kernels.trainer import run as runs
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.log import read_lines
-from flowrl_kernels.trainer.rollout import Generated
+from flowrl_kernels.trainer.rollout import Generated, Kept
 from flowrl_kernels.trainer.rollout.hf import HFEngine
 
 GROUPS, SAMPLES, BUDGET, TEMPERATURE = 4, 4, 6, 0.8
@@ -67,6 +67,8 @@ CASES = {
     "rloo": ("algorithm.name rloo  algorithm.kl 0.1  algorithm.entropy 0.02", MISSING),
     "raft": ("algorithm.name raft  algorithm.entropy 0.02", MISSING),
     "reinforce_rej": ("algorithm.name reinforce_rej  algorithm.kl 0.1", MIXED),
+    "flowrl paper, over kept tokens": ("rollout.top_p 0.9  algorithm.tis_cap 1.05", MISSING),
+    "grpo, over kept tokens": ("algorithm.name grpo  rollout.top_k 5  algorithm.kl 0.2  algorithm.entropy 0.05", MIXED),
 }  # fmt: skip
 OWN_CLIP = {"flowrl paper, group's log Z, own clip": (0.9, 1.5)}
 
@@ -77,6 +79,13 @@ def rows():
     return [
         [*torch.randint(2, 14, (n - done,), generator=make).tolist(), *([1] if done else [])]
         for n, done in zip(LENGTHS, FINISHED)
+    ]
+
+
+def kept_of(tokens, make):
+    """For each token some ids that it could have been drawn from, itself among them."""
+    return [
+        sorted({token, *torch.randperm(14, generator=make)[: 1 + t % 5].tolist()}) for t, token in enumerate(tokens)
     ]
 
 
@@ -109,6 +118,7 @@ class Recorder:
             self.responses = []
             for i, tokens in enumerate(rows()):
                 r = golden.Response(i // n, list(prompts[i // n]), tokens, torch.empty(0), Rewards.given[i])
+                r.kept = kept_of(tokens, make) if args[0].truncated else None
                 with torch.no_grad():
                     logp = golden.read(self.start, r, TEMPERATURE)[0]
                 r.sampler = (logp + 0.1 * torch.randn(len(tokens), generator=make)).float().double()
@@ -116,7 +126,11 @@ class Recorder:
             tokens, logp = torch.zeros(len(LENGTHS), BUDGET).long(), torch.zeros(len(LENGTHS), BUDGET)
             for i, r in enumerate(self.responses):
                 tokens[i, : LENGTHS[i]], logp[i, : LENGTHS[i]] = torch.tensor(r.tokens), r.sampler.float()
-            return Generated(tokens, logp, torch.tensor(LENGTHS), torch.tensor(FINISHED))
+            kept = None
+            if args[0].truncated:
+                sets = [torch.tensor(ids) for r in self.responses for ids in r.kept]
+                kept = Kept(torch.cat(sets), torch.tensor([0, *map(len, sets)]).cumsum(0))
+            return Generated(tokens, logp, torch.tensor(LENGTHS), torch.tensor(FINISHED), kept)
 
         def noting(parameters, most):
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
