@@ -182,7 +182,13 @@ class AlgorithmConfig:
     dual_clip: float = 0.0
     """Lower bound factor for negative advantages (3 is common); 0: off."""
     tis_cap: float = 0.0
-    """Cap of the sampler-mismatch weight exp(logp_old - logp_sampler); 0: no such weight."""
+    """Cap of a response's weight exp(sum of logp_old - logp_sampler): correction = "sequence_truncate" in short; 0:
+    none."""
+    correction: str = ""
+    """What is made of the gap to the engine's log-probabilities, by a name of `rollout_correction`, or a weight and a
+    rejection joined by "+", e.g. "token_truncate+seq_mean_k1"; empty: it is reported only."""
+    correction_cap: str = ""
+    """Its bounds as verl writes them, "2.0", "0.5_5.0" or "2.0,0.999_1.001"; empty: verl's and TRL's values."""
     filter_groups: bool = False
     """Leave out groups whose rewards are all equal."""
     unlikeliness: float = 0.0

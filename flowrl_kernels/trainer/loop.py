@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.trainer import (
+    algorithms,
     checkpoint,
     config_file,
     measure,
+    mismatch,
     objective,
     parallel,
     run_folder,
@@ -88,6 +90,12 @@ def _steps(run: Run, progress: Progress, watch: stop.Watch) -> None:
             score(run, run.reference, batches, "ref")
         if needs.old:
             score(run, run.policy, batches, "old")
+            if mismatch.rejects(config):
+                counts = mismatch.recount(config, [update.batches for update in updates], run.world)
+                for update, (tokens, sequences) in zip(updates, counts):
+                    update.tokens, update.sequences = tokens, sequences
+        elif algorithms.of(config).residual:  # one pass has no log-probs to show: a sample of them, for the log
+            score(run, run.policy, batches[:1], "now")
         shaping.finish(config, batches, run.world)
         lap("score")
         results = [apply(run, progress, update) for _ in range(config.algorithm.epochs) for update in updates]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowrl_kernels.trainer import objective, parallel
+from flowrl_kernels.trainer import mismatch, objective, parallel
 from flowrl_kernels.trainer.batches import MicroBatch, pack
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.evaluate import LogProbs, Response, Sample, exact, sampled
@@ -63,14 +63,13 @@ def of_step(
         "tokens": (sum(lengths), 1.0 / run.world.size),
         **{name: (count, 1.0 / run.world.size) for name, count in run.scorer.take_counts().items()},
     }
-    scored = [batch for update in updates for batch in update.batches if batch.live and "old" in batch.per_token]
-    if scored:  # how far the engine's log-probs are from the trainer's: KL(sampler || policy), one sample a token
-        gaps = [(batch.per_token["sampler"] - batch.per_token["old"]).double().sum() for batch in scored]
-        local["mismatch_kl"] = (float(torch.stack(gaps).sum()), sum(batch.tokens for batch in scored))
-    extreme: dict[str, float] = {}
+    gaps, extreme = mismatch.of_step(run.config, [batch for update in updates for batch in update.batches])
+    local |= gaps
     for result in results:
         for out, batch in result.outputs:
             for reported, value in out.metrics.items():
+                if reported.startswith("mismatch"):  # of the whole step, above
+                    continue
                 name, number = NAMES.get(reported, reported), float(value)
                 if name.endswith(("_max", "_min")):  # over the update; the others are means over sequences
                     sign = -1.0 if name.endswith("_min") else 1.0
@@ -78,7 +77,7 @@ def of_step(
                 else:
                     before = local.get(name, (0.0, 0.0))
                     local[name] = (before[0] + number * batch.sequences, before[1] + batch.sequences)
-    merged = _merge(run, local, extreme)
+    merged = mismatch.finished(_merge(run, local, extreme))
     mean, square = merged["reward"], merged.pop("reward_square")
     seconds = sum(lap.seconds.values())
     return {

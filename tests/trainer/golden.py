@@ -31,6 +31,8 @@ class Response:
     returns: torch.Tensor | None = None  # [n]
     log_z: float = 0.0  # the group's
     kept: list | None = None  # ids that each token was drawn from, where that was not everything
+    weight: torch.Tensor | None = None  # [n] of the correction for the sampler
+    stays: torch.Tensor | None = None  # [n] bool: not rejected
 
 
 @dataclass
@@ -134,6 +136,24 @@ def per_token(responses, a):
         r.advantage = (r.advantage - every.mean()) / (every.var() + 1e-8).sqrt()
 
 
+def correct(responses, a):
+    """Weights and rejections for the sampler: verl's rollout_corr_helper.py; tis_cap: of whole responses."""
+    for r in responses:
+        gap = r.old - r.sampler
+        r.weight, r.stays = torch.ones_like(gap), torch.ones_like(gap, dtype=torch.bool)
+        if a["tis_cap"]:
+            r.weight = r.weight * min(math.exp(float(gap.sum())), a["tis_cap"])
+        elif a["correction"] == "token_truncate+token_k1":
+            high, low = 1.02, 0.85
+            r.weight = gap.exp().clamp(max=high)
+            r.stays = (-gap >= math.log(low)) & (-gap <= math.log(1 / low))
+        elif a["correction"] == "sequence_mask":
+            ratio = math.exp(float(gap.sum()))
+            r.weight = r.weight * (ratio if 0.9 <= ratio <= 1.3 else 0.0)
+        elif a["correction"]:
+            raise ValueError(a["correction"])
+
+
 def group_log_z(responses, beta):
     """VarGrad: log Z is the group's mean of what the rest of the residual is short of."""
     short = {id(r): beta * r.target + float((r.ref - r.old).mean()) for r in responses}
@@ -157,8 +177,7 @@ def flow(policy, batch, a, temperature):
         if a["preset"] == "paper":
             low, high = a["clip"] or (0.8, 1.2)
             weight = min(max(math.exp(float((logp.detach() - r.old).sum())), low), high)
-        if a["tis_cap"]:
-            weight *= min(math.exp(float((r.old - r.sampler).sum())), a["tis_cap"])
+        weight *= float(r.weight.mean())
         total = total + weight * delta**2
     return total / len(batch)
 
@@ -171,7 +190,7 @@ def gradient(policy, batch, a, temperature, budget):
     """PPO (arXiv 1707.06347) and the rows that differ from it: minus the objective, so that it is minimised."""
     name = a["name"]
     low, high = a["clip"] or RANGE.get(name, (0.8, 1.2))
-    tokens = sum(len(r.tokens) for r in batch)
+    tokens = sum(int(r.stays.sum()) for r in batch)
     total = 0.0
     for r in batch:
         logp, entropy, _, states = read(policy, r, temperature)
@@ -187,8 +206,10 @@ def gradient(policy, batch, a, temperature, budget):
             loss = clipped(ratio, r.advantage, low, high)
         if a["dual_clip"]:
             loss = torch.where(r.advantage < 0, torch.minimum(loss, -a["dual_clip"] * r.advantage), loss)
+        loss = loss * r.weight
         if a["kl"] and name != "reinforce_pp":  # k3, joschu.net/blog/kl-approx.html
             loss = loss + a["kl"] * ((r.ref - logp).exp() - (r.ref - logp) - 1)
+        loss, entropy = loss * r.stays, entropy * r.stays
         if name in PER_SEQUENCE:
             total = total + loss.mean() / len(batch)
         elif name == "rloo":  # the log-probability of the whole response
@@ -203,7 +224,7 @@ def gradient(policy, batch, a, temperature, budget):
             value, move = value_of(policy, states), a["value_clip"]
             near = r.value + (value - r.value).clamp(-move, move)
             worse = torch.maximum((value - r.returns) ** 2, (near - r.returns) ** 2)
-            total = total + 0.5 * worse.sum() / tokens
+            total = total + 0.5 * (worse * r.stays).sum() / tokens
     return total
 
 
@@ -236,6 +257,7 @@ def step(policy, reference, responses, a, o, *, temperature, budget, groups_per_
             r.ref = read(reference, r, temperature)[0]
             r.value = value_of(policy, states) if a["name"] == "ppo" else None
     live = shape(responses, a, budget)
+    correct(live, a)
     if a["name"] in ("ppo", "reinforce_pp"):
         per_token(live, a)
     if a["log_z"] == "group":
