@@ -31,6 +31,8 @@ from flowrl_kernels.trainer.records import Lap, Progress, Result, Rollouts, Run,
 from flowrl_kernels.trainer.rollout import Kept
 from flowrl_kernels.trainer.run import export, prepare, resume
 
+SHOWN = 32  # responses scored for the log alone
+
 
 class NotFinite(RuntimeError):
     """Too many updates in a row had a loss or gradient that is not finite."""
@@ -94,15 +96,17 @@ def _steps(run: Run, progress: Progress, watch: stop.Watch) -> None:
                 counts = mismatch.recount(config, [update.batches for update in updates], run.world)
                 for update, (tokens, sequences) in zip(updates, counts):
                     update.tokens, update.sequences = tokens, sequences
-        elif algorithms.of(config).residual:  # one pass has no log-probs to show: a sample of them, for the log
-            score(run, run.policy, batches[:1], "now")
+        shown = batches
+        if not needs.old and algorithms.of(config).residual:  # one pass has no log-probs to show: a few, for the log
+            shown = a_few(run, rollouts, shaped)
+            score(run, run.policy, shown, "now")
         shaping.finish(config, batches, run.world)
         lap("score")
         results = [apply(run, progress, update) for _ in range(config.algorithm.epochs) for update in updates]
         run.engine.update_weights(run.weights(), progress.updates)
         lap("update")
         progress.step = step
-        run.log.step(step, measure.of_step(run, rollouts, updates, results, progress, lap))
+        run.log.step(step, measure.of_step(run, rollouts, updates, results, progress, lap, shown))
         if step == 1 or step % config.log.samples_every == 0:
             run.log.samples(step, measure.samples(run, rollouts, config.log.samples))
         if step < config.run.steps and every and step % every == 0:
@@ -227,6 +231,17 @@ def pack_updates(run: Run, rollouts: Rollouts, shaped: Shaped) -> list[Update]:
             batches.append(stand_in(rollouts.prompts[part], rollouts.responses[part], world.device))
             fill(batches[-1], rollouts, shaped, batches[-1].which.cpu() + i * size)
     return [Update(batches, int(t), int(s)) for batches, (t, s) in zip(packed, sums.tolist())]
+
+
+def a_few(run: Run, rollouts: Rollouts, shaped: Shaped) -> list[MicroBatch]:
+    """One micro-batch of the first responses that take part, on every rank."""
+    keep = [i for i, kept in enumerate(shaped.keep) if kept][:SHOWN]
+    p = run.config.parallel
+    batches = pack(keep, rollouts.prompts, rollouts.responses, max_tokens=p.max_tokens, row_tokens=p.row_tokens,
+                   device=run.world.device, alone=run.policy.packing == "alone")[:1]  # fmt: skip
+    for batch in batches:
+        fill(batch, rollouts, shaped, batch.which.cpu())
+    return batches
 
 
 def fill(batch: MicroBatch, rollouts: Rollouts, shaped: Shaped, rows: Tensor) -> None:

@@ -41,8 +41,12 @@ def of_step(
     results: list[Result],
     progress: Progress,
     lap: Lap,
+    shown: list[MicroBatch],
 ) -> dict[str, float]:
-    """The metrics of a step, the same on every rank; the one place where a step waits for its tensors."""
+    """The metrics of a step, the same on every rank; the one place where a step waits for its tensors.
+
+    shown: the micro-batches whose log-probs are compared with the engine's.
+    """
     n = run.config.rollout.samples
     known = [r for r in rollouts.reward if r is not None]
     groups = [rollouts.reward[i : i + n] for i in range(0, len(rollouts.reward), n)]
@@ -63,7 +67,7 @@ def of_step(
         "tokens": (sum(lengths), 1.0 / run.world.size),
         **{name: (count, 1.0 / run.world.size) for name, count in run.scorer.take_counts().items()},
     }
-    gaps, extreme = mismatch.of_step(run.config, [batch for update in updates for batch in update.batches])
+    gaps, extreme = mismatch.of_step(run.config, shown)
     local |= gaps
     for result in results:
         for out, batch in result.outputs:

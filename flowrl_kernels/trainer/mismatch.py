@@ -70,8 +70,8 @@ def recount(config: Config, updates: list[list[MicroBatch]], world: World) -> li
 def of_step(config: Config, batches: list[MicroBatch]) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
     """What adds up over ranks to a step's figures, as (sum, count), and the largest gap.
 
-    Over the tokens whose log-probs under the policy as it sampled are known: all, or those of one micro-batch where the
-    loss does without (`loop`).
+    Over the tokens whose log-probs under the policy as it sampled are known: all, or a few responses' where the loss
+    does without (`loop.a_few`).
     """
     names = ("mismatch_kl", "mismatch_k3", "mismatch_cut", "mismatch_weight", "mismatch_square")
     sums, tokens, largest = torch.zeros(5, dtype=torch.float64), 0, -1.0

@@ -70,7 +70,7 @@ ROWS = [
     ("the product taken for the mean", "core/correction.py", '(count if rule.level == "geometric" else 1.0)', "1.0",
      of("test_correction.py", "test_weights_and_rejections_are_those_of_the_definitions[geometric_truncate]")),
     ("k1 bounded the other way round", "core/correction.py", '"k1": -held', '"k1": held',
-     of("test_correction.py", "test_weights_and_rejections_are_those_of_the_definitions[seq_mean_k1]")),
+     of("test_correction.py", "test_weights_and_rejections_are_those_of_the_definitions[token_k1]")),
     ("kept tokens forgotten", OBJECTIVE, "kept=batch.kept,", "kept=None,", golden("grpo, over kept tokens")),
     ("kept rows of another response", LOOP, "torch.arange(n) + int(first[row])", "torch.arange(n)",
      golden("flowrl paper, over kept tokens")),

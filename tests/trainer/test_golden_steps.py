@@ -223,7 +223,7 @@ def check_log(tmp_path, recorder, results, scored):
     weight = torch.cat([r.weight * r.stays for r in live])
     if row.get("mismatch_cut", 0.0) == 0.0:
         weight = gaps.exp()
-    if scored:  # else of one micro-batch, or of the only pass
+    if scored:  # else of a few responses, or of the only pass
         assert row["mismatch_kl"] == pytest.approx(-float(gaps.mean()), rel=1e-3)
         assert row["mismatch_k3"] == pytest.approx(float((gaps.exp() - 1 - gaps).mean()), rel=1e-3)
         assert row["mismatch_max"] == pytest.approx(float(gaps.abs().max()), rel=1e-4)
