@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flowrl_kernels.logprobs import linear_logprob, logprob
     from flowrl_kernels.losses import flowrl_loss, residual_loss
     from flowrl_kernels.modules import FlowRLLoss, LinearFlowRLLoss
-    from flowrl_kernels.policy_gradient import policy_gradient_loss, value_loss
+    from flowrl_kernels.policy_gradient import policy_gradient_loss, rollout_correction, value_loss
 
 __version__ = "0.2.0"
 
@@ -28,6 +28,7 @@ _ROOMS = {
     "flowrl_loss": "losses",
     "residual_loss": "losses",
     "policy_gradient_loss": "policy_gradient",
+    "rollout_correction": "policy_gradient",
     "value_loss": "policy_gradient",
     "group_normalize": "advantages",
     "reinforce_pp_advantage": "advantages",
@@ -55,6 +56,7 @@ __all__ = [
     "policy_gradient_loss",
     "reinforce_pp_advantage",
     "residual_loss",
+    "rollout_correction",
     "value_loss",
 ]
 

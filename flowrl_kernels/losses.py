@@ -13,7 +13,8 @@ from torch import Tensor
 
 from flowrl_kernels import presets
 from flowrl_kernels.core import checks, dispatch
-from flowrl_kernels.core.settle import UNSET, Dials, Given, Settled, flow_settings, settle
+from flowrl_kernels.core.correction import Bounds
+from flowrl_kernels.core.settle import UNSET, Dials, Given, Settled, flow_settings, rules_given, settle
 from flowrl_kernels.core.types import LossOutput
 from flowrl_kernels.presets.row import bounds_of, phi_of
 
@@ -42,6 +43,8 @@ def flowrl_loss(
     logp_sampler: Tensor | None = None,
     tis: str | None = UNSET,
     tis_cap: float = UNSET,
+    correction: str | None = None,
+    correction_cap: Bounds | float | str | None = None,
     normalizer: Tensor | float | tuple[float, float] | None = None,
     groups: Tensor | None = None,
     preset: str | None = None,
@@ -76,8 +79,12 @@ def flowrl_loss(
             the forward KL's and covers modes, 1 is d^2/2, 2 is the chi-square's; docs/maths.md, eq. 21-23), or
             "square" (twice alpha 1), "exp" (2), "exp_half" (1.5), "cosh" (2 plus 0), "abs". The exponent is held
             within +-60. Triton compiles its kernel anew for another number.
-        logp_sampler: log-probs as the rollout engine reported them, for the second weight: only beside `tis`.
+        logp_sampler: log-probs as the rollout engine reported them, for the second weight: only beside `tis` or
+            `correction`.
         tis: "token", "mean" or "sequence": a second weight min(pi_old / pi_sampler, tis_cap).
+        correction, correction_cap: in place of `tis`, any of `rollout_correction`. A sequence's weight is the mean over
+            its tokens that stay, each bounded before (tis="token" bounds the mean). What is rejected leaves every sum
+            and count; a sequence without a token left counts in B.
         normalizer: what the sum over sequences is divided by; B if None. For gradient accumulation and data parallelism
             hand in the global number of sequences, or the pair (sequences, tokens), which suits every row: those of
             level "token" divide by tokens, and tb_ppo_style by both. A tensor costs no sync; it may be 0 where nothing
@@ -103,8 +110,11 @@ def flowrl_loss(
         beta=beta, ratio=ratio, anchor=anchor, phi=phi, tis=tis, tis_cap=tis_cap, clip=clip,
         length_normalize=length_normalize, length_power=length_power,
     )  # fmt: skip
+    rules = rules_given(correction, correction_cap)
+    if rules and cp_group is not None:
+        checks.fail("correction", "None beside cp_group, where a rank has parts of sequences only", correction)
     given = Given(logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer)
-    return _residual(logp, given, Dials(preset, presets.PRESETS["paper"], explicit), cp_group, impl)
+    return _residual(logp, given, Dials(preset, presets.PRESETS["paper"], explicit, rules), cp_group, impl)
 
 
 def residual_loss(

@@ -25,8 +25,8 @@ class FlowRLLoss(nn.Module):
     """`flowrl_loss` with its settings held: `FlowRLLoss(preset="release")(logp, logp_ref, reward, log_z, ...)`.
 
     The constructor takes the settings (preset, beta, ratio, clip, length_normalize, length_power, anchor, phi, tis,
-    tis_cap, impl), the call takes the tensors (logp_old, mask or cu_seqlens, groups, normalizer, logp_sampler) and
-    cp_group.
+    tis_cap, correction, correction_cap, impl), the call takes the tensors (logp_old, mask or cu_seqlens, groups,
+    normalizer, logp_sampler) and cp_group.
     """
 
     def __init__(self, **settings: Any):
@@ -113,11 +113,13 @@ class LinearFlowRLLoss(FlowRLLoss):
                 checks.no_tangent(name, value)
         if cp_group is not None:
             checks.process_group("cp_group", cp_group)
+            if self.settings.get("correction") is not None:
+                checks.fail("correction", "None beside cp_group, where a rank has parts of sequences only", "both")
         layout = torch.empty((), dtype=torch.float32, device=hidden.device).expand(ids.shape)
         given = Given(logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer)
         settled = settle(layout, given, dials_of(self.settings))
         temperature = self.temperature if temperature is None else temperature
-        if mask is not None:
+        if mask is not None or self.settings.get("correction") is not None:
             left_out = ~settled.segments.mask
             ids = ids.long().masked_fill(left_out, -100)
             if isinstance(temperature, Tensor) and temperature.shape == ids.shape:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowrl_kernels.core import checks
 from flowrl_kernels.core.checks import one_of
+from flowrl_kernels.core.correction import Bounds, corrected, metrics_of, sums_of
 from flowrl_kernels.core.layout import check_tokens, normalizer_of, segments_of
-from flowrl_kernels.core.settle import UNSET
+from flowrl_kernels.core.settle import UNSET, rules_given
 from flowrl_kernels.core.types import LossOutput
 from flowrl_kernels.presets.row import bounds_of
 from flowrl_kernels.reference import policy_gradient as pg
 
-__all__ = ["policy_gradient_loss", "value_loss"]
+__all__ = ["Correction", "policy_gradient_loss", "rollout_correction", "value_loss"]
 
 
 def policy_gradient_loss(
@@ -35,6 +37,9 @@ def policy_gradient_loss(
     aggregate: str = "token-mean",
     normalizer: Tensor | float | None = None,
     horizon: float | None = None,
+    logp_sampler: Tensor | None = None,
+    correction: str | None = None,
+    correction_cap: Bounds | float | str | None = None,
 ) -> LossOutput:
     """Clipped policy gradients: PPO and the methods that differ from it by a setting.
 
@@ -66,6 +71,10 @@ def policy_gradient_loss(
             leaves it out: hand in `normalizer`).
         normalizer: replaces the count the mode divides by: tokens for "token-mean", sequences for the others. A tensor
             may be 0 where nothing counts.
+        logp_sampler: log-probs as the rollout engine reported them; adds the `mismatch_*` metrics.
+        correction, correction_cap: what is made of the gap to `logp_sampler`: see `rollout_correction`. The weights
+            multiply the policy's loss and not the KL penalty (as in TRL and verl); rejected tokens leave every sum and
+            count, unless `normalizer` is given.
 
     Returns:
         LossOutput(loss, residual [B]: mean token loss, weight [B]: mean ratio, metrics). `clipped` is the share of
@@ -84,6 +93,10 @@ def policy_gradient_loss(
     segments = segments_of(logp, mask, cu_seqlens, "logp", advantage if per_sequence else None, "advantage")
     check_tokens("logp_old", logp_old, logp)
     check_tokens("logp_ref", logp_ref, logp)
+    check_tokens("logp_sampler", logp_sampler, logp)
+    rules = rules_given(correction, correction_cap)
+    if rules and logp_sampler is None:
+        checks.fail("logp_sampler", f"log-probs of the engine, for correction={correction!r}", None)
     one_of("ratio", ratio, ("token", "sequence", "detached", "none"))
     low, high = bounds_of((0.8, 1.2) if clip is UNSET else clip)
     if ratio == "none" and clip is not UNSET and (low, high) != (None, None):
@@ -123,10 +136,18 @@ def policy_gradient_loss(
     dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
     logp = segments.clean(logp)
     old = logp.detach() if logp_old is None else segments.clean(logp_old.detach())
+    metrics: dict[str, Tensor] = {}
+    made = None
+    if logp_sampler is not None:
+        sampler = segments.clean(logp_sampler.detach())
+        made = corrected(old, sampler, segments, rules) if rules else None
+        metrics |= metrics_of(*sums_of(old, sampler, segments, made))
+        segments = segments if made is None else segments._replace(mask=made.keep)
+        logp, old, a = (segments.clean(t) for t in (logp, old, a))
     tokens, rho, clipped = pg.token_losses(logp, old, a, segments, ratio, (low, high), dual_clip)
+    tokens = tokens if made is None else tokens * made.weight
     scalar = normalizer_of(normalizer, logp)
     loss = pg.aggregate(tokens, segments, aggregate, scalar, length)
-    metrics: dict[str, Tensor] = {}
     if kl is not None and logp_ref is not None:
         penalty = pg.kl_penalty(logp, segments.clean(logp_ref.detach()), kl_kind, kl_bound)
         loss = loss + kl * pg.aggregate(penalty, segments, aggregate, scalar, length)
@@ -144,6 +165,68 @@ def policy_gradient_loss(
         }
     metrics = {name: value.detach().to(dtype) for name, value in metrics.items()}
     return LossOutput(loss.to(dtype), mean_loss.to(dtype), mean_ratio.to(dtype), metrics)
+
+
+class Correction(NamedTuple):
+    """What becomes of each token; in the layout of the log-probs.
+
+    weight: fp32 (float64 for float64 inputs), detached; 0 where the token does not count or was rejected.
+    keep: bool, True where it counts and was not rejected.
+    metrics: 0-d, detached, on the device; over the tokens that count.
+    """
+
+    weight: Tensor
+    keep: Tensor
+    metrics: dict[str, Tensor]
+
+
+def rollout_correction(
+    logp_old: Tensor,
+    logp_sampler: Tensor,
+    correction: str | None = None,
+    correction_cap: Bounds | float | str | None = None,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Correction:
+    """The weight pi_old / pi_sampler of each token, for rollouts by an engine that is not quite the trainer's policy.
+
+    Weights, by the token's ratio, the product over the sequence or the geometric mean of it: "token_truncate",
+    "sequence_truncate", "geometric_truncate" hold it within the bounds (TIS, fengyao.notion.site/off-policy-rl);
+    "token_mask", "sequence_mask", "geometric_mask" set it to 0 outside them (IcePop, arXiv 2510.18855). TRL's four
+    modes have these names; verl's `rollout_is` is truncated for one bound and masked for two.
+
+    Rejections, by verl's `rollout_rs`: "token_k1" to "seq_max_k3" take out tokens or sequences whose k1, k2 or k3
+    (eq. 14, of the sampler against old), or its sum, mean or largest over the sequence, lies outside. "seq_mean_k1" is
+    the geometric mean's. k1 bounds the ratio pi_sampler / pi_old, as verl does: (0.5, 2.0), or one number h for
+    (1/h, h). k2 and k3 are bounded from above.
+
+    Args:
+        logp_old: [B, T] or [N] log-probs of the sampled tokens under the policy as the trainer scores it, in nats.
+        logp_sampler: the same as the engine reported them.
+        correction: one of the names, or a weight and a rejection joined by "+"; None: metrics alone.
+        correction_cap: high or (low, high), either None for open; a text as verl writes it, "2.0", "0.5_5.0", or for
+            two names "2.0,0.999_1.001". None: `core.correction.DEFAULTS`, verl's and TRL's values, where there is one.
+        mask, cu_seqlens: as in `flowrl_loss`.
+
+    Returns:
+        Correction(weight, keep, metrics). `mismatch_kl` and `mismatch_k3`: KL(sampler || old) by k1 and k3, nats a
+        token; `mismatch_max`: the largest |gap|; `mismatch_ess`: effective sample size (sum w)^2 / (n sum w^2) of the
+        weights as used; `mismatch_cut`: share of tokens whose weight met a bound, or that were rejected.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+    checks.floating("logp_old", logp_old)
+    check_tokens("logp_sampler", checks.plain("logp_sampler", logp_sampler), logp_old)
+    segments = segments_of(logp_old, mask, cu_seqlens, "logp_old")
+    rules = rules_given(correction, correction_cap)
+    old, sampler = segments.clean(logp_old.detach()), segments.clean(logp_sampler.detach())
+    made = corrected(old, sampler, segments, rules)
+    sums, largest = sums_of(old, sampler, segments, made if rules else None)
+    dtype = torch.float64 if logp_old.dtype == torch.float64 else torch.float32
+    metrics = {name: value.to(dtype) for name, value in metrics_of(sums, largest).items()}
+    return Correction(made.weight.to(dtype), made.keep, metrics)
 
 
 def value_loss(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from flowrl_kernels import presets
 from flowrl_kernels.core import checks, dispatch
+from flowrl_kernels.core.correction import BOUND, Rule, by_sequence, corrected, rules_of
 from flowrl_kernels.core.layout import check_tokens, normalizer_of, segments_of
 from flowrl_kernels.core.segments import Segments
 from flowrl_kernels.core.types import Anchors, Sequences
@@ -19,7 +21,8 @@ from flowrl_kernels.presets.row import CHOICES, Row, bounds_of, phi_of
 UNSET: Any = ...  # an argument that was not given: a preset may set it
 # what a module's constructor holds for `flowrl_loss`
 SETTINGS = (
-    "preset", "beta", "ratio", "clip", "length_normalize", "length_power", "anchor", "phi", "tis", "tis_cap", "impl"
+    "preset", "beta", "ratio", "clip", "length_normalize", "length_power", "anchor", "phi", "tis", "tis_cap",
+    "correction", "correction_cap", "impl",
 )  # fmt: skip
 
 
@@ -39,8 +42,10 @@ def flow_settings(*, clip: Any = UNSET, length_normalize: Any = UNSET, **explici
 
 def dials_of(settings: dict[str, Any]) -> Dials:
     """What a module holds, as a call reads it."""
-    explicit = {name: value for name, value in settings.items() if name not in ("preset", "impl")}
-    return Dials(settings.get("preset"), presets.PRESETS["paper"], flow_settings(**explicit))
+    own = ("preset", "impl", "correction", "correction_cap")
+    explicit = {name: value for name, value in settings.items() if name not in own}
+    rules = rules_given(settings.get("correction"), settings.get("correction_cap"))
+    return Dials(settings.get("preset"), presets.PRESETS["paper"], flow_settings(**explicit), rules)
 
 
 def check_settings(owner: str, settings: dict[str, Any]) -> None:
@@ -53,7 +58,7 @@ def check_settings(owner: str, settings: dict[str, Any]) -> None:
         if name not in SETTINGS:
             near = difflib.get_close_matches(name, SETTINGS, n=1) or SETTINGS
             raise TypeError(f"{owner}: unknown setting {name!r}; wanted {', '.join(near)}")
-    settled_row(*dials_of(settings))
+    settled_row(*dials_of(settings)[:3])
     checks.one_of("impl", settings.get("impl", "auto"), ("auto", *dispatch.IMPLS))
 
 
@@ -105,20 +110,25 @@ class Dials(NamedTuple):
     preset: str | None
     base: Row
     explicit: dict[str, Any]
+    rules: Sequence[Rule] = ()  # of the correction for the rollout engine
 
 
 def settle(logp: Tensor, given: Given, dials: Dials, anchor_is_given: bool = False) -> Settled:
     """Preset and explicit arguments to one row, tensors checked against `logp` (of which only the layout is read)."""
     logp_ref, reward, log_z, logp_old, logp_sampler, mask, cu_seqlens, groups, normalizer = given
-    preset, base, explicit = dials
+    preset, base, explicit, rules = dials
     given_anchor, given_reward = ("anchor", "target") if anchor_is_given else ("logp_ref", "reward")
     row = settled_row(preset, base, explicit)
     for name in ("ratio", "clip"):
         value = explicit.get(name, UNSET)
         if logp_old is None and value is not UNSET and value not in (None, (None, None)):
             checks.fail("logp_old", f"log-probs of the policy that sampled, for {name}={value!r}", None)
-    if logp_sampler is not None and row.tis is None:
-        checks.fail("tis", "'token', 'mean' or 'sequence' beside logp_sampler, which nothing else reads", None)
+    if rules and row.tis is not None:
+        checks.fail("correction", f"None beside tis={row.tis!r}, which is one", rules[0].name)
+    if logp_sampler is not None and row.tis is None and not rules:
+        checks.fail(
+            "tis", "'token', 'mean' or 'sequence', or a correction, beside logp_sampler, which nothing else reads", None
+        )
     if explicit.get("anchor", UNSET) in (None, "old") and logp_ref is not None:  # a preset's anchor may leave it unread
         checks.fail("logp_ref", f"None beside anchor={row.anchor!r}, where nothing reads it", "a tensor")
     partition = log_z if isinstance(log_z, Tensor) else None
@@ -163,12 +173,37 @@ def settle(logp: Tensor, given: Given, dials: Dials, anchor_is_given: bool = Fal
     if row.tis is not None and (logp_sampler is None or logp_old is None):
         missing = "logp_sampler" if logp_sampler is None else "logp_old"
         checks.fail(missing, f"log-probs, for tis={row.tis!r}", None)
+    if rules and (logp_sampler is None or logp_old is None):
+        missing = "logp_sampler" if logp_sampler is None else "logp_old"
+        checks.fail(missing, f"log-probs, for correction={rules[0].name!r}", None)
     divisor = normalizer_of(normalizer, logp, pair=True)
     if row.surrogate is not None and divisor is not None and divisor.numel() == 1:
         checks.fail("normalizer", f"(sequences, tokens): preset={preset!r} divides by both", "one number")
     anchor, old, sampler = (None if t is None else t.detach() for t in (anchor, logp_old, logp_sampler))
     each = Sequences(reward.detach(), partition, groups, divisor)
+    if rules:
+        row, sampler, segments = _corrected(row, old, sampler, segments, rules)
     return Settled(row, Anchors(anchor, old, sampler), each, segments)
+
+
+def _corrected(
+    row: Row, old: Any, sampler: Any, segments: Segments, rules: Sequence[Rule]
+) -> tuple[Row, Tensor, Segments]:
+    """Rejected tokens out of the mask, and the weights as what the second weight (eq. 10) comes to by its mean."""
+    clean = segments.clean(old)
+    made = corrected(clean, segments.clean(sampler), segments, rules)
+    weight = by_sequence(made, segments).clamp_min(math.exp(-BOUND))  # of a masked one: nothing next to the others
+    engine = (clean - segments.spread(weight.log())).to(old.dtype)
+    return dataclasses.replace(row, tis="mean", tis_cap=math.exp(BOUND)), engine, segments._replace(mask=made.keep)
+
+
+def rules_given(correction: Any, cap: Any) -> list[Rule]:
+    """The rules of a correction, none for None."""
+    if correction is None:
+        if cap is not None:
+            checks.fail("correction_cap", "None without correction, which says what it bounds", repr(cap))
+        return []
+    return rules_of(correction, cap)
 
 
 def _check_row(row: Row) -> None:

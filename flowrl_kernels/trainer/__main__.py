@@ -11,6 +11,7 @@ USAGE = """usage: flowrl train FILE.toml [--section.field value ...] [--resume]
        flowrl eval RUN_OR_FOLDER [--split NAME] [--config FILE.toml] [--out FILE.json] [--section.field value ...]
        flowrl plot RUN [RUN ...] [--out FOLDER]
        flowrl export RUN FOLDER [--dtype float32|bfloat16|float16]
+       flowrl doctor RUN_OR_FOLDER [--config FILE.toml] [--prompts N] [--samples N] [--out FILE.json] [--section...]
        flowrl compare FILE.toml [--out FOLDER] [--only NAME ...] [--section.field value ...] [--resume]
 
 The same as `python -m flowrl_kernels.trainer ...`, which is what torchrun starts.
@@ -149,6 +150,31 @@ def evaluate(args: list[str]) -> int:
     return 0
 
 
+def doctor(args: list[str]) -> int:
+    """Says which part the gap between the sampler's log-probs and the trainer's comes from; exit 1 if there is one."""
+    from flowrl_kernels.trainer import config_file
+    from flowrl_kernels.trainer.doctor.main import doctor as examined
+
+    parser = config_file.Parser(
+        prog="flowrl doctor",
+        description=doctor.__doc__,
+        epilog="--section.field value, as in training, e.g. --rollout.engine; flowrl train --help lists every field.",
+    )
+    parser.add_argument("source", metavar="RUN_OR_FOLDER", help="run folder, Hugging Face folder, or TOML file")
+    parser.add_argument("--config", metavar="FILE.toml", help="the task of a Hugging Face folder")
+    parser.add_argument("--prompts", type=int, default=8, help="how many of the training prompts (default: 8)")
+    parser.add_argument("--samples", type=int, default=8, help="responses to each (default: 8)")
+    parser.add_argument("--out", metavar="FILE.json", help="default: doctor.json in the run folder")
+    given, overrides = parser.parse_known_args(args)
+    for name in ("prompts", "samples"):
+        if getattr(given, name) < 1:
+            raise ValueError(f"--{name}: wanted at least 1; got {getattr(given, name)}")
+    found = examined(
+        given.source, overrides, settings=given.config, prompts=given.prompts, samples=given.samples, out=given.out
+    )
+    return 0 if found.culprit is None else 1
+
+
 def compare(args: list[str]) -> int:
     """Trains by several algorithms one after the other and prints one table."""
     from flowrl_kernels.trainer.compare import main
@@ -157,7 +183,8 @@ def compare(args: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": train, "eval": evaluate, "plot": plot, "export": export, "compare": compare,
+    "train": train, "eval": evaluate, "plot": plot, "export": export, "doctor": doctor,
+    "compare": compare,
 }  # fmt: skip
 
 

@@ -73,7 +73,7 @@ class Algorithm:
     def reads(self) -> frozenset[str]:
         """The fields of [algorithm] among `OWN` that it uses."""
         if self.residual:
-            return frozenset({"tis_cap"})
+            return frozenset()
         out = {"entropy", *(["kl"] if self.kl != "none" else [])}
         out |= {"dual_clip"} if self.ratio in ("token", "sequence") else set()
         out |= {"gamma"} if self.tokens != "all" else set()
@@ -82,7 +82,7 @@ class Algorithm:
 
 
 # fields of [algorithm] that some algorithms read and others would ignore -> their defaults
-OWN = {"kl": 0.0, "entropy": 0.0, "dual_clip": 0.0, "gamma": 1.0, "gae_lambda": 1.0, "value_clip": 0.2, "tis_cap": 0.0}
+OWN = {"kl": 0.0, "entropy": 0.0, "dual_clip": 0.0, "gamma": 1.0, "gae_lambda": 1.0, "value_clip": 0.2}
 
 # fmt: off
 ALGORITHMS: dict[str, Algorithm] = {

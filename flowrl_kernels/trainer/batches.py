@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowrl_kernels.trainer.rollout.base import Kept
+
 SHORT_ROW = 128
 
 
@@ -32,6 +34,7 @@ class MicroBatch:
     live: bool = True  # False: a stand-in that keeps ranks in step; its loss is multiplied by 0
     per_sequence: dict[str, Tensor] = field(default_factory=dict)  # [B] each: reward, group, log_z
     per_token: dict[str, Tensor] = field(default_factory=dict)  # [N] each: sampler, old, ref, value, advantage, returns
+    kept: Kept | None = None  # what each response token was drawn from, where that was not everything
 
     @property
     def sequences(self) -> int:

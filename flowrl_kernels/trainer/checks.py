@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from flowrl_kernels.trainer import algorithms, objective, packages
+from flowrl_kernels.trainer import algorithms, mismatch, objective, packages
 from flowrl_kernels.trainer.batches import SHORT_ROW, plan
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.evaluate import chosen
@@ -34,6 +34,7 @@ def check_algorithm(config: Config) -> None:
         raise ValueError(
             f"algorithm.overlong_buffer: wanted at most rollout.max_new_tokens = {most}; got {a.overlong_buffer}"
         )
+    mismatch.check_correction(config)
     if algorithm.residual:
         objective.log_z_kind(config)  # the preset's name, and what goes with it
         why = f"algorithm.reward = {a.reward!r}" if a.reward != "raw" else ""

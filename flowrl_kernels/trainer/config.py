@@ -141,9 +141,12 @@ class RolloutConfig:
     temperature: float = 1.0
     """Sampling temperature; every log-probability in the loss is taken at it."""
     top_p: float = 1.0
-    """Must be 1 in training: truncated sampling makes the importance weights wrong."""
+    """Draw from the most likely tokens that hold this share of the mass; 1: from all. Every log-probability is then
+    taken over the tokens that were left to draw from, so the engine must tell them."""
     top_k: int = 0
-    """Must be 0 in training, for the same reason."""
+    """Draw from so many of the most likely tokens; 0: from all."""
+    min_p: float = 0.0
+    """Draw from tokens at least this share as likely as the most likely one; 0: from all."""
     batch: int = 1024
     """Sequences decoded at once on each rank."""
 
@@ -182,7 +185,13 @@ class AlgorithmConfig:
     dual_clip: float = 0.0
     """Lower bound factor for negative advantages (3 is common); 0: off."""
     tis_cap: float = 0.0
-    """Cap of the sampler-mismatch weight exp(logp_old - logp_sampler); 0: no such weight."""
+    """Cap of a response's weight exp(sum of logp_old - logp_sampler): correction = "sequence_truncate" in short; 0:
+    none."""
+    correction: str = ""
+    """What is made of the gap to the engine's log-probabilities, by a name of `rollout_correction`, or a weight and a
+    rejection joined by "+", e.g. "token_truncate+seq_mean_k1"; empty: it is reported only."""
+    correction_cap: str = ""
+    """Its bounds as verl writes them, "2.0", "0.5_5.0" or "2.0,0.999_1.001"; empty: verl's and TRL's values."""
     filter_groups: bool = False
     """Leave out groups whose rewards are all equal."""
     unlikeliness: float = 0.0
@@ -277,6 +286,10 @@ class EvalConfig:
     """Responses per problem, the largest k of pass@k."""
     temperature: float = 1.0
     """Sampling temperature of the evaluation; 0 is greedy."""
+    top_p: float = 1.0
+    """The evaluation draws from the most likely tokens that hold this share of the mass; 1: from all."""
+    top_k: int = 0
+    """The evaluation draws from so many of the most likely tokens; 0: from all."""
     seed: int = 0
     """Seed of the evaluation's samples; the same for every evaluation of a run, whatever `run.seed`."""
     exact: bool = True
@@ -343,6 +356,8 @@ LEAST = {
     "eval.samples": 1,
     "eval.problems": 0,
     "eval.temperature": 0.0,
+    "eval.top_k": 0,
+    "rollout.top_k": 0,
     "eval.kl_problems": 0,
     "run.threads": 0,
     "task.reward_workers": 1,
@@ -369,6 +384,7 @@ LEAST = {
     "log.samples_every": 1,
 }
 OPEN = ("optim.max_grad_norm",)  # may be infinite
+TELLS_KEPT = ("hf",)  # the engines that return what a truncated draw was left to draw from
 
 
 def check(config: Config, world: int = 1) -> None:
@@ -393,10 +409,21 @@ def check(config: Config, world: int = 1) -> None:
             if isinstance(value, float) and key not in OPEN:
                 want(math.isfinite(value), key, "a finite number", value)
             want(value == value, key, "a number", value)  # not NaN
-    whole = "the whole distribution is sampled in training, so the importance weights are right:"
     want(rollout.temperature > 0, "rollout.temperature", "more than 0", rollout.temperature)
-    want(rollout.top_p == 1, "rollout.top_p", f"1 ({whole} no truncation)", rollout.top_p)
-    want(rollout.top_k == 0, "rollout.top_k", f"0 ({whole} no truncation)", rollout.top_k)
+    for key, value in (("rollout.top_p", rollout.top_p), ("eval.top_p", config.eval.top_p)):
+        want(0 < value <= 1, key, "a number above 0 and at most 1 (all)", value)
+    want(0 <= rollout.min_p <= 1, "rollout.min_p", "a number in [0, 1]", rollout.min_p)
+    for name, whole in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+        key, value = f"rollout.{name}", getattr(rollout, name)
+        if value != whole:
+            replay = f"{rollout.engine!r} does not return the tokens it kept, without which every ratio is wrong"
+            want(rollout.engine in TELLS_KEPT, key, f"{whole} ({replay})", value)
+            want(
+                parallel.epsilon == 0,
+                key,
+                f"{whole} beside parallel.epsilon: log-probs over kept tokens are exact",
+                value,
+            )
     want(0 <= parallel.epsilon < 1, "parallel.epsilon", "a number in [0, 1)", parallel.epsilon)
     bounded = parallel.epsilon > 0
     want(

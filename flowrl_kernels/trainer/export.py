@@ -16,7 +16,6 @@ from flowrl_kernels.trainer.evaluate import sampled
 from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.parts import make_engine, make_text, stop_tokens
 from flowrl_kernels.trainer.reward import Scorer
-from flowrl_kernels.trainer.rollout import Sampling
 from flowrl_kernels.trainer.tasks import build_task
 from flowrl_kernels.trainer.terminal import Terminal
 
@@ -160,7 +159,7 @@ def evaluate_run(
         text = make_text(config, task)
         attention = parallel.attention_of(config.model, config.parallel, world.device)
         actor = policy.make_policy(config, world, policy.load_model(config.model.name, config.model, attention))
-    sampling = Sampling(config.rollout.max_new_tokens, config.eval.temperature, stop_tokens(actor, text.tokenizer))
+    sampling = measure.evaluation_sampling(config, stop_tokens(actor, text.tokenizer))
     sample = measure.make_sampler(make_engine(config, actor, world), text, sampling, world)
     at_once = max(1, config.rollout.batch // config.eval.samples)  # what the engine decodes at once
     terminal = Terminal()

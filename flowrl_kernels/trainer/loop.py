@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.trainer import (
+    algorithms,
     checkpoint,
     config_file,
     measure,
+    mismatch,
     objective,
     parallel,
     run_folder,
@@ -26,7 +28,10 @@ from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.plot import plot_runs
 from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.records import Lap, Progress, Result, Rollouts, Run, Shaped, Update
+from flowrl_kernels.trainer.rollout import Kept
 from flowrl_kernels.trainer.run import export, prepare, resume
+
+SHOWN = 32  # responses scored for the log alone
 
 
 class NotFinite(RuntimeError):
@@ -87,13 +92,21 @@ def _steps(run: Run, progress: Progress, watch: stop.Watch) -> None:
             score(run, run.reference, batches, "ref")
         if needs.old:
             score(run, run.policy, batches, "old")
+            if mismatch.rejects(config):
+                counts = mismatch.recount(config, [update.batches for update in updates], run.world)
+                for update, (tokens, sequences) in zip(updates, counts):
+                    update.tokens, update.sequences = tokens, sequences
+        shown = batches
+        if not needs.old and algorithms.of(config).residual:  # one pass has no log-probs to show: a few, for the log
+            shown = a_few(run, rollouts, shaped)
+            score(run, run.policy, shown, "now")
         shaping.finish(config, batches, run.world)
         lap("score")
         results = [apply(run, progress, update) for _ in range(config.algorithm.epochs) for update in updates]
         run.engine.update_weights(run.weights(), progress.updates)
         lap("update")
         progress.step = step
-        run.log.step(step, measure.of_step(run, rollouts, updates, results, progress, lap))
+        run.log.step(step, measure.of_step(run, rollouts, updates, results, progress, lap, shown))
         if step == 1 or step % config.log.samples_every == 0:
             run.log.samples(step, measure.samples(run, rollouts, config.log.samples))
         if step < config.run.steps and every and step % every == 0:
@@ -150,6 +163,8 @@ def collect(run: Run, step: int) -> Rollouts:
     prompts = [run.text.encode(problem) for problem in problems]
     seed = config.run.seed * 2_000_003 + step
     out = run.engine.generate(prompts, r.samples, run.sampling, seed, numbers)
+    if run.sampling.truncated and out.kept is None:
+        raise RuntimeError(f"rollout.engine: {r.engine!r} did not return the tokens that its draws were left with")
     n, tokens = r.samples, out.tokens.numpy()
     lengths = out.length.tolist()
     return Rollouts(
@@ -160,6 +175,7 @@ def collect(run: Run, step: int) -> Rollouts:
         logp=out.logp,
         finished=out.finished,
         texts=run.text.decode([tokens[b, :length].tolist() for b, length in enumerate(lengths)]),
+        kept=out.kept,
     )
 
 
@@ -217,6 +233,17 @@ def pack_updates(run: Run, rollouts: Rollouts, shaped: Shaped) -> list[Update]:
     return [Update(batches, int(t), int(s)) for batches, (t, s) in zip(packed, sums.tolist())]
 
 
+def a_few(run: Run, rollouts: Rollouts, shaped: Shaped) -> list[MicroBatch]:
+    """One micro-batch of the first responses that take part, on every rank."""
+    keep = [i for i, kept in enumerate(shaped.keep) if kept][:SHOWN]
+    p = run.config.parallel
+    batches = pack(keep, rollouts.prompts, rollouts.responses, max_tokens=p.max_tokens, row_tokens=p.row_tokens,
+                   device=run.world.device, alone=run.policy.packing == "alone")[:1]  # fmt: skip
+    for batch in batches:
+        fill(batch, rollouts, shaped, batch.which.cpu())
+    return batches
+
+
 def fill(batch: MicroBatch, rollouts: Rollouts, shaped: Shaped, rows: Tensor) -> None:
     """Adds what is known per sequence (`shaped`) and per sampled token to a micro-batch."""
     device = batch.ids.device
@@ -225,6 +252,10 @@ def fill(batch: MicroBatch, rollouts: Rollouts, shaped: Shaped, rows: Tensor) ->
     lengths = batch.cu_seqlens.diff().tolist()
     sampled = [rollouts.logp[row, :n] for row, n in zip(rows.tolist(), lengths)]
     batch.per_token["sampler"] = torch.cat(sampled).to(device)
+    if rollouts.kept is not None:
+        first = np.cumsum([0, *map(len, rollouts.responses)])
+        own = [torch.arange(n) + int(first[row]) for row, n in zip(rows.tolist(), lengths)]
+        batch.kept = Kept(*(part.to(device) for part in rollouts.kept.rows(torch.cat(own))))
 
 
 @torch.no_grad()

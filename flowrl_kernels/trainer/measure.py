@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowrl_kernels.trainer import objective, parallel
+from flowrl_kernels.trainer import mismatch, objective, parallel
 from flowrl_kernels.trainer.batches import MicroBatch, pack
+from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.evaluate import LogProbs, Response, Sample, exact, sampled
 from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.parts import frozen_start
@@ -40,8 +41,12 @@ def of_step(
     results: list[Result],
     progress: Progress,
     lap: Lap,
+    shown: list[MicroBatch],
 ) -> dict[str, float]:
-    """The metrics of a step, the same on every rank; the one place where a step waits for its tensors."""
+    """The metrics of a step, the same on every rank; the one place where a step waits for its tensors.
+
+    shown: the micro-batches whose log-probs are compared with the engine's.
+    """
     n = run.config.rollout.samples
     known = [r for r in rollouts.reward if r is not None]
     groups = [rollouts.reward[i : i + n] for i in range(0, len(rollouts.reward), n)]
@@ -62,14 +67,13 @@ def of_step(
         "tokens": (sum(lengths), 1.0 / run.world.size),
         **{name: (count, 1.0 / run.world.size) for name, count in run.scorer.take_counts().items()},
     }
-    scored = [batch for update in updates for batch in update.batches if batch.live and "old" in batch.per_token]
-    if scored:  # how far the engine's log-probs are from the trainer's: KL(sampler || policy), one sample a token
-        gaps = [(batch.per_token["sampler"] - batch.per_token["old"]).double().sum() for batch in scored]
-        local["mismatch_kl"] = (float(torch.stack(gaps).sum()), sum(batch.tokens for batch in scored))
-    extreme: dict[str, float] = {}
+    gaps, extreme = mismatch.of_step(run.config, shown)
+    local |= gaps
     for result in results:
         for out, batch in result.outputs:
             for reported, value in out.metrics.items():
+                if reported.startswith("mismatch"):  # of the whole step, above
+                    continue
                 name, number = NAMES.get(reported, reported), float(value)
                 if name.endswith(("_max", "_min")):  # over the update; the others are means over sequences
                     sign = -1.0 if name.endswith("_min") else 1.0
@@ -77,7 +81,7 @@ def of_step(
                 else:
                     before = local.get(name, (0.0, 0.0))
                     local[name] = (before[0] + number * batch.sequences, before[1] + batch.sequences)
-    merged = _merge(run, local, extreme)
+    merged = mismatch.finished(_merge(run, local, extreme))
     mean, square = merged["reward"], merged.pop("reward_square")
     seconds = sum(lap.seconds.values())
     return {
@@ -175,8 +179,13 @@ def last_split(run: Run) -> str:
 
 def sampler(run: Run) -> Sample:
     """evaluate's `sample` with the run's policy."""
-    sampling = Sampling(run.config.rollout.max_new_tokens, run.config.eval.temperature, run.sampling.stop)
-    return make_sampler(run.engine, run.text, sampling, run.world)
+    return make_sampler(run.engine, run.text, evaluation_sampling(run.config, run.sampling.stop), run.world)
+
+
+def evaluation_sampling(config: Config, stop: tuple[int, ...]) -> Sampling:
+    """How an evaluation draws."""
+    e = config.eval
+    return Sampling(config.rollout.max_new_tokens, e.temperature, stop, top_p=e.top_p, top_k=e.top_k)
 
 
 def make_sampler(engine: Engine, text: Text, sampling: Sampling, world: World) -> Sample:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from flowrl_kernels.core.types import LossOutput
 from flowrl_kernels.logprobs import linear_logprob
+from flowrl_kernels.losses import flowrl_loss
 from flowrl_kernels.modules import LinearFlowRLLoss
 from flowrl_kernels.policy_gradient import policy_gradient_loss, value_loss
 from flowrl_kernels.presets import Row, named, phi_of
-from flowrl_kernels.trainer import algorithms
+from flowrl_kernels.trainer import algorithms, mismatch
 from flowrl_kernels.trainer.batches import MicroBatch
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.policy import Policy
@@ -49,8 +50,11 @@ def row(config: Config) -> Row:
     """
     a = config.algorithm
     chosen = named(a.preset or "paper")
-    if (a.clip is not None or a.tis_cap > 0) and a.preset not in ("", "paper"):
-        raise ValueError(f"algorithm.clip, algorithm.tis_cap: preset {a.preset!r} sets its own; leave them out")
+    if a.clip is not None and a.preset not in ("", "paper"):
+        raise ValueError(f"algorithm.clip: preset {a.preset!r} sets its own; leave it out")
+    if chosen.tis is not None and (a.correction or a.tis_cap > 0):
+        key = "algorithm.correction" if a.correction else "algorithm.tis_cap"
+        raise ValueError(f"{key}: preset {a.preset!r} has a weight of its own for the sampler; leave it out")
     if a.alpha is not None and chosen.phi != "square":
         raise ValueError(f"algorithm.alpha: preset {a.preset!r} sets its own penalty, {chosen.phi!r}; leave it out")
     if a.alpha is not None:
@@ -100,13 +104,14 @@ def kl_in_reward(config: Config) -> bool:
 def needs(config: Config) -> Needs:
     """What the configured algorithm needs."""
     a, algorithm = config.algorithm, algorithms.of(config)
+    corrects = bool(a.correction) or a.tis_cap > 0
     several = a.epochs > 1 or 0 < a.minibatch_prompts < config.rollout.prompts
     if algorithm.residual:
         r, kind = row(config), log_z_kind(config)
         own = r.anchor == "old" or r.tis is not None or r.gate is not None or r.drop is not None
-        old = several or own or r.token_weight or a.tis_cap > 0 or kind == "group"
+        old = several or own or r.token_weight or corrects or kind == "group"
         return Needs(reference=r.anchor == "ref", old=old, log_z=kind == "learned", value=False)
-    old = several or algorithm.critic or kl_in_reward(config)
+    old = several or algorithm.critic or kl_in_reward(config) or corrects
     return Needs(reference=a.kl > 0, old=old, log_z=False, value=algorithm.critic)
 
 
@@ -125,7 +130,10 @@ def score_head(
     epsilon: float = 0.0,
     report: Tensor | None = None,
 ) -> Callable[[Policy, Tensor], Scores]:
-    """Head: log-probs of the response tokens at the sampling temperature, and values where there is a critic."""
+    """Head: log-probs of the response tokens at the sampling temperature, and values where there is a critic.
+
+    Under truncated sampling they are over the tokens that were left to draw from, the reference's too.
+    """
 
     def head(actor: Policy, hidden: Tensor) -> Scores:
         rows = hidden.flatten(0, 1)[batch.predict]  # [N, H]
@@ -139,6 +147,7 @@ def score_head(
             entropy=entropy,
             epsilon=epsilon,
             report=report,
+            kept=batch.kept,
             impl=config.parallel.impl,
         )
         return Scores(out.logp, out.entropy, None if actor.value is None else actor.value(rows))
@@ -170,18 +179,21 @@ def make_loss(config: Config) -> Loss:
 
 
 def flow_loss(config: Config) -> Loss:
-    """FlowRL and the squared-residual family: log-probs, residual and gradient in one fused call."""
+    """FlowRL and the squared-residual family: log-probs, residual and gradient in one fused call.
+
+    Over kept tokens they are two calls: a row's kept set needs no [N, V] logits that one pass could share.
+    """
     a, kind, chosen = config.algorithm, log_z_kind(config), row(config)
     settings: dict[str, Any] = {"beta": chosen.beta, "preset": a.preset or None, "impl": config.parallel.impl}
     if a.alpha is not None:
         settings["phi"] = chosen.phi
-    if a.clip is not None or a.tis_cap > 0:  # the paper's row with fields of one's own
+    if a.clip is not None:  # the paper's row with fields of one's own
         settings["preset"] = None
         # without log-probs of an older policy the weight is 1, and the loss takes no clip
         settings |= {"clip": bounds(a.clip)} if a.clip is not None and needs(config).old else {}
-        settings |= {"tis": "sequence", "tis_cap": a.tis_cap} if a.tis_cap > 0 else {}
+    settings |= mismatch.correction(a)
     fused = LinearFlowRLLoss(temperature=config.rollout.temperature, epsilon=config.parallel.epsilon, **settings)
-    second = chosen.tis is not None or a.tis_cap > 0
+    second = chosen.tis is not None or "correction" in settings
 
     def loss(batch: MicroBatch, *, tokens: int, sequences: int) -> Head:
         token, sequence = batch.per_token, batch.per_sequence
@@ -192,6 +204,16 @@ def flow_loss(config: Config) -> Loss:
             else:
                 zeta = sequence["log_z"] if kind == "group" else kind
             report = report_of(config, hidden.device)
+            tensors: dict[str, Any] = {
+                "logp_old": token.get("old"),
+                "logp_sampler": token["sampler"] if second else None,
+                "cu_seqlens": batch.cu_seqlens,
+                "groups": sequence["group"],
+                "normalizer": (float(sequences), float(tokens)),
+            }
+            if batch.kept is not None:
+                now = score_head(config, batch)(actor, hidden)
+                return flowrl_loss(now.logp, token.get("ref"), sequence["reward"], zeta, **tensors, **settings)
             out = fused(
                 hidden.flatten(0, 1)[batch.predict],
                 actor.head.weight,
@@ -199,11 +221,7 @@ def flow_loss(config: Config) -> Loss:
                 token.get("ref"),
                 sequence["reward"],
                 zeta,
-                logp_old=token.get("old"),
-                logp_sampler=token["sampler"] if second else None,
-                cu_seqlens=batch.cu_seqlens,
-                groups=sequence["group"],
-                normalizer=(float(sequences), float(tokens)),
+                **tensors,
                 bias=getattr(actor.head, "bias", None),
                 **actor.scales._asdict(),
                 report=report,
@@ -227,6 +245,7 @@ def gradient_loss(config: Config) -> Loss:
     clip, how = algorithm.clip if a.clip is None else bounds(a.clip), algorithm.aggregate
     assert how is not None
     kl = a.kl if a.kl > 0 and not kl_in_reward(config) else None
+    corrects: dict[str, Any] = mismatch.correction(a)
 
     def loss(batch: MicroBatch, *, tokens: int, sequences: int) -> Head:
         token = batch.per_token
@@ -235,9 +254,12 @@ def gradient_loss(config: Config) -> Loss:
             report = report_of(config, hidden.device)
             score = score_head(config, batch, entropy=a.entropy > 0, epsilon=config.parallel.epsilon, report=report)
             now = score(actor, hidden)
+            if "old" not in token:
+                token["now"] = now.logp.detach()  # for the log; there is one pass only
+            made = mismatch.corrected(config, batch) if mismatch.rejects(config) else None
             out = policy_gradient_loss(
                 now.logp,
-                token.get("old", now.logp.detach()),
+                token.get("old"),
                 token["advantage"],
                 cu_seqlens=batch.cu_seqlens,
                 ratio=algorithm.ratio,
@@ -248,16 +270,20 @@ def gradient_loss(config: Config) -> Loss:
                 aggregate=how,
                 horizon=config.rollout.max_new_tokens if how == "seq-mean-token-sum-norm" else None,
                 normalizer=float(tokens if how == "token-mean" else sequences),
+                logp_sampler=token["sampler"] if corrects else None,
+                **corrects,
             )
             total = out.loss
             if now.entropy is not None:
-                total = total - a.entropy * now.entropy.sum() / tokens
+                entropy = now.entropy if made is None else now.entropy * made.keep
+                total = total - a.entropy * entropy.sum() / tokens
             if now.value is not None:
                 value = value_loss(
                     now.value,
                     token["returns"],
                     old_value=token["value"] if a.value_clip else None,
                     clip=a.value_clip or None,
+                    mask=None if made is None else made.keep,
                     cu_seqlens=batch.cu_seqlens,
                     normalizer=float(tokens),
                 )

@@ -21,7 +21,7 @@ from flowrl_kernels.trainer.objective import Loss
 from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.reward import Scorer
-from flowrl_kernels.trainer.rollout import Engine, Sampling
+from flowrl_kernels.trainer.rollout import Engine, Kept, Sampling
 from flowrl_kernels.trainer.tasks import Problem, Task
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ class Rollouts:
     logp: Tensor  # [B, T] fp32 as sampled
     finished: Tensor  # [B] bool
     texts: list[str]
+    kept: Kept | None = None  # what each token was drawn from; None: everything
     reward: list[float | None] = field(default_factory=list)
 
 

@@ -126,7 +126,7 @@ def prepare(config: Config, world: World) -> Run:
             policy=actor,
             reference=reference,
             engine=make_engine(config, actor, world),
-            sampling=Sampling(config.rollout.max_new_tokens, config.rollout.temperature, stop),
+            sampling=training_sampling(config, stop),
             optimizer=optimizer,
             scorer=settled.scorer,
             log=log,
@@ -144,6 +144,12 @@ def prepare(config: Config, world: World) -> Run:
             run_folder.rollback(folder, found)
         raise
     return run
+
+
+def training_sampling(config: Config, stop: tuple[int, ...]) -> Sampling:
+    """How a step draws its responses."""
+    r = config.rollout
+    return Sampling(r.max_new_tokens, r.temperature, stop, top_p=r.top_p, top_k=r.top_k, min_p=r.min_p)
 
 
 def make_models(job: Job, source: str) -> tuple[Policy, Policy | None]:

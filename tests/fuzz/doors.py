@@ -14,8 +14,10 @@ from flowrl_kernels import (
     flowrl_loss,
     policy_gradient_loss,
     residual_loss,
+    rollout_correction,
     value_loss,
 )
+from flowrl_kernels.core.correction import DEFAULTS
 from flowrl_kernels.presets import PRESETS
 
 from .draws import BUDGET, FLOATS, OUT, attempt, close, corrupt, finite, outcome
@@ -269,6 +271,34 @@ def door_policy_gradient_loss(d):
     return compare_losses(d, policy_gradient_loss, arguments, masks, ("logp",), nonsense, False)
 
 
+def door_rollout_correction(d):
+    shape, place, mask, _ = tokens_of(d)
+    old = token_values(d, shape, mask, d.of(torch.float32, torch.float64))
+    arguments = {"logp_old": old, "logp_sampler": token_values(d, shape, mask, old.dtype, near=old), **place}
+    if d.chance(80):
+        arguments["correction"] = d.of(*DEFAULTS, "token_truncate+seq_mean_k1", "tokens", None, 3)
+    if d.chance(60):
+        arguments["correction_cap"] = d.of(2.0, (0.5, 2.0), (None, 1.1), "0.5_2.0", "1.1,0.9_1.2", -1.0, "x", 0.05)
+    before = dict(arguments)
+    nonsense = corrupt(d, arguments, ("logp_sampler", "mask", "cu_seqlens"))
+    got = attempt(lambda: rollout_correction(**arguments), [*arguments, "correction", "correction_cap"])
+    if outcome(got, nonsense is True) == "refused" or any(arguments[k] is not v for k, v in before.items()):
+        return "refused" if got is None else "agreed"
+    wide = {k: torch.where(mask, before[k].double(), 0.0) for k in ("logp_old", "logp_sampler")}
+    if not finite(*wide.values()):
+        return "agreed"
+    want = rollout_correction(**{**before, **wide})
+    assert (got.weight[~mask] == 0).all(), "weight: not 0 where nothing counts"
+    assert not got.keep[~mask].any(), "keep: True where nothing counts"
+    same = got.keep == want.keep  # a ratio at a bound may fall on either side in float32
+    assert same.double().mean() > 0.9 or same.numel() < 20, "keep: other tokens than in float64"
+    if not any(how in str(before.get("correction")) for how in ("mask", "k1", "k2", "k3")):
+        close("weight", got.weight, want.weight, 1e-5)
+    for name in ("mismatch_kl", "mismatch_max"):
+        close(name, got.metrics[name], want.metrics[name], 1e-4, floor=1e-5)
+    return "agreed"
+
+
 def door_value_loss(d):
     shape, place, mask, _ = tokens_of(d)
     value = token_values(d, shape, mask)
@@ -369,6 +399,7 @@ DOORS = {
     "LinearFlowRLLoss": door_LinearFlowRLLoss,
     "residual_loss": door_residual_loss,
     "policy_gradient_loss": door_policy_gradient_loss,
+    "rollout_correction": door_rollout_correction,
     "value_loss": door_value_loss,
     "LogPartition": door_LogPartition,
 }

@@ -17,7 +17,7 @@ MUST_RUN = {  # files, or beginnings of tests, none of which may be skipped ther
         "test_examples.py::test_three_loops", "test_docs.py::test_the_snippet_runs[trl", *ANYWHERE,
     },
     "verl": {
-        "test_verl.py", "test_verl_engine.py", "test_examples.py::test_the_verl_example",
+        "test_verl.py", "test_verl_engine.py", "test_verl_correction.py", "test_examples.py::test_the_verl_example",
         "test_docs.py::test_the_snippet_runs[verl", *ANYWHERE,
     },
     "torchtitan": {"test_torchtitan.py", "test_docs.py::test_the_snippet_runs[torchtitan", *ANYWHERE},

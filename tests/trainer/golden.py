@@ -30,6 +30,9 @@ class Response:
     advantage: torch.Tensor | None = None  # [n]
     returns: torch.Tensor | None = None  # [n]
     log_z: float = 0.0  # the group's
+    kept: list | None = None  # ids that each token was drawn from, where that was not everything
+    weight: torch.Tensor | None = None  # [n] of the correction for the sampler
+    stays: torch.Tensor | None = None  # [n] bool: not rejected
 
 
 @dataclass
@@ -46,7 +49,13 @@ def read(policy, response, temperature):
     ids = torch.tensor([response.prompt + response.tokens])
     out = policy.model(input_ids=ids, output_hidden_states=True, use_cache=False)
     start = len(response.prompt) - 1
-    table = torch.log_softmax(out.logits[0, start:-1] / temperature, -1)  # [n, V]
+    z = out.logits[0, start:-1] / temperature  # [n, V]
+    if response.kept is not None:  # the others have no chance, under whichever policy
+        out_of_reach = torch.ones_like(z, dtype=torch.bool)
+        for row, ids in zip(out_of_reach, response.kept):
+            row[ids] = False
+        z = z.masked_fill(out_of_reach, -1e9)
+    table = torch.log_softmax(z, -1)
     logp = table[range(len(response.tokens)), response.tokens]
     states = out.hidden_states[-1][0]
     return logp, -(table.exp() * table).sum(-1), states[: start + 1], states[start:-1]
@@ -131,6 +140,24 @@ def per_token(responses, a):
         r.advantage = (r.advantage - every.mean()) / (every.var() + 1e-8).sqrt()
 
 
+def correct(responses, a):
+    """Weights and rejections for the sampler: verl's rollout_corr_helper.py; tis_cap: of whole responses."""
+    for r in responses:
+        gap = r.old - r.sampler
+        r.weight, r.stays = torch.ones_like(gap), torch.ones_like(gap, dtype=torch.bool)
+        if a["tis_cap"]:
+            r.weight = r.weight * min(math.exp(float(gap.sum())), a["tis_cap"])
+        elif a["correction"] == "token_truncate+token_k1":
+            high, low = 1.02, 0.85
+            r.weight = gap.exp().clamp(max=high)
+            r.stays = (-gap >= math.log(low)) & (-gap <= math.log(1 / low))
+        elif a["correction"] == "sequence_mask":
+            ratio = math.exp(float(gap.sum()))
+            r.weight = r.weight * (ratio if 0.9 <= ratio <= 1.3 else 0.0)
+        elif a["correction"]:
+            raise ValueError(a["correction"])
+
+
 def group_log_z(responses, beta):
     """VarGrad: log Z is the group's mean of what the rest of the residual is short of."""
     short = {id(r): beta * r.target + float((r.ref - r.old).mean()) for r in responses}
@@ -154,8 +181,7 @@ def flow(policy, batch, a, temperature):
         if a["preset"] == "paper":
             low, high = a["clip"] or (0.8, 1.2)
             weight = min(max(math.exp(float((logp.detach() - r.old).sum())), low), high)
-        if a["tis_cap"]:
-            weight *= min(math.exp(float((r.old - r.sampler).sum())), a["tis_cap"])
+        weight *= float(r.weight.mean())
         total = total + weight * penalty(delta, a["alpha"])
     return total / len(batch)
 
@@ -176,7 +202,7 @@ def gradient(policy, batch, a, temperature, budget):
     """PPO (arXiv 1707.06347) and the rows that differ from it: minus the objective, so that it is minimised."""
     name = a["name"]
     low, high = a["clip"] or RANGE.get(name, (0.8, 1.2))
-    tokens = sum(len(r.tokens) for r in batch)
+    tokens = sum(int(r.stays.sum()) for r in batch)
     total = 0.0
     for r in batch:
         logp, entropy, _, states = read(policy, r, temperature)
@@ -192,8 +218,10 @@ def gradient(policy, batch, a, temperature, budget):
             loss = clipped(ratio, r.advantage, low, high)
         if a["dual_clip"]:
             loss = torch.where(r.advantage < 0, torch.minimum(loss, -a["dual_clip"] * r.advantage), loss)
+        loss = loss * r.weight
         if a["kl"] and name != "reinforce_pp":  # k3, joschu.net/blog/kl-approx.html
             loss = loss + a["kl"] * ((r.ref - logp).exp() - (r.ref - logp) - 1)
+        loss, entropy = loss * r.stays, entropy * r.stays
         if name in PER_SEQUENCE:
             total = total + loss.mean() / len(batch)
         elif name in ("rloo", "opo"):  # the log-probability of the whole response
@@ -208,7 +236,7 @@ def gradient(policy, batch, a, temperature, budget):
             value, move = value_of(policy, states), a["value_clip"]
             near = r.value + (value - r.value).clamp(-move, move)
             worse = torch.maximum((value - r.returns) ** 2, (near - r.returns) ** 2)
-            total = total + 0.5 * worse.sum() / tokens
+            total = total + 0.5 * (worse * r.stays).sum() / tokens
     return total
 
 
@@ -241,6 +269,7 @@ def step(policy, reference, responses, a, o, *, temperature, budget, groups_per_
             r.ref = read(reference, r, temperature)[0]
             r.value = value_of(policy, states) if a["name"] == "ppo" else None
     live = shape(responses, a, budget)
+    correct(live, a)
     if a["name"] in ("ppo", "reinforce_pp"):
         per_token(live, a)
     if a["log_z"] == "group":

@@ -98,8 +98,10 @@ def test_every_field_says_what_it_is():
 @pytest.mark.parametrize(
     ("section", "field", "value", "world", "said"),
     [
-        ("rollout", "top_p", 0.9, 1, r"rollout\.top_p: wanted 1 .*got 0\.9"),
-        ("rollout", "top_k", 5, 1, r"rollout\.top_k: wanted 0"),
+        ("rollout", "top_p", 0.0, 1, r"rollout\.top_p: wanted a number above 0"),
+        ("rollout", "top_k", -5, 1, r"rollout\.top_k: wanted at least 0"),
+        ("rollout", "min_p", 1.5, 1, r"rollout\.min_p: wanted a number in \[0, 1\]"),
+        ("eval", "top_p", 2.0, 1, r"eval\.top_p: wanted a number above 0"),
         ("rollout", "temperature", 0.0, 1, r"rollout\.temperature: wanted more than 0"),
         ("algorithm", "minibatch_prompts", 5, 1, r"minibatch_prompts: wanted a divisor of rollout\.prompts = 32"),
         ("rollout", "prompts", 32, 3, r"rollout\.prompts: wanted a multiple of the 3 ranks"),

@@ -10,11 +10,11 @@ import tiny
 import torch
 
 from flowrl_kernels.testing import assert_grad_close
-from flowrl_kernels.trainer import config_file, loop, parallel
+from flowrl_kernels.trainer import config_file, loop, objective, parallel
 from flowrl_kernels.trainer import run as runs
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.log import read_lines
-from flowrl_kernels.trainer.rollout import Generated
+from flowrl_kernels.trainer.rollout import Generated, Kept
 from flowrl_kernels.trainer.rollout.hf import HFEngine
 
 GROUPS, SAMPLES, BUDGET, TEMPERATURE = 4, 4, 6, 0.8
@@ -71,6 +71,19 @@ CASES = {
     "opo": ("algorithm.name opo", MISSING),
     "raft": ("algorithm.name raft  algorithm.entropy 0.02", MISSING),
     "reinforce_rej": ("algorithm.name reinforce_rej  algorithm.kl 0.1", MIXED),
+    "dapo, tokens rejected and weighed": (
+        "algorithm.name dapo  algorithm.correction token_truncate+token_k1  algorithm.entropy 0.1 "
+        f"algorithm.correction_cap 1.02,0.85_{1 / 0.85}", MIXED),
+    "ppo, tokens rejected and weighed": (
+        "algorithm.name ppo  algorithm.correction token_truncate+token_k1  optim.lr 0.002 critic.lr 0.02 "
+        f"algorithm.correction_cap 1.02,0.85_{1 / 0.85}", MIXED),
+    "gspo, responses masked": (
+        "algorithm.name gspo  algorithm.correction sequence_mask  algorithm.correction_cap 0.9_1.3  algorithm.kl 0.1 "
+        "optim.lr 0.004", MIXED),
+    "flowrl tb, responses masked": (
+        "algorithm.preset tb  algorithm.correction sequence_mask  algorithm.correction_cap 0.9_1.3", MIXED),
+    "flowrl paper, over kept tokens": ("rollout.top_p 0.9  algorithm.tis_cap 1.05", MISSING),
+    "grpo, over kept tokens": ("algorithm.name grpo  rollout.top_k 5  algorithm.kl 0.2  algorithm.entropy 0.05", MIXED),
 }  # fmt: skip
 OWN_CLIP = {"flowrl paper, group's log Z, own clip": (0.9, 1.5)}
 
@@ -81,6 +94,13 @@ def rows():
     return [
         [*torch.randint(2, 14, (n - done,), generator=make).tolist(), *([1] if done else [])]
         for n, done in zip(LENGTHS, FINISHED)
+    ]
+
+
+def kept_of(tokens, make):
+    """For each token some ids that it could have been drawn from, itself among them."""
+    return [
+        sorted({token, *torch.randperm(14, generator=make)[: 1 + t % 5].tolist()}) for t, token in enumerate(tokens)
     ]
 
 
@@ -113,6 +133,7 @@ class Recorder:
             self.responses = []
             for i, tokens in enumerate(rows()):
                 r = golden.Response(i // n, list(prompts[i // n]), tokens, torch.empty(0), Rewards.given[i])
+                r.kept = kept_of(tokens, make) if args[0].truncated else None
                 with torch.no_grad():
                     logp = golden.read(self.start, r, TEMPERATURE)[0]
                 r.sampler = (logp + 0.1 * torch.randn(len(tokens), generator=make)).float().double()
@@ -120,7 +141,11 @@ class Recorder:
             tokens, logp = torch.zeros(len(LENGTHS), BUDGET).long(), torch.zeros(len(LENGTHS), BUDGET)
             for i, r in enumerate(self.responses):
                 tokens[i, : LENGTHS[i]], logp[i, : LENGTHS[i]] = torch.tensor(r.tokens), r.sampler.float()
-            return Generated(tokens, logp, torch.tensor(LENGTHS), torch.tensor(FINISHED))
+            kept = None
+            if args[0].truncated:
+                sets = [torch.tensor(ids) for r in self.responses for ids in r.kept]
+                kept = Kept(torch.cat(sets), torch.tensor([0, *map(len, sets)]).cumsum(0))
+            return Generated(tokens, logp, torch.tensor(LENGTHS), torch.tensor(FINISHED), kept)
 
         def noting(parameters, most):
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -181,10 +206,10 @@ def test_a_step_is_what_the_papers_say(monkeypatch, tmp_path, case):
         assert not got.skipped
         assert_grad_close(gradient[:, None], want.gradient[:, None], rel=rel, row=math.inf)
         assert_grad_close((parameters - before)[:, None], (want.parameters - before)[:, None], rel=5e-3, row=math.inf)
-    check_log(tmp_path, recorder, [result for result, _ in recorder.updates])
+    check_log(tmp_path, recorder, [result for result, _ in recorder.updates], objective.needs(config).old)
 
 
-def check_log(tmp_path, recorder, results):
+def check_log(tmp_path, recorder, results, scored):
     """The step's line in the log, from the responses themselves."""
     (row,) = [r for r in read_lines(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
     known, tokens = [r.reward for r in recorder.responses if r.reward is not None], sum(LENGTHS)
@@ -197,7 +222,16 @@ def check_log(tmp_path, recorder, results):
     if "weight_min" in row:
         assert row["weight_min"] == pytest.approx(float(torch.cat(weights).min()))
         assert row["weight_max"] == pytest.approx(float(torch.cat(weights).max()))
-    if "mismatch_kl" in row:
-        live = [r for r in recorder.responses if r.took_part]
-        gap = sum(float((r.sampler - r.old).sum()) for r in live) / sum(len(r.tokens) for r in live)
-        assert row["mismatch_kl"] == pytest.approx(gap, rel=1e-3)
+    live = [r for r in recorder.responses if r.took_part]
+    gaps = torch.cat([r.old - r.sampler for r in live])
+    weight = torch.cat([r.weight * r.stays for r in live])
+    if row.get("mismatch_cut", 0.0) == 0.0:
+        weight = gaps.exp()
+    if scored:  # else of a few responses, or of the only pass
+        assert row["mismatch_kl"] == pytest.approx(-float(gaps.mean()), rel=1e-3)
+        assert row["mismatch_k3"] == pytest.approx(float((gaps.exp() - 1 - gaps).mean()), rel=1e-3)
+        assert row["mismatch_max"] == pytest.approx(float(gaps.abs().max()), rel=1e-4)
+        assert row["mismatch_ess"] == pytest.approx(float(weight.mean() ** 2 / weight.square().mean()), rel=1e-4)
+    else:
+        assert 0.0 < row["mismatch_k3"] < 0.1
+        assert 0.5 < row["mismatch_ess"] < 1.0

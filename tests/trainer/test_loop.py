@@ -132,7 +132,7 @@ def test_samples_to_read_have_their_rewards(finished):
         (["--rollout.max_prompt_tokens", "2"], "no training problem (of 20) with a prompt of at most 2 tokens"),
         (["--run.resume", "True"], "holds no run"),
         (["--parallel.max_tokens", "5"], "parallel.max_tokens: wanted at least 8"),
-        (["--rollout.top_p", "0.9"], "rollout.top_p"),
+        (["--rollout.top_p", "0.9", "--parallel.epsilon", "0.01"], "rollout.top_p: wanted 1.0 beside parallel.epsilon"),
     ],
 )
 def test_bad_settings_end_in_one_line_that_names_them(tmp_path, capsys, args, said):

@@ -1,12 +1,14 @@
 """Decoding: left padding, caches, stopping, and random numbers that do not depend on who draws them."""
 
+import math
+
 import pytest
 import tiny
 import torch
 
 from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.rollout import Sampling
-from flowrl_kernels.trainer.rollout.base import draw, uniform
+from flowrl_kernels.trainer.rollout.base import Kept, draw, kept_tokens, uniform
 from flowrl_kernels.trainer.rollout.hf import HFEngine
 
 STOP = (1,)
@@ -84,13 +86,14 @@ def test_uniform_numbers_are_uniform_and_independent_across_steps_rows_and_seeds
 def test_drawn_tokens_follow_their_probabilities_and_never_have_none():
     logits = torch.tensor([2.0, -float("inf"), 0.0, 1.0, -float("inf")])
     u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    token, logp = draw(logits.expand(4000, -1), 2.0, u)
+    token, logp, kept = draw(logits.expand(4000, -1), Sampling(1, 2.0), u)
+    assert kept is None
     share = torch.bincount(token, minlength=5) / 4000
     want = (logits / 2.0).softmax(-1)
     assert (share - want).abs().max() < 1e-3
     torch.testing.assert_close(logp, want.log()[token])
-    edge, _ = draw(logits[None], 1.0, torch.tensor([1 - 2.0**-53], dtype=torch.float64))
-    assert int(edge) in (3, 4)  # the last token that has any probability, or rounding past it
+    edge = draw(logits[None], Sampling(1), torch.tensor([1 - 2.0**-53], dtype=torch.float64))
+    assert int(edge.token) in (3, 4)  # the last token that has any probability, or rounding past it
 
 
 def test_temperature_zero_takes_the_most_likely_token_and_what_is_no_temperature_is_refused(policy):
@@ -105,3 +108,77 @@ def test_temperature_zero_takes_the_most_likely_token_and_what_is_no_temperature
     for bad in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="temperature: wanted a finite number of at least 0"):
             Sampling(6, bad, STOP)
+
+
+def left_by_the_definition(logits, temperature, top_k, top_p, min_p):
+    """The kept ids token by token: vLLM's sampler with the mass below a token added up from the least likely one."""
+    p = [math.exp(z / temperature) for z in logits]
+    left = [i for i in range(len(p)) if p[i] >= min_p * max(p)]
+    if top_k:
+        least = sorted((p[i] for i in left), reverse=True)[:top_k][-1]
+        left = [i for i in left if p[i] >= least]
+    total, below, out = sum(p[i] for i in left), 0.0, []
+    for i in sorted(left, key=lambda i: (p[i], -i)):
+        below += p[i] / total
+        if below > 1 - top_p + 1e-12:
+            out.append(i)
+    return sorted(out)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(3, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.2), (4, 0.7, 0.0), (5, 0.9, 0.1), (1, 0.5, 0.0)],
+)
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_truncation_keeps_what_its_definition_keeps(top_k, top_p, min_p, temperature):
+    logits = torch.randn(40, 11, generator=torch.Generator().manual_seed(7)) * 2
+    logits[::3, 4] = logits[::3, 9]  # equals
+    sampling = Sampling(1, temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    keep = kept_tokens(logits / temperature, sampling)
+    for row, mine in zip(logits.tolist(), keep):
+        assert mine.nonzero()[:, 0].tolist() == left_by_the_definition(row, temperature, top_k, top_p, min_p)
+
+
+def test_a_truncated_draw_follows_the_kept_tokens_alone():
+    logits = torch.tensor([2.0, 1.0, -1.0, 0.5, -9.0])
+    u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    token, logp, keep = draw(logits.expand(4000, -1), Sampling(1, 2.0, top_k=3), u)
+    want = torch.tensor([2.0, 1.0, -math.inf, 0.5, -math.inf]).div(2.0).softmax(-1)
+    assert keep[0].tolist() == [True, True, False, True, False]
+    assert (torch.bincount(token, minlength=5) / 4000 - want).abs().max() < 1e-3
+    torch.testing.assert_close(logp, want.log()[token])
+
+
+@pytest.mark.parametrize("batch", [64, 4])
+def test_each_sampled_token_comes_with_what_it_was_drawn_from(policy, batch):
+    sampling = Sampling(10, 1.4, STOP, top_p=0.7, top_k=6)
+    out = engine(policy, batch).generate(PROMPTS, 3, sampling, seed=4)
+    assert len(out.kept.offsets) == int(out.length.sum()) + 1
+    assert len(set(out.length.tolist())) > 2  # rows shed on the way
+    row, sizes = 0, set()
+    for b in range(12):
+        prompt, tokens = PROMPTS[b // 3], out.tokens[b, : out.length[b]].tolist()
+        with torch.no_grad():
+            z = policy.model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1] / 1.4
+        for t, token in enumerate(tokens):
+            ids = out.kept.ids[out.kept.offsets[row] : out.kept.offsets[row + 1]].tolist()
+            assert ids == left_by_the_definition(z[t].tolist(), 1.0, 6, 0.7, 0.0)
+            want = z[t, ids].log_softmax(-1)[ids.index(token)]
+            torch.testing.assert_close(out.logp[b, t], want, rtol=0, atol=3e-6)
+            row, sizes = row + 1, sizes | {len(ids)}
+    assert len(sizes) > 2
+
+
+def test_kept_rows_are_picked_in_the_order_asked_for():
+    kept = Kept(torch.tensor([5, 1, 2, 9, 3, 4]), torch.tensor([0, 1, 3, 3, 6]))
+    picked = kept.rows(torch.tensor([3, 1, 2, 3]))
+    assert picked.ids.tolist() == [9, 3, 4, 1, 2, 9, 3, 4]
+    assert picked.offsets.tolist() == [0, 3, 5, 5, 8]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("top_p", 0.0), ("top_p", 1.5), ("top_k", -1), ("min_p", -0.1), ("min_p", 2.0)]
+)
+def test_truncations_that_mean_nothing_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field}: wanted"):
+        Sampling(4, **{field: value})

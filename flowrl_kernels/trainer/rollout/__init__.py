@@ -1,5 +1,5 @@
 """Rollout engines: prompts in, token ids and sampling log-probabilities out."""
 
-from flowrl_kernels.trainer.rollout.base import Engine, Generated, Sampling
+from flowrl_kernels.trainer.rollout.base import Engine, Generated, Kept, Sampling
 
-__all__ = ["Engine", "Generated", "Sampling"]
+__all__ = ["Engine", "Generated", "Kept", "Sampling"]

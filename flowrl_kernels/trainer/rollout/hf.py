@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowrl_kernels.trainer import parallel
 from flowrl_kernels.trainer.policy import Policy, logits
-from flowrl_kernels.trainer.rollout.base import Generated, Sampling, draw, uniform
+from flowrl_kernels.trainer.rollout.base import Generated, Kept, Sampling, draw, uniform
 
 
 class HFEngine:
@@ -18,13 +18,16 @@ class HFEngine:
 
     The batch is static: it starts with every prompt, ends with the last response, and sheds finished rows
     each time half of it has finished. Prompts are read once and their cache repeated for the n responses.
+    Under truncated sampling it tells what each token was drawn from, which waits for a GPU at every token.
     """
 
     def __init__(self, policy: Policy, *, batch: int, device: torch.device):
         self.policy, self.batch, self.device = policy, batch, device
+        self.version = 0
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Nothing to do: the live model is what generates."""
+        """Notes the version; the live model is what generates."""
+        self.version = version
 
     @torch.no_grad()
     def generate(
@@ -51,6 +54,8 @@ class HFEngine:
             torch.cat([torch.nn.functional.pad(part.logp, p) for part, p in zip(parts, pad)]),
             torch.cat([part.length for part in parts]),
             torch.cat([part.finished for part in parts]),
+            joined([part.kept for part in parts if part.kept is not None]),
+            self.version,
         )
 
     def _decode(self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, numbers: list[int]) -> Generated:
@@ -77,9 +82,13 @@ class HFEngine:
         logps = torch.zeros(count, sampling.max_new_tokens, device=device)
         length = torch.zeros(count, dtype=torch.int64, device=device)
         finished = torch.zeros(count, dtype=torch.bool, device=device)
+        drawn_from: list[tuple[Tensor, Tensor, Tensor]] = []  # of each step: its responses, their kept ids, how many
         every = 1 if device.type == "cpu" else 16  # looking at `done` waits for a GPU
         for t in range(sampling.max_new_tokens):
-            token, logp = draw(z, sampling.temperature, uniform(seed, number, t))
+            token, logp, keep = draw(z, sampling, uniform(seed, number, t))
+            if keep is not None:
+                keep &= ~done[:, None]
+                drawn_from.append((alive[~done], keep.nonzero()[:, 1].int(), keep.sum(-1)[~done]))
             tokens[alive, t] = token.masked_fill(done, 0)
             logps[alive, t] = logp.masked_fill(done, 0.0)
             length[alive] += ~done
@@ -101,7 +110,23 @@ class HFEngine:
             step = (lengths + t)[:, None]
             z = policy(_last, token[:, None], step, mask if ragged else None, cache)
         used = int(length.max())
-        return Generated(tokens[:, :used].cpu(), logps[:, :used].cpu(), length.cpu(), finished.cpu())
+        kept = by_response(drawn_from) if sampling.truncated else None
+        return Generated(tokens[:, :used].cpu(), logps[:, :used].cpu(), length.cpu(), finished.cpu(), kept)
+
+
+def by_response(steps: list[tuple[Tensor, Tensor, Tensor]]) -> Kept:
+    """Kept rows of (responses [R], ids [K], how many of them each response has [R]) step by step, put in order."""
+    response, ids, counts = (torch.cat(part).cpu() for part in zip(*steps))
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Kept(ids, offsets).rows(response.argsort(stable=True))
+
+
+def joined(parts: list[Kept]) -> Kept | None:
+    """Their rows one after the other."""
+    if not parts:
+        return None
+    counts = torch.cat([part.offsets.diff() for part in parts])
+    return Kept(torch.cat([part.ids for part in parts]), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
 
 
 def _last(policy: Policy, hidden: Tensor) -> Tensor:
