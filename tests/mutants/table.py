@@ -379,5 +379,10 @@ ROWS = [
      of("sandbox/test_code.py", "test_objects_do_not_judge_themselves")),
     ("any pickle", "trainer/tasks/code_rows.py", "elif opcode.name not in _HARMLESS:", "elif False:",
      of("sandbox/test_code_rows.py", "test_a_pickle_of_anything_but_one_text_is_refused_and_never_loaded")),
+    ("a response is run", "trainer/tasks/gym.py", "setattr(module, call, ours)", "pass",
+     of("trainer/test_tasks_gym.py", "test_no_scorer_runs_a_response")),
+    ("a question in two splits", "trainer/tasks/gym.py", 'if entry["question"] not in seen:', "if True:",
+     of("trainer/test_tasks_gym.py",
+        "test_no_question_stands_in_two_splits_though_neighbouring_seeds_share_their_entries")),
 ]  # fmt: skip
 MUTANTS = [Mutant(*row) for row in ROWS]
