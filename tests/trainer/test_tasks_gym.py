@@ -141,7 +141,7 @@ def test_every_generator_gives_problems_and_most_answers_of_its_own_score_full_m
         task = build_task(TaskConfig(name=f"gym:{name}", size=2, held_out=2))
         for problem in task.problems("test"):
             pickle.dumps(problem)
-            if "Integral" in problem.answer["answer"]:
+            if "Integral" in str(problem.answer["answer"]):
                 continue  # what sympy could not integrate
             if not task.correct(task.verify(problem, f"<answer>{problem.answer['answer']}</answer>")):
                 without.add(name)

@@ -41,7 +41,7 @@ _OWN_TEXT = {
     "logic.propositional_logic": {"parse_expr"},  # a function of its own, by regular expressions
 }
 # what they call on a response, and what stands in its place
-_MENDED = {
+_MENDED: dict[str, dict[str, Any]] = {
     "algorithmic.string_insertion": {"eval": literal},
     "algorithmic.spiral_matrix": {"eval": literal},
     "algorithmic.number_sorting": {"eval": literal},
