@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 AlgorithmName = Literal[
     "flowrl", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "ppo", "reinforce_pp", "rloo", "opo", "raft", "reinforce_rej"
@@ -42,7 +42,8 @@ class RunConfig:
 @dataclass(frozen=True)
 class TaskConfig:
     name: str = "sums"
-    """"sums", "countdown" (both made from a seed), "file" for your own prompts, or "module:function"."""
+    """"sums", "countdown" (both made from a seed), "file" for your own prompts, "gym:NAME" for a generator of
+    reasoning-gym, or "module:function"."""
     seed: int = 0
     """Seed of the problems and of their split into train, valid and test."""
     train: str = ""
@@ -82,7 +83,15 @@ class TaskConfig:
     answer: Literal["chain", "infix"] = "chain"
     """For "countdown": one step after another, "2*6=12,3+12=15", or one expression, "2*6+3"."""
     held_out: int = 200
-    """For "countdown": problems in each of the valid and test splits."""
+    """For "countdown" and "gym:NAME": problems in each of the valid and test splits."""
+    gym: dict[str, Any] = field(default_factory=dict)
+    """For "gym:NAME": the generator's own settings, its difficulty say, as a TOML table: { max_terms = 3 }."""
+    size: int = 1000
+    """For "gym:NAME": training problems; each step asks some of them."""
+    gym_partial: bool = True
+    """For "gym:NAME": reward what its scorer gives, partial credit too; false: 1 for its full mark, else 0."""
+    suffix: str = ""
+    """For "file" and "gym:NAME": text put behind every prompt, how the answer should be given say."""
 
 
 @dataclass(frozen=True)

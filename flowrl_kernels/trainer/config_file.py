@@ -70,8 +70,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return tuple(_convert(v, a, where) for v, a in zip(value, args))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{where}: wanted {kind.__name__}; got {value!r}")
+    if type(value) is not (dict if origin is dict else kind):
+        raise ValueError(f"{where}: wanted {'a table' if origin is dict else kind.__name__}; got {value!r}")
     return value
 
 
@@ -232,6 +232,13 @@ def _parse(words: list[str], kind: Any, flag: str) -> Any:
         if len(words) != len(parts):
             raise ValueError(f"{flag}: wanted {len(parts)} values; got {' '.join(words)!r}")
         return tuple(one(word, part) for word, part in zip(words, parts))
+    if typing.get_origin(kind) is dict:
+        try:
+            return _convert(tomllib.loads(f"x = {' '.join(words)}")["x"], kind, flag)
+        except tomllib.TOMLDecodeError:
+            raise ValueError(
+                f"{flag}: wanted a table as TOML writes it, '{{ a = 1 }}'; got {' '.join(words)!r}"
+            ) from None
     if len(words) != 1:
         raise ValueError(f"{flag}: wanted one value; got {' '.join(words) or 'none'!r}")
     return _convert(one(words[0], kind), kind, flag)

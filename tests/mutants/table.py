@@ -416,5 +416,10 @@ ROWS = [
      of("test_predicted.py", "test_the_busiest_program_is_within_two_in_a_hundred_of_an_even_share")),
     ("more splits than a merge holds", "triton/tiles.py", "max(2, -(-tiles // 1024))", "2",
      of("test_tiles.py", "test_a_split_ends_with_its_tiles_and_no_setting_of_the_table_moves_it")),
+    ("a response is run", "trainer/tasks/gym.py", "setattr(module, call, ours)", "pass",
+     of("trainer/test_tasks_gym.py", "test_no_scorer_runs_a_response")),
+    ("a question in two splits", "trainer/tasks/gym.py", 'if entry["question"] not in seen:', "if True:",
+     of("trainer/test_tasks_gym.py",
+        "test_no_question_stands_in_two_splits_though_neighbouring_seeds_share_their_entries")),
 ]  # fmt: skip
 MUTANTS = [Mutant(*row) for row in ROWS]

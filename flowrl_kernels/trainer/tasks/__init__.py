@@ -62,5 +62,9 @@ def build_task(cfg: TaskConfig) -> Task:
         from flowrl_kernels.trainer.tasks.dataset import FileTask
 
         return FileTask.load(cfg)
-    wanted = "task.name must be sums, countdown, file or module:function (a function of the task's settings)"
+    if cfg.name.startswith("gym:"):
+        from flowrl_kernels.trainer.tasks.gym import Gym
+
+        return Gym.load(cfg)
+    wanted = "task.name must be sums, countdown, file, gym:NAME or module:function (a function of the task's settings)"
     return find_own(cfg.name, wanted)(cfg)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,8 @@ class FileTask:
             except (ValueError, FileNotFoundError) as error:
                 raise type(error)(f"task.{split}: {error}") from None
             _comparable(found[split], split, cfg)
+            if cfg.suffix:
+                found[split] = [replace(p, prompt=_with_suffix(p.prompt, cfg.suffix)) for p in found[split]]
         return cls(found, solved=1 - 1e-9 if read_answer else 0.5)
 
     def problems(self, split: str) -> Sequence[Problem]:
@@ -184,6 +186,12 @@ def _prompt(prompt: Any, system: str, where: str) -> str | list[dict[str, str]]:
     if system and chat[0]["role"] != "system":
         chat.insert(0, {"role": "system", "content": system})
     return chat
+
+
+def _with_suffix(prompt: str | list[dict[str, str]], suffix: str) -> str | list[dict[str, str]]:
+    if isinstance(prompt, str):
+        return prompt + suffix
+    return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + suffix}]
 
 
 def _message(message: Mapping[str, Any], where: str) -> dict[str, str]:
