@@ -12,6 +12,7 @@ USAGE = """usage: flowrl train FILE.toml [--section.field value ...] [--resume]
        flowrl plot RUN [RUN ...] [--out FOLDER]
        flowrl export RUN FOLDER [--dtype float32|bfloat16|float16]
        flowrl doctor RUN_OR_FOLDER [--config FILE.toml] [--prompts N] [--samples N] [--out FILE.json] [--section...]
+       flowrl from-gguf FILE.gguf FOLDER [--end TOKEN]
        flowrl compare FILE.toml [--out FOLDER] [--only NAME ...] [--section.field value ...] [--resume]
 
 The same as `python -m flowrl_kernels.trainer ...`, which is what torchrun starts.
@@ -130,6 +131,22 @@ def export(args: list[str]) -> int:
     return 0
 
 
+def from_gguf(args: list[str]) -> int:
+    """Makes a GGUF file into a folder that transformers and this trainer load."""
+    from pathlib import Path
+
+    from flowrl_kernels.trainer import config_file
+    from flowrl_kernels.trainer.gguf import convert
+
+    parser = config_file.Parser(prog="flowrl from-gguf", description=from_gguf.__doc__)
+    parser.add_argument("file", metavar="FILE.gguf", help="the model as llama.cpp ships it")
+    parser.add_argument("folder", metavar="FOLDER", help="folder to write; must not exist")
+    parser.add_argument("--end", metavar="TOKEN", help="token that ends a response (default: the one the file names)")
+    given = parser.parse_args(args)
+    print(convert(Path(given.file), Path(given.folder), given.end))
+    return 0
+
+
 def evaluate(args: list[str]) -> int:
     """Evaluates a run's policy, or a Hugging Face folder, on a split."""
     from flowrl_kernels.trainer import config_file
@@ -183,7 +200,7 @@ def compare(args: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": train, "eval": evaluate, "plot": plot, "export": export, "doctor": doctor,
+    "train": train, "eval": evaluate, "plot": plot, "export": export, "doctor": doctor, "from-gguf": from_gguf,
     "compare": compare,
 }  # fmt: skip
 
