@@ -1,6 +1,7 @@
 """Engines with weights of their own: in step with the trainer, proved after each push, found where they are not."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -218,7 +219,7 @@ def test_responses_become_one_batch_with_nothing_after_the_end():
 
 def test_every_prompt_and_step_draws_from_seeds_of_its_own():
     starts = sorted(draw_seed(seed, number) for seed in range(40) for number in range(40))
-    assert min(b - a for a, b in zip(starts, starts[1:])) > 1024  # room for a group's responses
+    assert min(b - a for a, b in itertools.pairwise(starts)) > 1024  # room for a group's responses
     assert draw_seed(3, 4) == draw_seed(3, 4)
 
 
