@@ -65,10 +65,8 @@ class VLLMEngine:
         folder = tempfile.mkdtemp(prefix="flowrl-vllm-")
         try:
             save_shape(model.config, type(model).__name__, folder)
-            with left_alone():
+            with by_name("does not start with this model"), left_alone():
                 self.llm: Any = self._start(config, folder)
-        except Exception as error:
-            raise EngineError(f"rollout.engine: vLLM does not start with this model: {_cause(error)}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -99,7 +97,8 @@ class VLLMEngine:
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
         pairs = list(weights) if self.group == 1 and self.world.size == 1 else weights
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
+        with by_name("does not take the weights"):
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
@@ -131,7 +130,8 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         asked = [SamplingParams(**vllm_sampling(sampling, n, draw_seed(seed, number))) for number in numbers]
-        outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
+        with by_name("does not generate"):
+            outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
         responses = [response_of(choice) for output in outputs[mine] for choice in output.outputs]
         if len(responses) != len(prompts[mine]) * n:
             raise EngineError(f"rollout.engine: vLLM gave {len(responses)} of {len(prompts[mine]) * n} responses")
@@ -165,6 +165,15 @@ def save_shape(shape: Any, architecture: str, folder: str) -> None:
     shape = copy.deepcopy(shape)
     shape.architectures = [architecture]
     shape.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def by_name(what: str) -> Iterator[None]:
+    """An EngineError that says what vLLM does not do, and its own first line on why."""
+    try:
+        yield
+    except Exception as error:
+        raise EngineError(f"rollout.engine: vLLM {what}: {_cause(error)}") from error
 
 
 def _cause(error: BaseException) -> str:
