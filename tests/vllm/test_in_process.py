@@ -1,4 +1,4 @@
-"""vLLM in this process: it takes the trainer's weights, says its log-probabilities, and leaves the process as it was."""
+"""vLLM in this process takes the trainer's weights, says its log-probabilities, and leaves the process as it was."""
 
 import inspect
 import random

@@ -91,8 +91,8 @@ def test_an_exported_folder_is_served(file, in_process):
     llm = vllm.LLM(str(final), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=2**26,
                    logprobs_mode="processed_logprobs", skip_tokenizer_init=True)  # fmt: skip
     prompt = [3, 4, 13]
-    (answer,) = llm.generate([{"prompt_token_ids": prompt}],
-                             vllm.SamplingParams(max_tokens=6, seed=0, logprobs=0, detokenize=False), use_tqdm=False)  # fmt: skip
+    sampling = vllm.SamplingParams(max_tokens=6, seed=0, logprobs=0, detokenize=False)
+    (answer,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
     tokens = list(answer.outputs[0].token_ids)
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(final)(input_ids=torch.tensor([prompt + tokens])).logits[0]
