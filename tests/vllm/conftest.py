@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "trainer"))
@@ -23,6 +24,10 @@ def smollm2(tmp_path_factory):
     source = Path(package.origin).parent
     (file,) = source.glob("*.gguf")
     folder = tmp_path_factory.mktemp("smollm2")
-    AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32)
+    del model.config.quantization_config  # its weights are plain float32 by now
+    plain = AutoModelForCausalLM.from_config(model.config)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=file.name).save_pretrained(folder)
     return folder

@@ -85,7 +85,7 @@ class VLLMEngine:
             logprobs_mode="processed_logprobs",  # after the temperature: of the distribution that was drawn from
             generation_config="vllm",
             tensor_parallel_size=r.tensor_parallel,
-            distributed_executor_backend="external_launcher" if self.world.mesh is not None else None,
+            distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,  # torchrun's
             kv_cache_memory_bytes=int(r.kv_cache * 2**30),
             max_num_seqs=min(r.batch, r.prompts * r.samples),
             enforce_eager=not self.cuda,
