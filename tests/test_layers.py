@@ -111,6 +111,7 @@ def test_a_circle_would_be_seen():
 def test_only_dispatch_reads_the_environment():
     readers = {str(p.relative_to(PACKAGE)) for p in FILES if "environ" in p.read_text() or "getenv" in p.read_text()}
     # parallel.py reads what torchrun sets; reward.py hands the environment on to its workers;
-    # inside.py empties its own
+    # inside.py empties its own; vllm.py and serve.py set what vLLM reads and nothing else can set
     allowed = {"core/dispatch.py", "trainer/parallel.py", "trainer/reward.py", "trainer/sandbox/inside.py"}
+    allowed |= {"trainer/rollout/vllm.py", "trainer/rollout/serve.py"}
     assert readers <= allowed, readers

@@ -36,12 +36,15 @@ def cli(argv: list[str] | None = None) -> int:
         sys.path.insert(0, here)  # as `python -m` does: your task and reward are found by their module's name
     try:
         from flowrl_kernels.trainer.loop import NotFinite
+        from flowrl_kernels.trainer.rollout.faults import EngineError
     except ModuleNotFoundError as error:
         return missing(command, error)
     try:
         return COMMANDS[command](rest)
     except NotFinite as error:
         return refuse(command, error, 3)
+    except EngineError as error:
+        return refuse(command, error, 4)
     except (ValueError, OSError) as error:
         return refuse(command, error)
     except ModuleNotFoundError as error:

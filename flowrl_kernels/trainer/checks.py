@@ -6,9 +6,16 @@ from collections.abc import Callable
 
 from flowrl_kernels.trainer import algorithms, mismatch, objective, packages
 from flowrl_kernels.trainer.batches import SHORT_ROW, plan
-from flowrl_kernels.trainer.config import Config
+from flowrl_kernels.trainer.config import Config, RolloutConfig
 from flowrl_kernels.trainer.evaluate import chosen
+from flowrl_kernels.trainer.rollout.http import check_address
 from flowrl_kernels.trainer.tasks import Problem, Task
+
+# settings of `rollout` that not every engine reads (what "server" does not read itself, `rollout.serve` does)
+READ_BY = {
+    "tensor_parallel": ("vllm", "server"), "kv_cache": ("vllm", "server"), "probe_limit": ("vllm", "server"),
+    "servers": ("server",), "timeout": ("server",), "retries": ("server",),
+}  # fmt: skip
 
 
 def check_algorithm(config: Config) -> None:
@@ -51,8 +58,34 @@ def check_packages(config: Config) -> None:
     """Refuses what needs a package that is not installed."""
     for field in packages.PACKAGES:
         section, name = field.split(".")
-        if getattr(getattr(config, section), name):
+        value = getattr(getattr(config, section), name)
+        if value and value == packages.VALUE.get(field, value):
             packages.require(field)
+
+
+def check_engine(config: Config, ranks: int) -> None:
+    """Refuses settings of another engine, and addresses and ranks that it cannot use.
+
+    Raises:
+        ValueError: naming the key, what was wanted and what came.
+    """
+    r, default = config.rollout, RolloutConfig()
+    for name, engines in READ_BY.items():
+        value, unset = getattr(r, name), getattr(default, name)
+        if r.engine not in engines and value != unset:
+            raise ValueError(f"rollout.{name}: wanted {unset!r}, engine = {r.engine!r} does not use it; got {value!r}")
+    if r.engine == "server":
+        if not r.servers:
+            raise ValueError("rollout.servers: wanted at least one address, engine = 'server' asks them; got none")
+        for address in r.servers:
+            check_address(address, "rollout.servers")
+        if r.timeout <= 0:
+            raise ValueError(f"rollout.timeout: wanted more than 0 seconds; got {r.timeout}")
+    if r.engine != "hf":
+        if r.kv_cache <= 0:
+            raise ValueError(f"rollout.kv_cache: wanted more than 0 GiB; got {r.kv_cache}")
+        if r.engine == "vllm" and ranks % r.tensor_parallel:
+            raise ValueError(f"rollout.tensor_parallel: wanted a divisor of {ranks} ranks; got {r.tensor_parallel}")
 
 
 def check_splits(config: Config, task: Task) -> None:

@@ -137,8 +137,22 @@ class WarmConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    engine: Literal["hf"] = "hf"
-    """What generates: "hf" is the live model with a KV cache."""
+    engine: Literal["hf", "vllm", "server"] = "hf"
+    """What generates: "hf" is the live model with a KV cache, "vllm" vLLM in this process, "server" vLLM elsewhere."""
+    servers: tuple[str, ...] = ()
+    """For "server": addresses of vLLM servers that share the prompts, e.g. ["http://127.0.0.1:8000"] (`make serve`)."""
+    tensor_parallel: int = 1
+    """Ranks (for "vllm") or GPUs (of a server) that hold one engine together."""
+    kv_cache: float = 1.0
+    """For "vllm" and the server of `make serve`: memory of the KV cache on each GPU or in each process, GiB."""
+    probe_limit: float = 0.0
+    """Largest gap between the engine's and the trainer's log-probability of a token, nats, tried after each push of
+    weights; 0: 1e-4 in float32, 0.5 in bfloat16."""
+    timeout: float = 600.0
+    """For "server": longest wait for an answer, seconds."""
+    retries: int = 8
+    """For "server": how often what failed is tried again, after 1, 2, 4, ... and at most 30 seconds, before the run
+    stops."""
     prompts: int = 32
     """Prompts per step, over all ranks."""
     samples: int = 8
@@ -352,6 +366,9 @@ LEAST = {
     "rollout.prompts": 1,
     "rollout.samples": 1,
     "rollout.batch": 1,
+    "rollout.tensor_parallel": 1,
+    "rollout.probe_limit": 0.0,
+    "rollout.retries": 0,
     "rollout.max_new_tokens": 1,
     "algorithm.epochs": 1,
     "algorithm.minibatch_prompts": 0,

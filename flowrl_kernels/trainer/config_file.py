@@ -36,6 +36,10 @@ FREE_ON_RESUME = (
     "run.threads",
     "run.device",
     "rollout.batch",
+    "rollout.servers",
+    "rollout.kv_cache",
+    "rollout.timeout",
+    "rollout.retries",
     "parallel.backend",
     "parallel.replicate",
     "parallel.checkpoint_activations",
@@ -65,6 +69,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             raise ValueError(f"{where}: wanted one of {', '.join(map(repr, args))}; got {value!r}")
         return value
     if origin is tuple:
+        if args[1:] == (...,):  # any number of one type
+            if not isinstance(value, list | tuple):
+                raise ValueError(f"{where}: wanted a list; got {value!r}")
+            return tuple(_convert(v, args[0], where) for v in value)
         if not isinstance(value, list | tuple) or len(value) != len(args):
             raise ValueError(f"{where}: wanted a list of {len(args)} values; got {value!r}")
         return tuple(_convert(v, a, where) for v, a in zip(value, args))
@@ -229,6 +237,8 @@ def _parse(words: list[str], kind: Any, flag: str) -> Any:
 
     if typing.get_origin(kind) is tuple:
         parts = typing.get_args(kind)
+        if parts[1:] == (...,):
+            parts = (parts[0],) * len(words)
         if len(words) != len(parts):
             raise ValueError(f"{flag}: wanted {len(parts)} values; got {' '.join(words)!r}")
         return tuple(one(word, part) for word, part in zip(words, parts))
@@ -279,7 +289,7 @@ def _help(config: Config, kinds: dict[str, Any], command: str) -> typing.NoRetur
         kind, _ = _one_of(kind)
         choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
         many = typing.get_args(kind) if typing.get_origin(kind) is tuple else ()
-        wanted = "|".join(map(str, choices)) or " ".join(a.__name__ for a in many) or kind.__name__
+        wanted = "|".join(map(str, choices)) or " ".join(getattr(a, "__name__", "...") for a in many) or kind.__name__
         text = f"{sentences.get(path, '')} (now: {values[path]!r})".replace("%", "%%")
         groups[path.partition(".")[0]].add_argument(f"--{path}", metavar=wanted.upper() if not choices else wanted,
                                                     help=text)  # fmt: skip

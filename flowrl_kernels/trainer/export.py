@@ -54,7 +54,7 @@ def restore(config: Config, newest: Path, world: World) -> policy.Policy:
 
 
 def single(config: Config) -> Config:
-    """The same run in one un-sharded float32 process, where nothing but the model asked for can run code.
+    """The same run in one un-sharded float32 process, where nothing but the model asked for can run code or be asked.
 
     A run folder may be somebody else's: what its config.toml says about code that comes with a model is forgotten.
     """
@@ -62,6 +62,7 @@ def single(config: Config) -> Config:
         config,
         parallel=dataclasses.replace(config.parallel, dtype="float32", replicate=1, offload_reference=False),
         model=dataclasses.replace(config.model, trust_remote_code=False),
+        rollout=dataclasses.replace(config.rollout, engine="hf"),  # the model restored here; a server has other weights
     )
 
 

@@ -28,7 +28,8 @@ from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.plot import plot_runs
 from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.records import Lap, Progress, Result, Rollouts, Run, Shaped, Update
-from flowrl_kernels.trainer.rollout import Kept
+from flowrl_kernels.trainer.rollout import Kept, probe
+from flowrl_kernels.trainer.rollout.faults import EngineError
 from flowrl_kernels.trainer.run import export, prepare, resume
 
 SHOWN = 32  # responses scored for the log alone
@@ -44,6 +45,7 @@ def train(config: Config) -> dict[str, float]:
     Raises:
         ValueError, FileNotFoundError, RuntimeError: settings or data that cannot work, before any step.
         NotFinite: `run.max_bad_updates` updates in a row were not finite.
+        EngineError: the rollout engine is gone, or out of step; the last whole step is saved.
         stop.Interrupted: SIGINT or SIGTERM; a step that had begun was finished and saved.
     """
     config = config_file.expand(config)
@@ -56,11 +58,16 @@ def train(config: Config) -> dict[str, float]:
                 with watch.waiting():
                     _steps(run, progress, watch)
                 return _finish(run, progress)
+            except EngineError:
+                if progress.step:  # of the last whole step: its weights and optimiser are good
+                    save(run, progress)
+                raise
             except KeyboardInterrupt as signal:
                 code = getattr(signal, "code", 130)
                 left = f"stopped after step {progress.step}; {run_folder.what_is_left(run.folder)}"
                 raise stop.Interrupted(left, code - 128) from None
             finally:
+                run.engine.close()
                 run.scorer.close()
                 run.log.close()
         finally:
@@ -82,6 +89,7 @@ def _steps(run: Run, progress: Progress, watch: stop.Watch) -> None:
             return
         step, lap = progress.step + 1, Lap()
         rollouts = collect(run, step)
+        run.engine.release()
         lap("rollout")
         rollouts.reward = score_rewards(run, rollouts, step)
         shaped = shaping.shape(config, rollouts, run.world)
@@ -103,10 +111,14 @@ def _steps(run: Run, progress: Progress, watch: stop.Watch) -> None:
         shaping.finish(config, batches, run.world)
         lap("score")
         results = [apply(run, progress, update) for _ in range(config.algorithm.epochs) for update in updates]
-        run.engine.update_weights(run.weights(), progress.updates)
         lap("update")
         progress.step = step
-        run.log.step(step, measure.of_step(run, rollouts, updates, results, progress, lap, shown))
+        try:
+            probe.push(run, progress.updates)
+        finally:  # what it learned is learned, whatever the engine says
+            lap("push")
+            figures = measure.of_step(run, rollouts, updates, results, progress, lap, shown)
+            run.log.step(step, figures | run.engine_figures())
         if step == 1 or step % config.log.samples_every == 0:
             run.log.samples(step, measure.samples(run, rollouts, config.log.samples))
         if step < config.run.steps and every and step % every == 0:
@@ -165,6 +177,7 @@ def collect(run: Run, step: int) -> Rollouts:
     out = run.engine.generate(prompts, r.samples, run.sampling, seed, numbers)
     if run.sampling.truncated and out.kept is None:
         raise RuntimeError(f"rollout.engine: {r.engine!r} did not return the tokens that its draws were left with")
+    probe.check_version(out, run)
     n, tokens = r.samples, out.tokens.numpy()
     lengths = out.length.tolist()
     return Rollouts(

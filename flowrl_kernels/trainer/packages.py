@@ -11,7 +11,9 @@ PACKAGES = {
     "log.wandb": ("wandb", "wandb", "wandb"),
     "log.plots": ("matplotlib", "matplotlib", "train"),
     "model.liger": ("liger_kernel", "liger_kernel", "liger"),
+    "rollout.engine": ("vllm", "vllm", "vllm"),
 }
+VALUE = {"rollout.engine": "vllm"}  # where not every value but this one needs it
 
 
 def require(field: str) -> ModuleType:

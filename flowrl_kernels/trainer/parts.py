@@ -128,7 +128,19 @@ def stop_tokens(actor: Policy, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
 
 
 def make_engine(config: Config, actor: Policy, world: World) -> Engine:
-    """The rollout engine named in the config."""
+    """The rollout engine named in the config.
+
+    Raises:
+        EngineError: it cannot be started or reached.
+    """
+    if config.rollout.engine == "vllm":
+        from flowrl_kernels.trainer.rollout.vllm import VLLMEngine
+
+        return VLLMEngine(config, actor.model, world)
+    if config.rollout.engine == "server":
+        from flowrl_kernels.trainer.rollout.server import ServerEngine
+
+        return ServerEngine(config, actor.model.config.get_text_config().vocab_size, world)
     return HFEngine(actor, batch=config.rollout.batch, device=world.device)
 
 

@@ -78,6 +78,8 @@ class Run:
     loss: Loss
     inputs: dict[str, str]  # hashes of the data, the task's code and the model
     saved: dict[str, Any] | None  # what the checkpoint says that this run was resumed from
+    pushed: int = -1  # updates that the weights given to the engine last have seen
+    probe_gap: float = 0.0  # between the engine's log-probabilities and the trainer's, nats, after that push
     start: Policy | None = None  # what RL started from, once an evaluation asked for it; `reference` where there is one
     start_logp: dict[str, Tensor] = field(default_factory=dict)  # of each problem's listed responses under it
 
@@ -93,6 +95,10 @@ class Run:
     def total_updates(self) -> int:
         r, a = self.config.rollout, self.config.algorithm
         return self.config.run.steps * a.epochs * (r.prompts // (a.minibatch_prompts or r.prompts))
+
+    def engine_figures(self) -> dict[str, float]:
+        """What a step's line says of an engine that has weights of its own."""
+        return {} if self.config.rollout.engine == "hf" else {"probe_gap": self.probe_gap}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         return policy.named_weights(self.policy)

@@ -30,7 +30,7 @@ from flowrl_kernels.trainer.parts import make_engine, make_optimizer, make_text,
 from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.records import Job, Progress, Run, Text
 from flowrl_kernels.trainer.reward import Scorer
-from flowrl_kernels.trainer.rollout import Sampling
+from flowrl_kernels.trainer.rollout import Sampling, probe
 from flowrl_kernels.trainer.tasks import Problem, build_task
 
 
@@ -69,6 +69,7 @@ def prepare(config: Config, world: World) -> Run:
     """
     check(config, world.size)
     checks.check_algorithm(config)
+    checks.check_engine(config, world.size)
     folder = Path(config.run.dir)
     found = run_folder.look(folder, config, world)
     settled = parallel.agree(lambda: settle(config, world), world)
@@ -94,7 +95,7 @@ def prepare(config: Config, world: World) -> Run:
         inputs = _inputs(job, start.source)
         parallel.first(lambda: _unchanged(found, inputs, config), world)
         saved = checkpoint.load(found.checkpoint, folder, actor, optimizer, world)
-    log = None
+    log = run = None
     try:
         parallel.first(lambda: run_folder.begin(folder, config, found), world)
         log = Log(
@@ -135,9 +136,11 @@ def prepare(config: Config, world: World) -> Run:
             saved=saved,
         )
         # before the first step, where a broken path should show
-        run.engine.update_weights(run.weights(), saved["updates"] if saved else 0)
+        probe.push(run, saved["updates"] if saved else 0)
         parallel.first(lambda: run_folder.commit(folder), world)
     except BaseException:
+        if run is not None:
+            run.engine.close()
         if log is not None:
             log.close()
         if world.main:

@@ -39,6 +39,7 @@ OWNED: dict[str, tuple[str, ...] | None] = {
     "final.incomplete": MODEL_FOLDER,
     "plots": ("*.png",),
     "tensorboard": ("events.out.tfevents.*",),
+    "weights": ("version_[0-9]*",),  # on their way to servers
 }
 
 

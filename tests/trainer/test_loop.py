@@ -108,11 +108,12 @@ def test_an_engine_gets_the_weights_before_the_first_prompt_and_after_every_step
     calls = []
     from flowrl_kernels.trainer.rollout.hf import HFEngine
 
-    generate = HFEngine.generate
-    monkeypatch.setattr(HFEngine, "update_weights", lambda self, weights, version: calls.append(version))
+    generate, update = HFEngine.generate, HFEngine.update_weights
+    monkeypatch.setattr(HFEngine, "update_weights", lambda *a: calls.append(a[-1]) or update(*a))
+    monkeypatch.setattr(HFEngine, "release", lambda self: calls.append("release"))
     monkeypatch.setattr(HFEngine, "generate", lambda *a, **k: calls.append("generate") or generate(*a, **k))
     loop.train(settings(tmp_path, "--algorithm.minibatch_prompts", "2"))
-    assert calls[:5] == [0, "generate", 2, "generate", 4]
+    assert calls[:7] == [0, "generate", "release", 2, "generate", "release", 4]
 
 
 def test_samples_to_read_have_their_rewards(finished):

@@ -102,6 +102,14 @@ class Engine(Protocol):
         """Takes the policy's full tensors (see `policy.named_weights`) after update number `version`."""
         ...
 
+    def release(self) -> None:
+        """Gives up what memory it can until the next `update_weights`: called before the optimiser needs it."""
+        ...
+
+    def close(self) -> None:
+        """Ends it."""
+        ...
+
 
 # splitmix64's constants as signed numbers: int64 products wrap as unsigned ones do
 _GOLDEN, _MIX = -7046029254386353131, (-4658895280553007687, -7723592293110705685)

@@ -29,6 +29,12 @@ class HFEngine:
         """Notes the version; the live model is what generates."""
         self.version = version
 
+    def release(self) -> None:
+        """Nothing to do: it holds nothing between two calls."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
     @torch.no_grad()
     def generate(
         self,

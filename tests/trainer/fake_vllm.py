@@ -1,0 +1,123 @@
+"""A server with the paths of vLLM that the trainer uses, answered by a small transformers model in a thread."""
+
+import contextlib
+import json
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from flowrl_kernels.trainer import policy as policies
+from flowrl_kernels.trainer.policy import Policy
+from flowrl_kernels.trainer.rollout import Sampling
+from flowrl_kernels.trainer.rollout.hf import HFEngine
+
+
+class FakeVLLM:
+    """`faults`: what goes wrong with the next requests to generate, in order; None: nothing."""
+
+    def __init__(self, config, tokenizer):
+        self.make = lambda: Policy(policies.build_model(config, tokenizer, "sdpa").eval())
+        self.faults, self.asked, self.loads, self.lock = [], [], 0, threading.Lock()
+        self.port = 0
+        self.start()
+
+    @property
+    def address(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self):
+        """Up, at the same port as before, with weights that nobody wants."""
+        self.engine = HFEngine(self.make(), batch=64, device=torch.device("cpu"))
+        with torch.no_grad():
+            for p in self.engine.policy.parameters():
+                p.mul_(3.0)
+        self.version, fake = "default", self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args):
+                pass
+
+            def do_GET(self):
+                self.do_POST()
+
+            def do_POST(self):
+                size = int(self.headers.get("Content-Length") or 0)
+                body = json.loads(self.rfile.read(size)) if size else None
+                status, answer = fake.answer(self.path, body, self)
+                if status is None:
+                    return
+                data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def get_request(self):
+                connection, peer = super().get_request()
+                fake.connections.append(connection)
+                return connection, peer
+
+        self.connections = []
+        self.server = Server(("127.0.0.1", self.port), Handler)
+        self.port = self.server.server_port
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def kill(self):
+        """Gone at once, connections and all."""
+        self.server.shutdown()
+        self.server.server_close()
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self.server = None
+
+    def answer(self, path, body, handler):
+        if path == "/weight_info":
+            return 200, {"weight_version": self.version}
+        if path == "/collective_rpc":
+            assert body["method"] == "flowrl_load", body
+            for file in Path(body["args"][0]).glob("*.safetensors"):
+                self.engine.policy.model.load_state_dict(load_file(file), strict=False)
+            self.loads += 1
+            return 200, {"results": [{"tensors": 1}]}
+        if path == "/reset_prefix_cache":
+            return 200, {"success": True}
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+            return 200, {"success": True}
+        if path != "/inference/v1/generate":
+            return 404, {"detail": "Not Found"}
+        with self.lock:
+            self.asked.append(body)
+            fault = self.faults.pop(0) if self.faults else None
+            answer = self.generate(body)
+        return fault(answer, handler) if fault else (200, answer)
+
+    def generate(self, body):
+        p = body["sampling_params"]
+        sampling = Sampling(p["max_tokens"], p["temperature"], tuple(p["stop_token_ids"]))
+        out = self.engine.generate([body["token_ids"]], p["n"], sampling, p["seed"])
+        choices = []
+        for j, length in enumerate(out.length.tolist()):
+            content = [{"token_id": int(t), "logprob": float(x)} for t, x in zip(out.tokens[j], out.logp[j])][:length]
+            span = {"version": self.version, "start": 0, "end": length}
+            choices.append({"index": j, "token_ids": out.tokens[j, :length].tolist(), "logprobs": {"content": content},
+                            "weight_versions": [span], "finish_reason": "stop"})  # fmt: skip
+        return {"request_id": "1", "choices": choices}
+
+
+def small(address, *more):
+    """Command-line arguments of a run of seconds that asks these servers."""
+    addresses = [address] if isinstance(address, str) else address
+    return [*tiny.SMALL, "--run.steps", "3", "--rollout.engine", "server", "--rollout.timeout", "5",
+            *more, "--rollout.servers", *addresses]  # fmt: skip
