@@ -1,4 +1,4 @@
-"""The sampled backward: compute a random part of the pairs, unbiased (docs/maths.md, eq. 21).
+"""The sampled backward: compute a random part of the pairs, unbiased (docs/maths.md, eq. 24).
 
 A pair is a row and a run of 128 columns. Every pair is given the softmax mass that the forward's statistics tell of,
 spread evenly over its run; a kept pair then has the difference to what it really is, times the inverse of the

@@ -1,4 +1,4 @@
-"""Which pairs of a row and a run of 128 columns a sampled backward keeps, and by what factor (docs/maths.md, eq. 21).
+"""Which pairs of a row and a run of 128 columns a sampled backward keeps, and by what factor (docs/maths.md, eq. 24).
 
 A pair of cost c is kept with probability min(1, c / tau), rounded up to a multiple of 2^-31, and counts for the
 inverse of exactly that. Random numbers are a counter's: (draw, row, run of columns) gives the same one anywhere, so
