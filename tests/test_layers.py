@@ -19,7 +19,7 @@ ALLOWED = {
     "presets": {"core.checks"},
     "core.layout": {"core.checks", "core.dispatch", "core.segments"},
     "core.head": {"core.checks", "core.counter", "core.dispatch", "core.types"},
-    "core.correction": {"core.checks", "core.segments", "presets"},
+    "core.correction": {"core.checks", "core.segments"},
     "core.settle": SETTLED,
     "reference": {"core.types", "core.segments", "presets"},
     "cuda": {"core.types"},

@@ -74,4 +74,4 @@ def chances(cost: Tensor, tau: Tensor) -> Tensor:
 def _group(name: str) -> torch.distributed.ProcessGroup:
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    return _resolve_process_group(name)
+    return _resolve_process_group(name)  # type: ignore[arg-type]

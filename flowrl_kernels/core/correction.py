@@ -15,7 +15,6 @@ from torch import Tensor
 
 from flowrl_kernels.core import checks
 from flowrl_kernels.core.segments import Segments
-from flowrl_kernels.presets.row import number
 
 BOUND = 60.0  # a log-ratio beyond it is held, so that no weight is infinite
 Bounds = tuple[float | None, float | None]
@@ -91,17 +90,17 @@ def _caps(cap: Any, count: int) -> list[Any]:
 def _rule(name: str, cap: Any) -> Rule:
     level, _, how = name.rpartition("_")
     if cap is None:
-        bounds = DEFAULTS[name]
-        if bounds is None:
-            checks.fail("correction_cap", f"a bound for {name!r}, which has none of its own", None)
-        return Rule(name, level, how, bounds)
+        default = DEFAULTS[name]
+        if default is not None:
+            return Rule(name, level, how, default)
+        checks.fail("correction_cap", f"a bound for {name!r}, which has none of its own", None)
     low: float | None = None
     if isinstance(cap, (tuple, list)):
         if len(cap) != 2:
             checks.fail("correction_cap", "a number, or (low, high)", repr(cap))
-        low, high = (None if bound is None else number("correction_cap", bound) for bound in cap)
+        low, high = (None if bound is None else checks.setting("correction_cap", bound) for bound in cap)
     else:
-        high = number("correction_cap", cap)
+        high = checks.setting("correction_cap", cap)
         low = 1.0 / high if how == "k1" and high > 0.0 else None
     if how in ("k2", "k3") and low is not None:
         checks.fail("correction_cap", f"an upper bound alone for {name!r}", repr(cap))

@@ -82,7 +82,8 @@ def of_step(config: Config, batches: list[MicroBatch]) -> tuple[dict[str, tuple[
         token, m = batch.per_token, made.metrics
         weight = made.weight.double()
         if not correction(config.algorithm):
-            weight = (token.get("old", token.get("now")) - token["sampler"]).double().clamp(-60.0, 60.0).exp()
+            own = token["old"] if "old" in token else token["now"]
+            weight = (own - token["sampler"]).double().clamp(-60.0, 60.0).exp()
         means = torch.stack([m["mismatch_kl"], m["mismatch_k3"], m["mismatch_cut"]]).double() * batch.tokens
         sums += torch.cat([means, torch.stack([weight.sum(), weight.square().sum()])]).cpu()
         tokens, largest = tokens + batch.tokens, max(largest, float(m["mismatch_max"]))

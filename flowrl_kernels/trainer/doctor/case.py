@@ -223,7 +223,8 @@ def collect(
     """`n` responses of the engine to each prompt, as many of them as fit a table of logits."""
     out = engine.generate([list(prompt) for prompt in prompts], n, sampling, seed)
     lengths, width = out.length.tolist(), policy.head.weight.shape[0]
-    rows, tokens = [], 0
+    rows: list[int] = []
+    tokens = 0
     for b, length in enumerate(lengths):
         if length and (not rows or (tokens + length) * width <= CELLS):
             rows.append(b)

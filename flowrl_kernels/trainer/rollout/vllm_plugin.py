@@ -40,7 +40,8 @@ def register() -> None:
 def repack_tied(model: torch.nn.Module) -> int:
     """Packs the CPU copies of layers that share a weight with another one again; how many there were."""
     owners: dict[int, int] = {}
-    packed = [m for m in model.modules() if hasattr(m, "cpu_linear") and m.weight.numel()]
+    parts: list[Any] = list(model.modules())
+    packed = [m for m in parts if hasattr(m, "cpu_linear") and m.weight.numel()]
     for module in model.modules():
         weight = module._parameters.get("weight")
         if weight is not None and weight.numel():
