@@ -1,4 +1,4 @@
-"""What a loss makes of a gap between the policy that sampled and the one the trainer scores (docs/maths.md, eq. 22).
+"""What a loss makes of a gap between the policy that sampled and the one the trainer scores (docs/maths.md, eq. 10).
 
 A correction is a weight pi_old / pi_sampler, bounded, or a rejection of what lies too far off, or one of each. Names
 and values are verl's (rollout_corr_helper.py: `rollout_is`, `rollout_rs`) and TRL's (`vllm_importance_sampling_mode`).

@@ -18,10 +18,11 @@ NEEDS = {
     "verl_flowrl": ["verl"],
 }
 STAND_INS = {"slime_flowrl", "nemo_rl_flowrl", "openrlhf_flowrl", "open_instruct_flowrl"}  # test_other_trainers.py
+OWN = {"arithmetic"}  # data and a reward: tests/trainer/test_own_data.py
 
 
 def test_every_example_is_run_by_a_test():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, *STAND_INS, "common"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, *STAND_INS, *OWN, "common"}
 
 
 @pytest.mark.parametrize("name", [name for name in NEEDS if name != "verl_flowrl"])
