@@ -94,6 +94,7 @@ def policy_gradient_loss(
     check_tokens("logp_old", logp_old, logp)
     check_tokens("logp_ref", logp_ref, logp)
     check_tokens("logp_sampler", logp_sampler, logp)
+    scalar = normalizer_of(normalizer, logp)
     rules = rules_given(correction, correction_cap)
     if rules and logp_sampler is None:
         checks.fail("logp_sampler", f"log-probs of the engine, for correction={correction!r}", None)
@@ -146,7 +147,6 @@ def policy_gradient_loss(
         logp, old, a = (segments.clean(t) for t in (logp, old, a))
     tokens, rho, clipped = pg.token_losses(logp, old, a, segments, ratio, (low, high), dual_clip)
     tokens = tokens if made is None else tokens * made.weight
-    scalar = normalizer_of(normalizer, logp)
     loss = pg.aggregate(tokens, segments, aggregate, scalar, length)
     if kl is not None and logp_ref is not None:
         penalty = pg.kl_penalty(logp, segments.clean(logp_ref.detach()), kl_kind, kl_bound)
