@@ -70,8 +70,11 @@ def test_a_run_by_servers_is_in_step_and_does_not_depend_on_how_many_there_are(t
 
 
 def test_a_server_that_dies_and_comes_back_without_the_weights_gets_them_again(tmp_path, server, waits):
+    gone = threading.Event()
+
     def dies(answer, handler):
         server.kill()
+        gone.set()
         return None, None
 
     whole = train(tmp_path / "whole", server.address)
@@ -83,6 +86,7 @@ def test_a_server_that_dies_and_comes_back_without_the_weights_gets_them_again(t
 
     def back(seconds, waited=waits):
         waited.append(seconds)
+        gone.wait(10)
         with back_at_once:
             if server.server is None:
                 server.start()
