@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import doubts, run
+from benchmarks import doubts
 from benchmarks.cases import CASES, Case, choose
 from benchmarks.peers import load, rl_kernel
 

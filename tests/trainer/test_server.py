@@ -1,4 +1,4 @@
-"""The server engine against one that works, dies, hangs, forgets and talks nonsense; vLLM itself: tests/rollout_vllm."""
+"""The server engine against one that works, dies, hangs, forgets and talks nonsense; vLLM: tests/rollout_vllm."""
 
 import json
 import threading
