@@ -81,11 +81,11 @@ endef
 	touch $@
 
 test-vllm: .venv-vllm/.installed  ## rollouts by vLLM's CPU build, in this process and by a server
-	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/rollout_vllm -n 0 -rs $(VLLM)
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/rollout_vllm -rs $(VLLM)
 
 # The full comparison: three seeds, 600 steps in process and 100 by a server, and a language model through each.
 nightly-vllm: .venv-vllm/.installed  ## the same at full length: three seeds, 600 steps, SmolLM2 (an hour)
-	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/rollout_vllm -n 0 -rs -m nightly $(VLLM)
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/rollout_vllm -rs -m nightly $(VLLM)
 
 # Anybody who reaches its port may replace the weights: it asks for no password, so it listens on this machine alone.
 CONFIG ?= configs/sums.toml
