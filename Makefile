@@ -12,7 +12,7 @@ ARGS ?=
 LAUNCH := $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train compare countdown test nightly hostile mutants fuzz test-integrations test-vllm nightly-vllm serve lint docs dist ends matrix bench bench-report csrc clean
+.PHONY: help setup train compare countdown test nightly hostile mutants fuzz test-integrations test-vllm nightly-vllm serve lint docs dist ends matrix bench bench-report evidence-short csrc clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,10 @@ TRAINERS := trl verl torchtitan
 
 test-integrations: $(TRAINERS:%=.venv-%/.installed)  ## TRL, verl and torchtitan, each in its own environment
 	for t in $(TRAINERS); do HF_HUB_OFFLINE=1 .venv-$$t/bin/python -m pytest tests/integrations -rs --environment $$t || exit 1; done
+
+# What each method's loss ends at, where the target can be listed; exit 1 where a claim of docs/evidence.md fails.
+evidence-short: setup  ## tables that learn on listed tasks: is the stated target reached? (minutes)
+	$(PY) -m benchmarks.evidence $(EVIDENCE)
 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check .
