@@ -182,3 +182,10 @@ def test_kept_rows_are_picked_in_the_order_asked_for():
 def test_truncations_that_mean_nothing_are_refused(field, value):
     with pytest.raises(ValueError, match=f"{field}: wanted"):
         Sampling(4, **{field: value})
+
+
+def test_the_first_number_of_seed_0_is_no_corner_and_the_numbers_are_splitmix64s():
+    """Of key 0 the first outputs of splitmix64, as its author's page has them: 0xE220A8397B1DCDAF, ..."""
+    first = uniform(0, torch.arange(3), 0)
+    wanted = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [round(float(u) * 2**53) for u in first] == [w >> 11 for w in wanted]

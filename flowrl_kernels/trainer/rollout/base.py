@@ -122,7 +122,7 @@ def uniform(seed: int, rows: Tensor, step: int) -> Tensor:
         rows: [B] int64, number of each response among all of the call.
     """
     key = (step * _MIX[0] + seed * _MIX[1]) % 2**64
-    x = rows * _GOLDEN + (key - 2**64 if key >= 2**63 else key)
+    x = (rows + 1) * _GOLDEN + (key - 2**64 if key >= 2**63 else key)  # 0 would come out as 0
     for shift, factor in ((30, _MIX[0]), (27, _MIX[1]), (31, 1)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # >> copies the sign: clear the copies
     return ((x >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
