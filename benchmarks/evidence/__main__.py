@@ -10,6 +10,7 @@ import argparse
 import json
 import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -31,11 +32,6 @@ SHORT = [
 COLUMNS = ("accuracy", "coverage", "kl_stated", "kl_own", "log_z_error", "seconds")
 
 
-def one(cell: Cell) -> dict:
-    torch.set_num_threads(1)
-    return run(cell)
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
     parser.add_argument("--only", default="", help="TASK:METHOD of one cell")
@@ -44,8 +40,9 @@ def main(arguments: list[str]) -> int:
     cells = [(c, most) for c, most in SHORT if given.only in ("", f"{c.task}:{c.method}")]
     if not cells:
         parser.error(f"--only: wanted one of {', '.join(f'{c.task}:{c.method}' for c, _ in SHORT)}; got {given.only!r}")
-    with multiprocessing.get_context("spawn").Pool(min(2, len(cells))) as pool:
-        made = pool.map(one, [cell for cell, _ in cells], chunksize=1)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(2, len(cells)), context, torch.set_num_threads, (1,)) as pool:
+        made = list(pool.map(run, [cell for cell, _ in cells]))
     print(f"{'task':20s} {'method':18s} {'dial':>6s} " + " ".join(f"{name:>11s}" for name in COLUMNS))
     missed = []
     for (cell, most), result in zip(cells, made):
