@@ -47,6 +47,7 @@ def linear_logprob_fwd(
     entropy: bool,
     stats: bool,
     order: Tensor | None = None,  # [V] the id at each place; targets are places then
+    bits: Tensor | None = None,  # [N, ceil(V/8)] uint8: the columns that count, of rows that all take part
 ) -> Saved:
     """logp [N] (-inf without a target here), log-sum-exp [2, N] as maximum and log of the sum, entropy [N] or [0],
     tile log-sum-exp [ceil(V/128), N] fp16 or [0, 0]; all 0 in skipped rows."""
@@ -60,13 +61,14 @@ def linear_logprob_fwd(
     hidden, target = take(rows, hidden, target)
     temperature = temperature if temperature.numel() == 1 else take(rows, temperature)[0]
     num_rows = hidden.shape[0]
-    block = tiles.row_block(hidden_size, vocab_size)
+    block = tiles.row_block(hidden_size, vocab_size) if bits is None else tiles.WIDE_ROWS
     padded = -(-num_rows // block) * block
     dtype = tiles.accumulator_dtype(hidden.dtype)
     hidden = torch.nn.functional.pad(tiles.operand(hidden), (0, 0, 0, padded - num_rows))
     target = torch.nn.functional.pad(target, (0, padded - num_rows), value=vocab_size)
     if temperature.numel() > 1:
         temperature = torch.nn.functional.pad(temperature, (0, padded - num_rows), value=1.0)
+    bits = None if bits is None else torch.nn.functional.pad(bits, (0, 0, 0, padded - num_rows))
     temperature = temperature.to(dtype)[:, None]
     blocks = [slice(start, start + block) for start in range(0, padded, block)]
     like = hidden.new_empty(0, dtype=dtype)
@@ -82,6 +84,7 @@ def linear_logprob_fwd(
             for own, running in zip(blocks, sums):
                 z = tiles.logits_tile(hidden[own], columns, tile_bias, logit_scale, softcap)
                 tiles.divide_by_temperature(z, temperature if temperature.numel() == 1 else temperature[own])
+                tiles.keep_(z, None if bits is None else bits[own], start)
                 local = target[own] - start
                 picked = z.gather(1, local.clamp(0, stop - start - 1)[:, None])[:, 0]
                 mine = (local >= 0) & (local < stop - start)
@@ -114,6 +117,7 @@ def linear_logprob_bwd(
     budget: Budget = EXACT,
     main_grad: Tensor | None = None,  # [V, H] fp32
     wide_hidden: bool = False,  # hidden's gradient as it was accumulated, not rounded to hidden's dtype
+    bits: Tensor | None = None,  # [N, ceil(V/8)] uint8: the columns that count
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias; those not needed are None (weight's goes into main_grad if given)."""
     (grad_logp, grad_entropy), (logp, lse, entropy, tile_lse) = grad, saved
@@ -168,7 +172,7 @@ def linear_logprob_bwd(
         if order is not None:  # nothing of it depends on an order
             ids = torch.nn.functional.pad(order, (0, 1), value=vocab_size)[rows_in.target]
             rows_in = rows_in._replace(target=ids)
-        _exact_backward(rows_in, head, into)
+        _exact_backward(rows_in, head, into, None if bits is None else take(rows, bits)[0])
     if inverse is not None:
         dbias = None if dbias is None else dbias.mul_(inverse)
         dhidden = None if dhidden is None else dhidden.mul_(inverse)
@@ -198,7 +202,7 @@ def store(dweight: Tensor | None, main_grad: Tensor | None, start: int, stop: in
             dweight[start:stop] = part
 
 
-def _exact_backward(rows: Rows, head: Head, into: Sinks) -> None:
+def _exact_backward(rows: Rows, head: Head, into: Sinks, bits: Tensor | None = None) -> None:
     """Fills the gradients, a tile of the vocabulary and a block of rows at a time."""
     dhidden, dweight, main_grad, dbias = into
     num_rows = len(rows.x)
@@ -212,7 +216,7 @@ def _exact_backward(rows: Rows, head: Head, into: Sinks) -> None:
             for low in range(0, num_rows, row_step):
                 own = slice(low, low + row_step)
                 part = rows.part(own)
-                dz = _dlogits(part, columns, start)
+                dz = _dlogits(part, columns, start, None if bits is None else bits[own])
                 if dbias is not None:
                     dbias[start:stop] += dz.sum(0)
                 dz = dz.to(part.x.dtype)
@@ -226,11 +230,11 @@ def _exact_backward(rows: Rows, head: Head, into: Sinks) -> None:
             store(dweight, main_grad, start, stop, tile_grad)
 
 
-def _dlogits(rows: Rows, columns: Head, start: int) -> Tensor:
+def _dlogits(rows: Rows, columns: Head, start: int, bits: Tensor | None) -> Tensor:
     """Gradient of the product hidden weight^T in the columns from `start` on, fp32. [R, C]"""
     z = tiles.logits_tile(rows.x, columns.weight, columns.bias, columns.logit_scale, columns.softcap)
     slope = None if columns.softcap is None else (z / columns.softcap).square_().neg_().add_(1.0)
-    z = tiles.divide_by_temperature(z, rows.temperature)
+    z = tiles.keep_(tiles.divide_by_temperature(z, rows.temperature), bits, start)
     local, entropy = (rows.target - start)[:, None], None if rows.entropy is None else rows.entropy[:, None]
     dz = dlogits_(z, local, rows.logp[:, None], rows.lse, rows.scale, rows.entropy_scale, entropy)
     return dz if slope is None else dz.mul_(slope)

@@ -25,6 +25,7 @@ STEMS = {
     "chunked": (
         "linear_logprob",
         "linear_logprob_sampled",
+        "linear_logprob_kept",
         "linear_residual",
         "logprob",
         "residual",

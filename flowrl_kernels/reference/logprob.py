@@ -15,6 +15,7 @@ def logprob(
     softcap: float | None = None,
     ignore_index: int = -100,
     entropy: bool = False,
+    kept: Tensor | None = None,  # [N, V] bool: what the softmax is over, all if None
 ) -> LogProb:
     """logp = log_softmax(softcap(logits) / temperature)[target]; a target outside the vocabulary gives NaN."""
     target = target.long()
@@ -29,6 +30,8 @@ def logprob(
         z = z / temperature.to(z.dtype).reshape(-1, 1)
     else:
         z = z / temperature
+    if kept is not None:
+        z = z.masked_fill(~(kept | ignored[:, None]), -torch.inf)
     known = (target >= 0) & (target < z.shape[-1])
     all_logp = torch.log_softmax(z, dim=-1)  # [N, V]
     logp = all_logp.gather(-1, target.where(known, 0)[:, None])[:, 0]  # [N]
