@@ -81,8 +81,8 @@ def linear_logprob(
         vocab_parallel: a ProcessGroup over which the rows of `weight` (and `bias`) are split, in rank order. Targets
             are global ids, `hidden` is the same on every rank, and its gradient is summed over the group.
         sampled: a `Sampled`, for a backward from a random part of the vocabulary whose expectation is the exact one;
-            epsilon stays 0 beside it, and kept None. A softcap or an entropy gradient makes the backward exact, and the report says
-            so. "chunked" has it.
+            epsilon stays 0 beside it, and kept None. A softcap or an entropy gradient makes the backward exact, and
+            the report says so. "chunked" has it.
         impl: "auto", "reference", "chunked", "triton". See `flowrl_kernels.backends()`.
 
     Returns:

@@ -190,6 +190,21 @@ def bounded(dtype, h=3584, v=152064, more=False) -> None:
     )  # fmt: skip
 
 
+def kept(dtype, h=3584, v=152064, more=False) -> None:
+    """Over 20 ids a row; `more`: with a bias, a softcap and into a main_grad."""
+    from flowrl_kernels.chunked.kept_lists import Lists
+    from flowrl_kernels.triton import linear_logprob_kept as op
+
+    n, entries = 8192, 8192 * 21
+    hidden, weight = torch.empty(n, h, dtype=dtype), torch.empty(v, h, dtype=dtype)
+    lists = Lists(*(torch.empty(size, dtype=torch.int64) for size in (entries, entries, n + 1, n)))
+    head = Head(weight, torch.empty(v, dtype=dtype) if more else None, torch.empty(1), 1.0, 30.0 if more else None)
+    saved, z = op.linear_logprob_kept_fwd(hidden, lists, head, more)
+    grad, need = Upstream(saved.logp, saved.entropy if more else None), Needs(True, True, more)
+    main_grad = torch.empty(v, h) if more else None
+    op.linear_logprob_kept_bwd(grad, hidden, lists, z, head, saved, need, main_grad)
+
+
 def logprob(dtype, v=152064, softcap=None, entropy=True) -> None:
     from flowrl_kernels.triton import logprob as op
 
@@ -245,6 +260,8 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "bounded": lambda t: bounded(t),
     "bounded, bias, main_grad": lambda t: bounded(t, more=True),
     "bounded, odd H": lambda t: bounded(t, h=3583),
+    "kept": lambda t: kept(t),
+    "kept, bias, softcap, main_grad": lambda t: kept(t, more=True),
     "logits": lambda t: logprob(t),
     "logits plain": lambda t: logprob(t, entropy=False),
     "logits softcap, odd V": lambda t: logprob(t, v=151937, softcap=30.0),
@@ -258,6 +275,7 @@ QUICK = [
     ("entropy+stats", "bf16", None),
     ("single pass", "bf16", None),
     ("bounded", "bf16", None),
+    ("kept, bias, softcap, main_grad", "bf16", None),
     ("logits", "bf16", None),
     ("residual, groups", "bf16", None),
     ("plain", "fp32", FORWARD),

@@ -16,11 +16,11 @@ PACKED_ROWS = 64  # rows whose columns are in memory as a byte each
 
 
 class Lists(NamedTuple):
-    """Entries by row and then by column. One that is off belongs to no row: where a host cannot count, it stays."""
+    """Entries by row and then by column. Where a host cannot count, what is left of the room stands behind them."""
 
-    rows: Tensor  # [E]
-    columns: Tensor  # [E] V where off
-    edges: Tensor  # [N + 1] first entry of each row
+    rows: Tensor  # [E]; N behind them
+    columns: Tensor  # [E]; V behind them
+    edges: Tensor  # [N + 1] first entry of each row, and the one past the last
     of_target: Tensor  # [N] the target's entry, -1 where the row has none
 
 
@@ -69,20 +69,20 @@ def make_lists(kept: Kept, target: Tensor, vocab_size: int) -> tuple[Lists, Wide
             taken = many[rows] & ~off
             wide = Wide(chosen, _pack(chosen, rows[taken], columns[taken], vocab_size))
             off |= many[rows]
-    if tiles.host_knows(key):
-        rows, columns, key = rows[~off], columns[~off], key[~off]
-    else:
-        columns = torch.where(off, vocab_size, columns)
-    edges = torch.searchsorted(key, torch.arange(num_rows + 1, device=key.device) * stride)
-    at = torch.searchsorted(key, own)  # the first of its kind, which is the one that is on
-    found = at.clamp_max(max(len(key) - 1, 0))
+    on = ~off
+    before = torch.nn.functional.pad(on.cumsum(0), (1, 0))  # entries in front of each key
+    edges = before[torch.searchsorted(key, torch.arange(num_rows + 1, device=key.device) * stride)]
+    first = torch.searchsorted(key, own)  # the first of its kind, which is the one that is on
     has = live & (target < vocab_size)
-    if len(key):
-        has &= columns[found] == target
-        has &= rows[found] == torch.arange(num_rows, device=key.device)
-    else:
-        has = torch.zeros_like(has)
-    return Lists(rows, columns, edges, torch.where(has, found, -1)), wide
+    if num_rows:
+        has &= on[first]
+    of_target = torch.where(has, before[first], -1)
+    if tiles.host_knows(key):
+        return Lists(rows[on], columns[on], edges, of_target), wide
+    place = torch.where(on, before[:-1], len(key))
+    made = (torch.full((len(key) + 1,), fill, device=key.device) for fill in (num_rows, vocab_size))
+    rows, columns = (into.scatter_(0, place, given)[:-1] for into, given in zip(made, (rows, columns)))
+    return Lists(rows, columns, edges, of_target), wide
 
 
 def _pack(chosen: Tensor, rows: Tensor, columns: Tensor, vocab_size: int) -> Tensor:

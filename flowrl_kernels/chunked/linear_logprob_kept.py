@@ -2,7 +2,7 @@
 
 2KH FLOP forward and 4KH backward for K entries. Memory beyond inputs and outputs: one tile of gathered rows, and a few
 numbers an entry. A row's bits depend on the row, its set of ids and H: tiles end anywhere, and change no sum's order.
-On a device the backward waits for the number of entries.
+On a device the host waits for the number of entries.
 """
 
 from __future__ import annotations
@@ -23,15 +23,21 @@ def _parts(entries: int, hidden_size: int) -> list[slice]:
     return [slice(low, min(low + step, entries)) for low in range(0, entries, step)]
 
 
+def _counted(lists: Lists) -> Lists:
+    """Without what stands behind the entries."""
+    if tiles.host_knows(lists.rows):
+        return lists
+    count = int(lists.edges[-1])
+    return lists._replace(rows=lists.rows[:count], columns=lists.columns[:count])
+
+
 def linear_logprob_kept_fwd(hidden: Tensor, lists: Lists, head: Head, entropy: bool) -> tuple[Saved, Tensor]:
     """logp [N] of each row's target (-inf where it has none), log-sum-exp [2, N] over its entries (-inf without any),
     entropy [N] or [0]; and the logits of the entries [E]."""
     weight, bias, temperature, logit_scale, softcap = head
-    rows, columns, edges, of_target = lists
+    rows, columns, edges, of_target = _counted(lists)
     dtype = tiles.accumulator_dtype(hidden.dtype)
     z = hidden.new_empty(len(rows), dtype=dtype)
-    on = columns < len(weight)
-    columns = columns.clamp_max(len(weight) - 1)
     for own in _parts(len(rows), hidden.shape[1]):
         product = weight[columns[own]].to(dtype).mul_(hidden[rows[own]])
         z[own] = product.sum(1)
@@ -41,10 +47,9 @@ def linear_logprob_kept_fwd(hidden: Tensor, lists: Lists, head: Head, entropy: b
     if softcap is not None:
         z.div_(softcap).tanh_().mul_(softcap)
     tiles.divide_by_temperature(z, temperature.to(dtype) if temperature.numel() == 1 else temperature.to(dtype)[rows])
-    z.masked_fill_(~on, -torch.inf)
     top = _reduce(z, edges, "max", -torch.inf)
     shifted = z - top[rows]
-    e = shifted.exp().double().masked_fill(~on, 0.0)
+    e = shifted.exp().double()
     total = _reduce(e, edges, "sum", 0.0)
     lse = torch.stack([top, total.log().to(dtype)])
     ent = z.new_empty(0)
@@ -62,7 +67,7 @@ def _reduce(value: Tensor, edges: Tensor, how: str, initial: float) -> Tensor:
 
 def entry_gradients(grad: Upstream, lists: Lists, z: Tensor, head: Head, saved: Saved) -> Tensor:
     """Gradient of each entry's product of a hidden state and a row of the head; 0 in rows whose gradients are. [E]"""
-    rows, _, _, of_target = lists
+    rows, _, _, of_target = _counted(lists)
     _, _, temperature, logit_scale, softcap = head
     logp = tiles.log_softmax(z, saved.lse[:, rows])
     p = logp.exp()
@@ -94,7 +99,8 @@ def linear_logprob_kept_bwd(
     """Gradients of hidden [N, H] in the accumulator's dtype, of weight [V, H] (into main_grad if given) and bias [V]
     in the accumulator's dtype; those not needed are None. Entries are added one by one in the order of the lists."""
     weight = head.weight
-    dz, rows, columns = entry_gradients(grad, lists, z, head, saved), lists.rows, lists.columns
+    dz = entry_gradients(grad, lists, z, head, saved)
+    rows, columns, _, _ = _counted(lists)
     taken = dz != 0  # NaN too: what is not finite shows
     if not bool(taken.all()):
         dz, rows, columns = dz[taken], rows[taken], columns[taken]

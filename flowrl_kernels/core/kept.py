@@ -36,10 +36,10 @@ def kept_of(kept: Any, hidden: Tensor, vocab_size: int | None) -> Kept:
         low, high = int(rows.ids.min()), int(rows.ids.max())
         if low < 0 or high >= vocab_size:
             checks.fail("kept ids", f"ids in [0, {vocab_size})", f"{low} to {high}")
-    known = rows.counts.device.type == "cpu"
+    known = rows.counts.device.type == "cpu" and not torch.compiler.is_compiling()
     widest = int(rows.counts.max()) if known and len(rows.counts) else len(rows.ids)
     whole = rows.whole
-    if whole is not None and known and not bool(whole.any()):
+    if whole is not None and not bool(whole.any()):  # waits, if a device holds the counts: a dense pass costs more
         whole = None
     ids, counts = (
         _moved(name, value, hidden) for name, value in (("kept ids", rows.ids), ("kept offsets", rows.counts))
@@ -133,6 +133,6 @@ def _integers(name: str, value: Any) -> Tensor:
 
 def _moved(name: str, value: Tensor, hidden: Tensor) -> Tensor:
     if value.device.type == "cpu":
-        return value.to(hidden.device)
+        return value.to(hidden.device, non_blocking=True)
     checks.same_device(name, value, "hidden", hidden)
     return value
