@@ -74,10 +74,10 @@ def linear_logprob(
             2KH FLOP forward and 4KH backward for K ids in all; rows of more than V/8 ids cost a dense row. The target
             counts as kept, an id that is listed twice once. Integers on the CPU or beside `hidden`, as they come:
             (ids [K], offsets [N+1]), rows packed one after the other; vLLM's mask (token_ids, offsets), or nested
-            token_ids; SGLang's list of a list a token, or (token_ids, lengths); prime-rl's mask (ids, counts), where
-            count 0 is a row over the whole vocabulary; or a list of such masks, whose rows are N together. In a list
-            of rows, None is the whole vocabulary too; an empty row elsewhere keeps its target alone. Rows over the
-            whole vocabulary have the bits of a call without `kept`, and are all that epsilon is spent on.
+            token_ids; SGLang's list of a list a token, or its (token_ids, lengths); prime-rl's mask (ids, counts),
+            where count 0 is a row over the whole vocabulary; or a list of such masks, whose rows are N together. In a
+            list of rows, None is the whole vocabulary too; an empty row elsewhere keeps its target alone. Rows over
+            the whole vocabulary have the bits of a call without `kept`, and are all that epsilon is spent on.
         vocab_parallel: a ProcessGroup over which the rows of `weight` (and `bias`) are split, in rank order. Targets
             are global ids, `hidden` is the same on every rank, and its gradient is summed over the group.
         sampled: a `Sampled`, for a backward from a random part of the vocabulary whose expectation is the exact one;

@@ -199,10 +199,25 @@ IDS = [5, 7, 9, 3, 1, 2, 8, 30]
         SimpleNamespace(ids=torch.tensor(IDS).int().numpy(), counts=torch.tensor([3, 1, 4]).int().numpy()),
         SimpleNamespace(token_ids=torch.tensor(IDS).numpy(), lengths=torch.tensor([3, 1, 4]).int().numpy()),
         ROWS,
+        [[ROWS[0]], [ROWS[1], ROWS[2]]],
+        [torch.tensor(row).int().numpy() for row in ROWS],
         [Flat(ROWS[0], [0, 3]), ROWS[1], ROWS[2]],
         SimpleNamespace(ids=torch.tensor(IDS), offsets=torch.tensor([0, 3, 4, 8])),
     ],
-    ids=["vllm", "vllm arrays", "tuple", "nested", "masks", "counts", "lengths", "rows", "mixed", "a trainer's"],
+    ids=[
+        "vllm",
+        "vllm arrays",
+        "tuple",
+        "nested",
+        "masks",
+        "counts",
+        "lengths",
+        "rows",
+        "batch",
+        "arrays",
+        "mixed",
+        "a trainer's",
+    ],
 )
 def test_masks_are_taken_as_samplers_give_them(kept):
     hidden, weight, target = peaked_inputs(3, 8, 40)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from flowrl_kernels.core.types import Kept
 
 WANTED = (
     "a pair (ids [K], offsets [N+1]), a mask with token_ids and offsets or lengths, one with ids and counts, or a list "
-    "of masks or of rows (each a list of ids, or None)"
+    "of masks or of rows (each a list of ids, or None), of one response or of a batch"
 )
 
 
@@ -78,7 +77,7 @@ def _joined(parts: list[Any]) -> _Rows:
 
     def close() -> None:
         if plain:
-            listed = [[] if row is None else list(row) for row in plain]
+            listed = [[] if row is None else row for row in plain]
             counts = torch.tensor([len(row) for row in listed])
             ids = _integers("kept ids", [i for row in listed for i in row])
             whole = torch.tensor([row is None for row in plain])
@@ -86,8 +85,11 @@ def _joined(parts: list[Any]) -> _Rows:
             plain.clear()
 
     for part in parts:
-        if part is None or (isinstance(part, Sequence) and not hasattr(part, "_fields") and not isinstance(part, str)):
-            plain.append(part)
+        if isinstance(part, list) and part and (part[0] is None or isinstance(part[0], list)):
+            close()
+            made.append(_joined(part))  # the rows of one response
+        elif part is None or isinstance(part, list) or hasattr(part, "tolist"):
+            plain.append(part if part is None or isinstance(part, list) else part.tolist())
         else:
             close()
             made.append(_read(part))
