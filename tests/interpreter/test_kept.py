@@ -8,7 +8,7 @@ from flowrl_kernels import linear_logprob
 from flowrl_kernels.chunked import tiles
 from flowrl_kernels.testing import peaked_inputs
 from tests.interpreter.test_bytes import moved  # noqa: F401
-from tests.test_kept_sets import errors, masked, ours, ragged, rows_of, upstream
+from tests.test_kept_sets import errors, masked, of_a_head_of_those_rows, ours, ragged, rows_of, upstream
 
 N, H, V = 10, 40, 420
 SCALED = {"temperature": 0.7, "softcap": 20.0, "logit_scale": 1.2}
@@ -20,20 +20,18 @@ def counts_stay_on_the_device(monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{}, SCALED])
-def test_any_number_of_ids_is_as_exact_as_the_exact_kernels(dtype, settings):
+def test_any_number_of_ids_is_as_exact_as_the_exact_path(dtype, settings):
     hidden, weight, target = peaked_inputs(N, H, V, dtype=dtype)
     bias = torch.randn(V, generator=torch.Generator().manual_seed(2)).to(dtype)
     (g, ge), sets = upstream(N), ragged(N, V)
     given = {**settings, "bias": bias}
-    error = errors(
-        ours(hidden, weight, target, rows_of(sets), g, ge, impl="triton", **given),
-        masked(hidden, weight, target, sets, g, ge, **given),
-    )
-    allowed = errors(
-        ours(hidden, weight, target, None, g, ge, impl="triton", **given),
-        masked(hidden, weight, target, [None] * N, g, ge, **given),
-    )
-    assert all(0 < mine <= 1.5 * exact for mine, exact in zip(error, allowed)), (error, allowed)
+    expected = masked(hidden, weight, target, sets, g, ge, **given)
+    error = errors(ours(hidden, weight, target, rows_of(sets), g, ge, impl="triton", **given), expected)
+    allowed = errors(of_a_head_of_those_rows(hidden, weight, target, sets, g, ge, **given), expected)
+    # ten rows' largest errors are few numbers: beside them half a last place of a logit, and what tanh may be off
+    slack = 1e-6 + 1e-7 * settings.get("softcap", 0.0) / settings.get("temperature", 1.0)
+    for i, (mine, exact) in enumerate(zip(error, allowed)):
+        assert 0 < mine <= 1.5 * exact + (slack if i < 2 else 0.0), (i, error, allowed)
 
 
 def test_rows_and_runs_keep_their_bits_whatever_is_repeated_poisoned_or_counted_by_whom(dtype, monkeypatch):
@@ -95,23 +93,30 @@ def multiplied(monkeypatch):
 
 
 def test_twenty_ids_a_row_cost_a_tenth_of_a_dense_forward_at_most_forward_and_backward_apart(moved, multiplied):  # noqa: F811
-    n, h, v, size = 32, 128, 32768, 2
+    n, h, v, size, some = 32, 128, 151936, 2, 4096
     make = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(n, h, generator=make).bfloat16(), torch.randn(v, h, generator=make).bfloat16()
-    lengths = torch.randint(1, 40, (n,), generator=make)
-    assert 19 <= float(lengths.float().mean()) <= 21
+    hidden, weight = (torch.randn(rows, h, generator=make).bfloat16() for rows in (n, v))
+    lengths = torch.linspace(1, 39, n).round().long()
+    assert float(lengths.float().mean()) == 20
     kept = rows_of([torch.randint(v, (int(k),), generator=make) for k in lengths])
-    target = torch.randint(v, (n,), generator=make)
-    g = upstream(n)[0]
-    read, _, (flop, _) = moved(lambda: multiplied(lambda: linear_logprob(hidden, weight, target, impl="triton")))
-    # blocks of 128 rows, as on sm_80 and later, read a quarter of the weights that the interpreter's 32 rows do
-    dense = {"flop": min(flop, 2 * n * h * v), "read": min(read, n * h * v * size * (1 / 128 + 1 / 256))}
+    target, g = torch.randint(v, (n,), generator=make), upstream(n)[0]
+
+    def dense(columns, rows):  # FLOP and bytes of the dense forward's products with blocks of that many rows
+        return 2 * n * h * columns, n * h * columns * size * (1 / rows + 1 / 256)
+
+    read, _, (flop, _) = moved(
+        lambda: multiplied(lambda: linear_logprob(hidden, weight[:some], target % some, impl="triton"))
+    )
+    assert flop == pytest.approx(dense(some, 32)[0], rel=0.1)
+    assert read == pytest.approx(dense(some, 32)[1], rel=0.1)
+    most_flop, most_read = (0.1 * count for count in dense(v, 128))  # as on sm_80 and later: a quarter of the reads
     x, w = hidden.requires_grad_(), weight.requires_grad_()
 
     def check(run):
         read, written, (flop, out) = moved(lambda: multiplied(run))
-        assert 0 < flop <= 0.1 * dense["flop"]
-        assert 0 < read <= 0.1 * dense["read"]
+        assert 0 < flop <= most_flop
+        print("of the dense forward", 0.1 * flop / most_flop, 0.1 * read / most_read)
+        assert 0 < read <= most_read
         return written, out
 
     _, out = check(lambda: linear_logprob(x, w, target, kept=kept, entropy=True, impl="triton"))
