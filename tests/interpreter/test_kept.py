@@ -115,7 +115,6 @@ def test_twenty_ids_a_row_cost_a_tenth_of_a_dense_forward_at_most_forward_and_ba
     def check(run):
         read, written, (flop, out) = moved(lambda: multiplied(run))
         assert 0 < flop <= most_flop
-        print("of the dense forward", 0.1 * flop / most_flop, 0.1 * read / most_read)
         assert 0 < read <= most_read
         return written, out
 
