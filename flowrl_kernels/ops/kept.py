@@ -62,7 +62,8 @@ class KeptLogProb(OnceDifferentiable):
         settings: Settings,
     ):  # fmt: skip
         kept, logit_scale, softcap, ignore_index, entropy, _, _, group, _ = settings
-        start, vocab_size = 0, len(weight)
+        start: Tensor | int = 0
+        vocab_size: Tensor | int = len(weight)
         if group is not None:
             start, vocab_size = vocab_parallel.shard(group, len(weight), hidden.device)
         target = target.long()
