@@ -12,7 +12,7 @@ ARGS ?=
 LAUNCH := $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train compare countdown test nightly hostile mutants fuzz test-integrations test-vllm nightly-vllm serve lint docs dist ends matrix bench bench-report evidence-short csrc clean
+.PHONY: help setup train compare countdown test nightly hostile mutants fuzz test-integrations test-vllm nightly-vllm serve lint docs dist ends matrix bench bench-report evidence evidence-short csrc clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -101,6 +101,12 @@ test-integrations: $(TRAINERS:%=.venv-%/.installed)  ## TRL, verl and torchtitan
 # What each method's loss ends at, where the target can be listed; exit 1 where a claim of docs/evidence.md fails.
 evidence-short: setup  ## tables that learn on listed tasks: is the stated target reached? (minutes)
 	$(PY) -m benchmarks.evidence $(EVIDENCE)
+
+# What frontier.json lacks of the list in plan.py (rm it to begin anew), then docs/evidence.md's pictures and tables.
+evidence: setup  ## every method along its dial, in tables on listed tasks (under an hour of one core; resumable)
+	$(PY) -m benchmarks.evidence sweep $(EVIDENCE)
+	$(PY) -m benchmarks.evidence.gradient_norms
+	$(PY) -m benchmarks.evidence pictures
 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check .
