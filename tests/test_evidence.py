@@ -31,7 +31,9 @@ def expected_gradient(task, row, dial, log_ref, log_p, log_z):
     if size == 2:
         batch = batch._replace(groups=torch.arange(len(which)) // 2, completed=lambda _: exact_values(task, batch))
     chance = log_p[here.prompt, which].exp().reshape(-1, size).prod(-1).repeat_interleave(size)
-    (of_tokens,) = torch.autograd.grad(row.loss(batch, dial), batch.logp, retain_graph=True)
+    (of_tokens,) = torch.autograd.grad(
+        row.loss(batch, torch.full_like(batch.reward, dial)), batch.logp, retain_graph=True
+    )
     (gradient,) = torch.autograd.grad(batch.logp, table, of_tokens * chance[:, None])
     return float(gradient.norm())
 
@@ -113,8 +115,8 @@ def test_a_method_stands_still_at_the_optimum_it_states_and_nowhere_near(name, t
 def test_cells_that_train_together_get_the_numbers_they_get_alone(monkeypatch):
     monkeypatch.setitem(tasks.TASKS, "lengths", lambda: SMALL["lengths"])
     for method in ("dapo", "top_entropy", "tba", "vine", "ppo_kl_in_loss", "distinct_alone"):
-        dial = ROWS[method].values[1]
-        cells = [learn.Cell("lengths", method, dial, lr, seed, 8, 8) for lr, seed in ((0.1, 1), (0.3, 2))]
+        dials = ROWS[method].values
+        cells = [learn.Cell("lengths", method, d, lr, seed, 8, 8) for d, lr, seed in zip(dials, (0.1, 0.3), (1, 2))]
         together = learn.run_together(cells)
         for cell, out in zip(cells, together):
             assert learn.run(cell)["kl_stated"] == pytest.approx(out["kl_stated"], rel=1e-9), method

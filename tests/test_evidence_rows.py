@@ -8,6 +8,8 @@ import torch
 from benchmarks.evidence import gradients, plan, sweep
 from benchmarks.evidence.batch import Batch
 from benchmarks.evidence.rows import ROWS
+from flowrl_kernels import group_normalize, policy_gradient_loss
+from flowrl_kernels.advantages import leave_one_out
 
 
 def batch(logp, old=None, reward=(1.0, 0.0), ref=None, entropy=None, lengths=None):
@@ -24,8 +26,12 @@ def batch(logp, old=None, reward=(1.0, 0.0), ref=None, entropy=None, lengths=Non
     )  # fmt: skip
 
 
+def loss(method, b, dial):
+    return method(b, torch.full_like(b.reward, dial))
+
+
 def gradient(method, b, dial=0.0):
-    return torch.autograd.grad(method(b, dial), b.logp)[0]
+    return torch.autograd.grad(loss(method, b, dial), b.logp)[0]
 
 
 LOGP, OLD = [[-1.0, -0.7], [-0.4, -2.0]], [[-1.3, -0.5], [-0.4, -1.1]]
@@ -38,6 +44,22 @@ def test_where_the_policy_sampled_itself_soft_and_geometric_ratios_give_the_grad
     for weight in (0.0, 0.3):
         b = batch(LOGP, ref=ref)
         torch.testing.assert_close(gradient(method, b, weight), gradient(gradients.grpo, b, weight))
+
+
+def test_a_penalty_beside_the_loss_is_the_coefficient_that_the_library_takes():
+    b = batch(LOGP, OLD, ref=[[-1.2, -0.1], [-0.9, -1.0]], lengths=[2, 1])
+    a = group_normalize(b.reward, b.groups)
+    own = policy_gradient_loss(
+        b.logp, b.old, a, mask=b.mask, kl=0.3, logp_ref=b.ref, aggregate="seq-mean-token-mean"
+    ).loss  # fmt: skip
+    torch.testing.assert_close(loss(gradients.grpo, b, 0.3), own)
+    torch.testing.assert_close(gradient(gradients.grpo, b, 0.3), torch.autograd.grad(own, b.logp)[0])
+    for kind in ("k1", "k2", "k3"):
+        own = policy_gradient_loss(
+            b.logp, b.old, leave_one_out(b.reward, b.groups), mask=b.mask, ratio="none", kl=0.3, kl_kind=kind,
+            logp_ref=b.ref, aggregate="seq-mean-token-sum",
+        ).loss  # fmt: skip
+        torch.testing.assert_close(loss(gradients.rloo_kl_in_loss(kind), b, 0.3), own)
 
 
 def test_sapo_weighs_a_token_by_four_times_the_slope_of_its_gate():
@@ -64,7 +86,7 @@ def test_straight_through_k3_has_the_value_of_k3_and_the_gradient_of_k2():
     torch.testing.assert_close(
         gradient(gradients.rloo_straight_through_k3, b, 0.7), gradient(gradients.rloo_kl_in_loss("k2"), b, 0.7)
     )
-    value = gradients.rloo_straight_through_k3(b, 0.7) - gradients.rloo_kl_in_loss("k3")(b, 0.7)
+    value = loss(gradients.rloo_straight_through_k3, b, 0.7) - loss(gradients.rloo_kl_in_loss("k3"), b, 0.7)
     assert float(value.detach()) == pytest.approx(0.0, abs=1e-12)
 
 
@@ -76,7 +98,10 @@ def test_the_top_entropy_mask_leaves_the_tokens_of_least_entropy_without_a_gradi
 
 def test_dapo_averages_over_the_tokens_of_mixed_groups():
     b = batch(
-        [[-1.0, -0.7], [-0.4, 0.0], [-0.2, -0.1], [-0.3, -0.3]], reward=(1.0, 0.0, 1.0, 1.0), lengths=[2, 1, 2, 2]
+        [[-1.0, -0.7], [-0.4, 0.0], [-0.2, -0.1], [-0.3, -0.3]],
+        reward=(1.0, 0.0, 1.0, 1.0),
+        lengths=[2, 1, 2, 2],
+        entropy=[[0.0, 0.0]] * 4,
     )
     b = b._replace(groups=torch.tensor([0, 0, 1, 1]), cell=torch.zeros(4, dtype=torch.int64))
     expected = [[-A / 3, -A / 3], [A / 3, 0.0], [0.0, 0.0], [0.0, 0.0]]

@@ -1,7 +1,7 @@
 """One cell: a method at one value of its dial trains a table on a listed task, and is measured exactly.
 
-Cells that differ in seed and learning rate alone train side by side: their tables are one tensor, their responses one
-batch in which every cell has as many, and no row of ROWS mixes them. A cell's numbers are those it has alone.
+Cells that differ in seed, learning rate and dial alone train side by side: their tables are one tensor, their responses
+one batch in which every cell has as many, and no row of ROWS mixes them. A cell's numbers are those it has alone.
 """
 
 from __future__ import annotations
@@ -79,11 +79,12 @@ def run(cell: Cell) -> dict:
 
 
 def run_together(cells: Sequence[Cell]) -> list[dict]:
-    """The same for cells that differ in seed and rate alone."""
-    cell = cells[0]
-    if any(replace(other, lr=cell.lr, seed=cell.seed) != cell for other in cells):
-        raise ValueError(f"cells: wanted such that differ in seed and lr alone; got {list(cells)}")
-    task, row = tasks.TASKS[cell.task](), ROWS[cell.method]
+    """The same for cells that differ in seed, rate and (where the row mixes them) dial alone."""
+    cell, row = cells[0], ROWS[cells[0].method]
+    same = {"lr": cell.lr, "seed": cell.seed, **({"dial": cell.dial} if row.mixes else {})}
+    if any(replace(other, **same) != cell for other in cells):
+        raise ValueError(f"cells: wanted such that differ in {', '.join(same)} alone; got {list(cells)}")
+    task = tasks.TASKS[cell.task]()
     here = setting_of(task, [c.seed for c in cells], cell.samples)
     whole = here.with_samples(cell.reuse * cell.samples)
     start = torch.stack([task.reference(c.seed) for c in cells])[:, None]  # [C, 1, S, A]
@@ -97,8 +98,9 @@ def run_together(cells: Sequence[Cell]) -> list[dict]:
     parts: list[Drawn] = []
     marks = {round(cell.updates * (i + 1) / 8) for i in range(8)}
     curves: list[list[dict]] = [[] for _ in cells]
-    targets = [(tasks.tilted(ref, task.reward, task.beta), None if row.own is None else row.own(task, ref, cell.dial))
-               for ref in here.log_ref]  # fmt: skip
+    dial = torch.tensor([c.dial for c in cells], dtype=torch.float64)[here.cell]
+    targets = [(tasks.tilted(ref, task.reward, task.beta), None if row.own is None else row.own(task, ref, c.dial))
+               for c, ref in zip(cells, here.log_ref)]  # fmt: skip
     began = time.process_time()
     for update in range(cell.updates):
         steps = tasks.log_table(task.tree, learnt.logits())  # [C, P, S, A]
@@ -107,7 +109,7 @@ def run_together(cells: Sequence[Cell]) -> list[dict]:
             parts = split(here, waiting.pop(0), cell.reuse)
         fresh = cell.reuse == 1 and cell.stale == 0
         batch = batch_of(here, steps, learnt.log_z(), learnt.value(), parts.pop(0), fresh)
-        loss = len(cells) * row.loss(batch, cell.dial)
+        loss = len(cells) * row.loss(batch, dial)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -12,7 +12,7 @@ from benchmarks.evidence.numbers import NAMES, PAGE, done, front, of
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 OURS, GREY, LIGHT, INK = "#c2410c", "#9a9a9a", "#d6d6d6", "#333333"
 SHORT = {
-    "tb": "trajectory balance\n(beta 1 to 20)", "paper": "FlowRL, raw rewards", "paper_normalised": "FlowRL as published",
+    "tb": "trajectory balance", "paper": "FlowRL, raw rewards", "paper_normalised": "FlowRL as published",
     "rloo_kl_in_reward": "RLOO, KL in the reward", "grpo": "GRPO, k3 in the loss", "dapo": "DAPO, entropy bonus",
     "mara": "MARA", "distinct_shapley": "distinct answers", "rloo_entropy_in_reward": "RLOO, entropy",
 }  # fmt: skip
@@ -53,7 +53,9 @@ def frontier(made: dict):
             color="#e9b79d" if ours else LIGHT, zorder=1,
         )  # fmt: skip
     for method, label in SHORT.items():
-        line = {p.dial: (of(c, "coverage").mean, of(c, "accuracy").mean) for p, c in every.items() if p.method == method}
+        line = {
+            p.dial: (of(c, "coverage").mean, of(c, "accuracy").mean) for p, c in every.items() if p.method == method
+        }
         if not line:
             continue
         ours = method.startswith("paper")
@@ -81,7 +83,9 @@ def targets(made: dict):
     """KL to the stated target and to the method's own optimum, both tasks."""
     figure, axes = _axes(9.0, 4.2, "How far from the target that is stated, and from the method's own? (KL, nats)", 2)
     methods: list[str] = []
-    for panel, (task, title) in zip(axes, (("sums", "Sums: all of one length"), ("sums_of_any_length", "2 to 5 terms"))):
+    for panel, (task, title) in zip(
+        axes, (("sums", "Sums: all of one length"), ("sums_of_any_length", "2 to 5 terms"))
+    ):
         every = {point.method: cells for point, cells in done(made, part="match", task=task).items()}
         methods = methods or sorted(every, key=lambda m: -of(every[m], "kl_stated").mean)
         for i, method in enumerate(methods):
@@ -125,9 +129,11 @@ def lengths(made: dict):
     axes.axhline(stated, color=GREY, linewidth=1.4)
     axes.annotate(f"pi_ref exp(10 r) / Z at every length: {stated:.0f}", (1000, stated), xytext=(0, 4), ha="right",
                   textcoords="offset points", fontsize=8.5, color="#666666")  # fmt: skip
-    for point, cells in done(made, part="graded", method="paper").items():
+    for cells in done(made, part="graded", method="paper").values():
         count = float(task.right.sum())
-        axes.plot([5] * len(cells), [cell["coverage"] * count for cell in cells], ".", color=INK, markersize=4, zorder=5)
+        axes.plot(
+            [5] * len(cells), [cell["coverage"] * count for cell in cells], ".", color=INK, markersize=4, zorder=5
+        )
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens of a response", fontsize=9, color=INK)

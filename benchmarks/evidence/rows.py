@@ -18,7 +18,7 @@ from benchmarks.evidence.batch import Batch
 from benchmarks.evidence.tasks import Task
 from flowrl_kernels import advantages, flowrl_loss, group_normalize
 
-Loss = Callable[[Batch, float], Tensor]
+Loss = Callable[[Batch, Tensor], Tensor]  # (batch, dial [B])
 Optimum = Callable[[Task, Tensor, float], Tensor]  # (task, log_ref [R], dial) -> [P, R]
 
 
@@ -35,42 +35,48 @@ class Row:
     log_z: Optimum | None = None  # the true one at `own`, [P], of a row that learns it
     log_z_rate: float = 1.0  # of its learning rate, beside the other rows'
     rollouts: int = 1  # that one response costs
+    mixes: bool = True  # whether cells of different dials may train side by side
 
 
 def _flow(preset: str | None, **settings: float | str | bool | None) -> Loss:
-    def loss(batch: Batch, beta: float) -> Tensor:
-        return _residual(batch, batch.reward, beta=beta, preset=preset, **settings)
+    def loss(batch: Batch, beta: Tensor) -> Tensor:
+        return _residual(batch, beta * batch.reward, preset=preset, **settings)
 
     return loss
 
 
 def _residual(batch: Batch, reward: Tensor, **settings: float | str | bool | None) -> Tensor:
-    """flowrl_loss; log Z is the batch's, unless `settings` have another or the preset is one of the group's mean."""
+    """flowrl_loss of beta times the reward [B]; log Z is the batch's, unless `settings` or the preset have another."""
     if settings.get("preset") in ("group", "tba"):
         settings["groups"] = batch.groups
     else:
         settings.setdefault("log_z", batch.log_z)
+    settings.setdefault("beta", 1.0)
     ref = batch.ref if settings.get("anchor", "ref") else None
     return flowrl_loss(batch.logp, ref, reward, logp_old=batch.old, mask=batch.mask, **settings).loss
 
 
-def _paper_normalised(batch: Batch, beta: float) -> Tensor:
-    return _residual(batch, group_normalize(batch.reward, batch.groups), beta=beta, preset="paper")
+def _paper_normalised(batch: Batch, beta: Tensor) -> Tensor:
+    return _residual(batch, beta * group_normalize(batch.reward, batch.groups), preset="paper")
 
 
-def _power(batch: Batch, power: float) -> Tensor:
-    return _residual(batch, batch.reward, preset="length_true", beta=5.0, length_power=power)
+def _power(batch: Batch, power: Tensor) -> Tensor:
+    return _residual(batch, batch.reward, preset="length_true", beta=5.0, length_power=float(power[0]))
 
 
-def _alpha(batch: Batch, alpha: float) -> Tensor:
-    return _residual(batch, batch.reward, preset="tb", beta=5.0, phi=alpha)
+def _alpha(batch: Batch, alpha: Tensor) -> Tensor:
+    return _residual(batch, batch.reward, preset="tb", beta=5.0, phi=float(alpha[0]))
 
 
-def _mara(batch: Batch, beta: float) -> Tensor:
+def _mara(batch: Batch, beta: Tensor) -> Tensor:
+    """Of beta times the reward, whose likeliest right answer lifts the others by log pi_ref alone."""
     whole = torch.where(batch.mask, batch.ref, 0.0).sum(-1)
-    least = float(batch.reward[batch.right].min()) if batch.right.any() else 1.0
-    reward = advantages.mara_reward(batch.reward, whole, batch.groups, beta=beta, threshold=least)
-    return _residual(batch, reward, preset="length_true", beta=beta)
+    scaled = beta * batch.reward
+    if not bool((batch.right == (batch.reward > 0)).all()):
+        raise ValueError(f"task: wanted rewards of 0 where an answer is wrong; got {batch.reward.unique().tolist()}")
+    least = float(scaled[batch.right].min()) if batch.right.any() else 1.0
+    reward = advantages.mara_reward(scaled, whole, batch.groups, beta=1.0, threshold=least)
+    return _residual(batch, reward, preset="length_true")
 
 
 BETAS = (1.0, 2.0, 5.0, 10.0, 20.0)
@@ -86,9 +92,9 @@ ROWS: dict[str, Row] = {
     "tb": Row("trajectory balance, arXiv 2201.13259", "beta", BETAS, 5.0, _flow("tb"), o.tilt, o.log_z),
     "length_true": Row("its penalty weighted by 1/|y|", "beta", BETAS, 5.0, _flow("length_true"), o.tilt, o.log_z),
     "length_true_p": Row("its penalty weighted by |y|^-p, beta 5", "p", (0.0, 0.5, 1.0, 2.0), 1.0, _power,
-                         o.at(o.tilt, 5.0), o.at(o.log_z, 5.0)),
+                         o.at(o.tilt, 5.0), o.at(o.log_z, 5.0), mixes=False),
     "alpha": Row("f-trajectory balance, arXiv 2605.15417, beta 5", "alpha", (0.0, 0.5, 1.0, 1.5, 2.0), 1.0, _alpha,
-                 o.at(o.tilt, 5.0), o.at(o.log_z, 5.0)),
+                 o.at(o.tilt, 5.0), o.at(o.log_z, 5.0), mixes=False),
     "tba": Row("arXiv 2503.18929: log Z is the group's mean", "beta", BETAS, 5.0, _flow("tba"), o.tilt),
     "mara": Row("arXiv 2510.20817 on length_true", "beta", BETAS, 5.0, _mara, o.mara, o.log_z_mara),
     # the paper and what its parts do

@@ -10,6 +10,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ import torch
 from benchmarks.evidence import plan
 from benchmarks.evidence.learn import run_together
 from benchmarks.evidence.plan import AIMS, Point
+from benchmarks.evidence.rows import ROWS
 from benchmarks.machine import describe
 
 FRONTIER = Path(__file__).parent / "frontier.json"
@@ -51,11 +54,26 @@ def best_rate(rows: list[list], aim: str) -> float:
     return max(sorted(means), key=lambda lr: means[lr])
 
 
-def run_point(point: Point) -> dict:
-    validation = [row_of(out) for out in run_together(point.cells(plan.RATES, plan.VALIDATION))]
-    lr = best_rate(validation, point.aim)
-    test = [row_of(out) for out in run_together(point.cells((lr,), plan.TEST))]
-    return {"lr": lr, "validation": validation, "cells": test}
+def run_points(points: Sequence[Point]) -> list[dict]:
+    """Points that differ in their dial alone."""
+    validation = _run(points, [plan.RATES] * len(points), plan.VALIDATION)
+    best = [best_rate(rows, point.aim) for point, rows in zip(points, validation)]
+    test = _run(points, [(lr,) for lr in best], plan.TEST)
+    return [{"lr": lr, "validation": v, "cells": t} for lr, v, t in zip(best, validation, test)]
+
+
+def _run(points: Sequence[Point], rates: Sequence[tuple[float, ...]], seeds: tuple[int, ...]) -> list[list]:
+    cells = [point.cells(own, seeds) for point, own in zip(points, rates)]
+    made = iter(run_together([cell for own in cells for cell in own]))
+    return [[row_of(next(made)) for _ in own] for own in cells]
+
+
+def together(points: Iterable[Point]) -> list[list[Point]]:
+    """Points that may run side by side, in order."""
+    made: dict[Point, list[Point]] = {}
+    for point in points:
+        made.setdefault(replace(point, dial=0.0) if ROWS[point.method].mixes else point, []).append(point)
+    return list(made.values())
 
 
 def sweep(path: Path, minutes: float, only: str = "") -> tuple[int, int]:
@@ -63,15 +81,14 @@ def sweep(path: Path, minutes: float, only: str = "") -> tuple[int, int]:
     torch.set_num_threads(1)
     made, ends = made_so_far(path), time.monotonic() + 60 * minutes
     wanted = [point for point in plan.points() if only in point.key()]
-    for point in wanted:
-        if point.key() in made["points"]:
-            continue
+    for points in together(point for point in wanted if point.key() not in made["points"]):
         if time.monotonic() > ends:
             break
-        made["points"][point.key()] = run_point(point)
+        for point, result in zip(points, run_points(points)):
+            made["points"][point.key()] = result
+            print(f"{point.key()}: lr {result['lr']}", flush=True)
         made["machine"] = describe("cpu")
         write(path, made)
-        print(f"{point.key()}: lr {made['points'][point.key()]['lr']}", flush=True)
     return sum(point.key() in made["points"] for point in wanted), len(wanted)
 
 
