@@ -81,7 +81,9 @@ LABELS: dict[str, tuple[float, float, str]] = {}  # method -> shift in points, w
 
 def targets(made: dict):
     """KL to the stated target and to the method's own optimum, both tasks."""
-    figure, axes = _axes(9.0, 4.2, "How far from the target that is stated, and from the method's own? (KL, nats)", 2)
+    figure, axes = _axes(
+        9.0, 4.2, "How far is each from pi_ref exp(5 r) / Z (filled), and from its own optimum (open)?", 2
+    )
     methods: list[str] = []
     for panel, (task, title) in zip(
         axes, (("sums", "Sums: all of one length"), ("sums_of_any_length", "2 to 5 terms"))
@@ -103,7 +105,7 @@ def targets(made: dict):
         panel.set_xscale("log")
         panel.set_title(title, loc="left", fontsize=10, color=INK)
         panel.grid(axis="y", color="#eeeeee")
-        panel.set_xlabel("filled: to pi_ref exp(beta r) / Z   open: to its own optimum", fontsize=8.5, color=INK)
+        panel.set_xlabel("KL, nats", fontsize=9, color=INK)
     axes[0].set_yticks(range(len(methods)), [NAMES[method] for method in methods])
     for text, method in zip(axes[0].get_yticklabels(), methods):
         text.set_color(OURS if method.startswith("paper") else "#666666")
@@ -115,28 +117,27 @@ def lengths(made: dict):
     figure, (axes,) = _axes(8.0, 4.2, "How many answers does the target keep as responses get longer? (graded rewards)")
     task = tasks.modes()
     refs = [tasks.log_probs(task.tree, task.reference(seed)) for seed in made["test"]]
-    where = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
-    for beta in (1.0, 5.0, 15.0):
+    where = [10 ** (i / 16) for i in range(49)]
+    for beta, shade in ((1.0, "#e0a98c"), (5.0, "#d9804f"), (15.0, OURS)):
         kept = [[kept_answers(task, ref, beta * n) for n in where] for ref in refs]
         mean = [sum(column) / len(column) for column in zip(*kept)]
-        ours = beta == 15.0
-        colour = OURS if ours else "#e0a98c"
-        axes.plot(where, mean, color=colour, linewidth=2.4 if ours else 1.4)
-        axes.fill_between(where, [min(c) for c in zip(*kept)], [max(c) for c in zip(*kept)], color=colour, alpha=0.12)
-        axes.annotate(f"FlowRL, beta {beta:g}", (where[0], mean[0]), xytext=(4, 5), textcoords="offset points",
-                      fontsize=8.5, color=colour, fontweight="bold" if ours else "normal")  # fmt: skip
+        axes.plot(where, mean, color=shade, linewidth=2.4 if beta == 15.0 else 1.4)
+        near = min(range(len(where)), key=lambda i, mean=mean, beta=beta: abs(mean[i] - (30.0 if beta < 15 else 2.5)))
+        axes.annotate(f"FlowRL, beta {beta:g}", (where[near], mean[near]), xytext=(6, 4), textcoords="offset points",
+                      fontsize=8.5, color=shade, fontweight="bold" if beta == 15.0 else "normal")  # fmt: skip
     stated = sum(kept_answers(task, ref, task.beta) for ref in refs) / len(refs)
     axes.axhline(stated, color=GREY, linewidth=1.4)
-    axes.annotate(f"pi_ref exp(10 r) / Z at every length: {stated:.0f}", (1000, stated), xytext=(0, 4), ha="right",
+    axes.annotate(f"pi_ref exp(10 r) / Z, at every length: {stated:.0f}", (1000, stated), xytext=(0, 4), ha="right",
                   textcoords="offset points", fontsize=8.5, color="#666666")  # fmt: skip
-    for cells in done(made, part="graded", method="paper").values():
-        count = float(task.right.sum())
-        axes.plot(
-            [5] * len(cells), [cell["coverage"] * count for cell in cells], ".", color=INK, markersize=4, zorder=5
-        )
+    for point, cells in done(made, part="graded", method="paper").items():
+        kept = [cell["coverage"] * float(task.right.sum()) for cell in cells]
+        axes.plot([5] * len(kept), kept, "o", color=INK, markersize=3, zorder=5)
+        axes.annotate(f"{point.dial:g}", (5, max(kept)), xytext=(5, -2), textcoords="offset points", fontsize=7.5)
     axes.set_xscale("log")
+    axes.set_xticks([1, 5, 10, 100, 1000], ["1", "5", "10", "100", "1,000"])
+    axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens of a response", fontsize=9, color=INK)
+    axes.set_xlabel("tokens of a response (dots: trained here, 5 tokens, by beta)", fontsize=9, color=INK)
     axes.set_ylabel(f"effective number of right answers, of {int(task.right.sum())}", fontsize=9, color=INK)
     return figure
 
