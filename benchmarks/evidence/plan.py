@@ -7,7 +7,7 @@ another problem as well as another run. All cells of a task have as many rollout
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from benchmarks.evidence.learn import Cell
@@ -60,6 +60,11 @@ MATCHED = {
     "tb": 5.0, "length_true": 5.0, "tba": 5.0, "paper": 5.0, "rloo_kl_in_reward": 0.2, "rloo_k2_in_loss": 0.2,
     "rloo_k3_in_loss": 0.2, "rloo_ratio_times_k3": 0.2, "ppo_kl_in_reward": 0.2, "ppo_kl_in_loss": 0.2,
 }  # fmt: skip
+EITHER = ("tb", "length_true", "paper", "rloo_kl_in_reward")
+GRADED = {
+    "tb": (2.0, 5.0, 10.0, 20.0), "paper": (0.5, 1.0, 2.0, 5.0, 15.0), "rloo_kl_in_reward": (0.5, 0.2, 0.1, 0.05),
+    "grpo": (0.3, 0.03, 0.0), "paper_normalised": (0.5, 2.0, 5.0, 15.0),
+}  # fmt: skip
 AGED = ((1, 0), (4, 0), (16, 0), (1, 1), (1, 4), (1, 16))  # updates a batch, updates stale
 AGED_METHODS = {"tb": 5.0, "rloo_kl_in_reward": 0.2, "grpo": 0.03, "paper": 1.0, "gmpo": 0.03, "sapo": 0.03}
 PAPER_PARTS = (
@@ -68,31 +73,42 @@ PAPER_PARTS = (
 WEIGHTS = ("paper_no_weight", "paper_release", "paper_unclipped")  # beside the paper's own
 
 
+# a value more where the first ones' best was the last of its range (k3's and bonus's weights are means over tokens)
+FURTHER = {
+    "grpo": 1.0, "dapo": 1.0, "grpo_entropy_bonus": 1.0, "sapo": 1.0, "gmpo": 1.0,
+}  # fmt: skip
+
+
 def points() -> Iterator[Point]:
     """All of them, in the order in which they run: what the page cannot do without first."""
-    for method in SWEPT[:9]:
-        yield from (Point("frontier", "sums", method, dial) for dial in ROWS[method].values)
-    for method, dial in MATCHED.items():
-        yield Point("match", "sums", method, dial, "kl_stated" if ROWS[method].own is None else "kl_own")
-    for method, dials in (("tb", (2.0, 5.0, 10.0, 20.0)), ("paper", (0.5, 1.0, 2.0, 5.0, 15.0)),
-                          ("rloo_kl_in_reward", (0.5, 0.2, 0.1, 0.05)), ("grpo", (0.3, 0.03, 0.0)),
-                          ("paper_normalised", (0.5, 2.0, 5.0, 15.0))):  # fmt: skip
+
+    def sweep(methods: Iterable[str]) -> Iterator[Point]:
+        for method in methods:
+            dials = (*ROWS[method].values, *((FURTHER[method],) if method in FURTHER else ()))
+            yield from (Point("frontier", "sums", method, dial) for dial in dials)
+
+    def match(task: str, methods: Iterable[str]) -> Iterator[Point]:
+        for method in methods:
+            yield Point("match", task, method, MATCHED[method], "kl_own" if ROWS[method].own else "kl_stated")
+
+    yield from sweep(SWEPT[:9])
+    yield from match("sums", MATCHED)
+    for method, dials in GRADED.items():
         yield from (Point("graded", "modes", method, dial) for dial in dials)
-    for reuse, stale in AGED:
-        for method, dial in AGED_METHODS.items():
-            yield Point("old batches", "sums", method, dial, reuse=reuse, stale=stale)
-    for method in SWEPT[9:]:
-        yield from (Point("frontier", "sums", method, dial) for dial in ROWS[method].values)
     for method in PAPER_PARTS:
         yield Point("ablation", "sums", method, 1.0 if method != "paper_sums" else 5.0)
-    for reuse, stale in ((16, 0), (1, 16)):
-        yield from (Point("old batches", "sums", method, 1.0, reuse=reuse, stale=stale) for method in WEIGHTS)
-    for method, dial in MATCHED.items():
-        yield Point("match", "sums_of_any_length", method, dial, "kl_own" if ROWS[method].own else "kl_stated")
+    yield from sweep(SWEPT[9:])
     # VinePPO: its completions are rollouts (6 responses of 10 make 60), then as many responses as the others
     for samples in (6, 64):
         yield from (Point("completions", "sums", "vine", weight, samples=samples) for weight in (0.5, 0.2, 0.1, 0.05))
-    yield from (Point("frontier", "sums", "length_true_p", p) for p in ROWS["length_true_p"].values)
+    yield from match("sums_of_any_length", EITHER)
+    for reuse, stale in AGED:
+        for method, dial in AGED_METHODS.items():
+            yield Point("old batches", "sums", method, dial, reuse=reuse, stale=stale)
+    for reuse, stale in ((16, 0), (1, 16)):
+        yield from (Point("old batches", "sums", method, 1.0, reuse=reuse, stale=stale) for method in WEIGHTS)
+    yield from sweep(["length_true_p"])
+    yield from match("sums_of_any_length", (method for method in MATCHED if method not in EITHER))
 
 
 # listed and not run: a held-out one needs a transformer, minutes a cell
