@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -171,9 +172,36 @@ def beta_table(made: dict) -> str:
     return table(("beta", "accuracy", "coverage", "found in 128", "KL to the stated"), rows)
 
 
+def completions_table(made: dict) -> str:
+    rows = []
+    for samples, name in ((6, "60 rollouts a prompt and update, as the others"), (64, "64 responses, 640 rollouts")):
+        for point, cells in done(made, part="completions", samples=samples).items():
+            found = (of(cells, figure).text() for figure in ("found_in_128", "accuracy", "coverage"))
+            rows.append((name, f"{point.dial:g}", *found))
+    return table(("VinePPO", "weight", "found in 128", "accuracy", "coverage"), rows)
+
+
+def norms_table(made: dict) -> str:
+    """Synthetic: medians over batches, and how far the largest lies above, at a drift of .03 nats a token."""
+    from benchmarks.evidence.gradient_norms import LENGTHS, OUT
+
+    known = {(r["length"], r["case"]): r for r in json.loads(OUT.read_text())["rows"] if r["drift"] == 0.03}
+    rows = []
+    for length in LENGTHS:
+        row = [str(length)]
+        for weight in ("none", "paper", "release", "unclipped"):
+            own = known[length, f"{weight}, log Z at its start"]
+            row.append(f"{own['policy_median']:.2g} ({own['policy_max'] / own['policy_median']:.2g}x)")
+        at = known[length, "none, log Z at its optimum"]
+        rows.append((*row, f"{at['policy_median']:.2g}", f"{at['log_z_median']:.2g}"))
+    head = ("tokens", "no weight", "paper's", "release's", "unclipped", "no weight, log Z at its optimum",
+            "log Z's own gradient there")  # fmt: skip
+    return table(head, rows)
+
+
 TABLES: dict[str, Callable[[dict], str]] = {
     "frontier": frontier_table, "match": match_table, "aged": aged_table, "ablation": ablation_table,
-    "beta": beta_table,
+    "beta": beta_table, "completions": completions_table, "norms": norms_table,
 }  # fmt: skip
 
 

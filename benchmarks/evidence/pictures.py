@@ -11,11 +11,18 @@ from benchmarks.evidence.numbers import NAMES, PAGE, done, front, of
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 OURS, GREY, LIGHT, INK = "#c2410c", "#9a9a9a", "#d6d6d6", "#333333"
-SHORT = {
-    "tb": "trajectory balance", "paper": "FlowRL, raw rewards", "paper_normalised": "FlowRL as published",
-    "rloo_kl_in_reward": "RLOO, KL in the reward", "grpo": "GRPO, k3 in the loss", "dapo": "DAPO, entropy bonus",
-    "mara": "MARA", "distinct_shapley": "distinct answers", "rloo_entropy_in_reward": "RLOO, entropy",
-}  # fmt: skip
+# method -> its label, the dial it stands at, and how far from there in points
+LABELS = {
+    "tb": ("trajectory balance, and on it\nRLOO with KL in the reward", 5.0, (8, -6)),
+    "rloo_kl_in_reward": ("", 0.2, (0, 0)),
+    "paper": ("FlowRL, raw rewards", 1.0, (-120, -8)),
+    "paper_normalised": ("FlowRL as published", 0.5, (-24, 8)),
+    "grpo": ("GRPO, k3 in the loss", 0.3, (-112, -8)),
+    "dapo": ("DAPO with an entropy bonus", 0.3, (8, -4)),
+    "mara": ("MARA", 5.0, (6, 6)),
+    "distinct_shapley": ("credit for distinct answers", 0.1, (-140, -8)),
+    "rloo_entropy_in_reward": ("entropy in the reward", 0.2, (-112, -10)),
+}
 
 
 def make() -> None:
@@ -52,31 +59,26 @@ def frontier(made: dict):
             [c["coverage"] for c in cells], [c["accuracy"] for c in cells], ".", markersize=3.5,
             color="#e9b79d" if ours else LIGHT, zorder=1,
         )  # fmt: skip
-    for method, label in SHORT.items():
+    for method, (label, dial, shift) in LABELS.items():
         line = {
             p.dial: (of(c, "coverage").mean, of(c, "accuracy").mean) for p, c in every.items() if p.method == method
         }
-        if not line:
+        if not line:  # not run yet
             continue
         ours = method.startswith("paper")
-        xs, ys = zip(*(line[dial] for dial in sorted(line)))
-        axes.plot(xs, ys, "-o", markersize=3, linewidth=2.2 if ours else 1.1, color=OURS if ours else GREY,
-                  zorder=3 if ours else 2)  # fmt: skip
-        LABELS.setdefault(method, (0, 0, "left"))
-        dx, dy, side = LABELS[method]
-        index = len(xs) // 2 if side == "middle" else (-1 if side == "end" else 0)
-        axes.annotate(label, (xs[index], ys[index]), xytext=(dx, dy), textcoords="offset points", fontsize=8.5,
+        axes.plot(*zip(*(line[d] for d in sorted(line))), "-o", markersize=3, linewidth=2.2 if ours else 1.1,
+                  color=OURS if ours else GREY, zorder=3 if ours else 2)  # fmt: skip
+        near = min(line, key=lambda known, dial=dial: abs(known - dial))
+        axes.annotate(label, line[near], xytext=shift, textcoords="offset points", fontsize=8.5,
                       color=OURS if ours else "#666666", fontweight="bold" if ours else "normal")  # fmt: skip
     best = front(every)
     axes.plot([of(every[p], "coverage").mean for p in best], [of(every[p], "accuracy").mean for p in best], "--",
               color=INK, linewidth=1, zorder=4)  # fmt: skip
     axes.set_xlabel("coverage: exp(entropy over right answers) / their number", fontsize=9, color=INK)
     axes.set_ylabel("accuracy", fontsize=9, color=INK)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0.84, 1.006)
     return figure
-
-
-LABELS: dict[str, tuple[float, float, str]] = {}  # method -> shift in points, which end of its line
 
 
 def targets(made: dict):
@@ -99,7 +101,7 @@ def targets(made: dict):
                     continue
                 values = [cell[figure_name] for cell in every[method]]
                 colour = OURS if ours else "#777777"
-                panel.plot(sum(values) / len(values), i, "o", markersize=7, color=colour,
+                panel.plot(sum(values) / len(values), i, "o", markersize=9 if filled else 5, color=colour,
                            markerfacecolor=colour if filled else "white", zorder=3)  # fmt: skip
                 panel.plot(values, [i] * len(values), "|", markersize=7, color=colour, alpha=0.5, zorder=2)
         panel.set_xscale("log")
