@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -113,6 +114,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
     return Difference(mean, se, mean - half, mean + half, better, worse, len(a))
 
 
+@functools.cache
 def t_quantile(p: float, freedom: int) -> float:
     """The quantile of Student's t, 0.5 <= p < 1, freedom >= 1; by bisection of the incomplete beta function."""
     import mpmath  # comes with torch, through sympy

@@ -34,7 +34,7 @@ class Suite:
     temperature: float = 0.6
     top_p: float = 0.95
     top_k: int = 0
-    greedy: bool = False  # one response, the most likely token each time
+    greedy: bool = False  # one response whatever `samples` says, the most likely token each time
     max_new_tokens: int = 8192
     seed: int = 0
     problems: int = 0  # the first so many; 0: all
@@ -44,8 +44,6 @@ class Suite:
     percentile: Percentile = Percentile()
 
     def __post_init__(self) -> None:
-        if self.greedy and self.samples not in (1, Suite.samples):
-            raise ValueError(f"samples: wanted 1 with greedy = true, every response is the same; got {self.samples}")
         if bool(self.percentile.file) != bool(self.percentile.source):
             raise ValueError("percentile: wanted both a file and the source it comes from; got one of them")
         if self.percentile.file and not self.rating:

@@ -9,14 +9,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flowrl_kernels.trainer import config_file, export, fingerprint, measure, report
+from flowrl_kernels.trainer import config_file, export, fingerprint, report
 from flowrl_kernels.trainer.config import Config, check
 from flowrl_kernels.trainer.evaluate import Response, Sample, chosen
+from flowrl_kernels.trainer.measure import evaluation_sampling, make_sampler
 from flowrl_kernels.trainer.parts import make_text, stop_tokens
 from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.records import Text
 from flowrl_kernels.trainer.reward import Scorer
-from flowrl_kernels.trainer.suites import file, table
+from flowrl_kernels.trainer.suites import file, measures, table
 from flowrl_kernels.trainer.suites.figures import Outcome, figures
 from flowrl_kernels.trainer.tasks import Problem, Task, build_task
 from flowrl_kernels.trainer.tasks.rows import files_of
@@ -37,6 +38,7 @@ class Job(NamedTuple):
     task: Task
     problems: list[Problem]
     hashes: list[str]  # SHA-256 of each problem's prompt and answer
+    measure: measures.Measure
     key: dict[str, Any]  # everything its samples depend on
 
 
@@ -61,13 +63,14 @@ def run_suites(source: str, path: str, out: str, args: list[str], overwrite: boo
     configs = {name: file.config_of(suite, base, args) for name, suite in suites.suite.items()}
     opening = config_file.expand(config_file.override(base, args))
     world = export.start(opening)
-    tasks: dict[str, tuple[Task, list[Problem]]] = {}
+    tasks: dict[str, tuple[Task, list[Problem], measures.Measure]] = {}
     for name, config in configs.items():
         try:
             check(config)
             for key in ("name", "reward"):
                 export.refuse_code_of(run, f"task.{key}", getattr(config.task, key))
-            tasks[name] = ready(suites.suite[name], config)
+            task, problems = ready(suites.suite[name], config)
+            tasks[name] = task, problems, measures.ready(suites.suite[name], suites, config.task, len(problems))
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"suite.{name}: {error}") from None
     actor, tokenizer = export.open_policy(opening, newest, world)
@@ -76,20 +79,25 @@ def run_suites(source: str, path: str, out: str, args: list[str], overwrite: boo
         "tokenizer": fingerprint.of([tokenizer.get_vocab(), tokenizer.chat_template]),
     }  # fmt: skip
     jobs, texts = [], {}
-    for name, (task, problems) in tasks.items():
+    for name, (task, problems, measure) in tasks.items():
         texts[name] = make_text(configs[name], task, tokenizer)
         check_lengths(name, configs[name], problems, texts[name], actor)
-        jobs.append(make_job(name, suites.suite[name], configs[name], task, problems, model))
+        job = Job(name, suites.suite[name], configs[name], task, problems, [], measure, {})
+        jobs.append(keyed(job, model))
     found = earlier(folder, jobs, overwrite)
     found |= {"model": model, "versions": report.versions()}
     engine = export.open_engine(opening, actor, world)
-    terminal = Terminal()
+    terminal, cache = Terminal(), measures.Cache(suites)
     try:
         for job in jobs:
             if job.name not in found["suites"]:
-                sampling = measure.evaluation_sampling(job.config, stop_tokens(actor, tokenizer))
-                sample = measure.make_sampler(engine, texts[job.name], sampling, world)
+                sampling = evaluation_sampling(job.config, stop_tokens(actor, tokenizer))
+                sample = make_sampler(engine, texts[job.name], sampling, world)
                 found["suites"][job.name] = evaluate(job, sample, folder, terminal)
+                report.save(folder / RESULTS, found)
+            part = found["suites"][job.name]
+            if part.get("measured") != job.measure.settings:
+                part |= measured(job, folder, cache)
                 report.save(folder / RESULTS, found)
     finally:
         engine.close()
@@ -121,20 +129,20 @@ def check_lengths(name: str, config: Config, problems: list[Problem], text: Text
             )
 
 
-def make_job(
-    name: str, suite: file.Suite, config: Config, task: Task, problems: list[Problem], model: dict[str, Any]
-) -> Job:
-    hashes = [fingerprint.of([problem.prompt, problem.answer]) for problem in problems]
+def keyed(job: Job, model: dict[str, Any]) -> Job:
+    """The job with the hashes of its problems and of all that its samples depend on."""
+    config, task = job.config, job.config.task
+    hashes = [fingerprint.of([problem.prompt, problem.answer]) for problem in job.problems]
     settings = {
         key: value for key, value in config_file.flat(config).items() if key.startswith(MADE_OF) and key not in FREE
     }
-    source = getattr(config.task, suite.split) if config.task.name in ("file", "maths") else ""
+    source = getattr(task, job.suite.split) if task.name in ("file", "maths") else ""
     key = {
-        "weights": model["weights"], "tokenizer": model["tokenizer"], "split": suite.split, "settings": settings,
+        "weights": model["weights"], "tokenizer": model["tokenizer"], "split": job.suite.split, "settings": settings,
         "problems": fingerprint.of(hashes), "files": {str(f): fingerprint.of_file(f) for f in files_of(source)},
-        "code": fingerprint.of_code(task, (config.task.name, config.task.reward)), "versions": report.versions(),
+        "code": fingerprint.of_code(job.task, (task.name, task.reward)), "versions": report.versions(),
     }  # fmt: skip
-    return Job(name, suite, config, task, problems, hashes, json.loads(json.dumps(key, default=repr)))
+    return job._replace(hashes=hashes, key=json.loads(json.dumps(key, default=repr)))
 
 
 # ------------------------------------------------------------------------------------------------ what was done before
@@ -281,3 +289,12 @@ def begun(path: Path, job: Job, step: int) -> tuple[list[dict[str, Any]], Counte
     for i in ends:
         reasons.update(lines[i]["reasons"])
     return kept, reasons
+
+
+def measured(job: Job, folder: Path, cache: measures.Cache) -> dict[str, Any]:
+    """What is measured on a finished suite; each response's labels by form go into SUITE.forms.json."""
+    rows = (folder / f"{job.name}.jsonl").read_text(encoding="utf-8").splitlines()
+    outcomes = [Outcome.read(json.loads(row)) for row in rows]
+    found, labels = measures.take(job.measure, job.suite, job.task, job.problems, outcomes, cache)
+    report.save(folder / f"{job.name}.forms.json", {"problems": [o.id for o in outcomes if o.scored], **labels})
+    return {"diversity": None, "judge": None, "rating": None, **found, "measured": job.measure.settings}
