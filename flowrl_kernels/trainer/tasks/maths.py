@@ -22,8 +22,6 @@ from flowrl_kernels.trainer.tasks.rows import rows
 PROMPTS = ("problem", "question", "prompt")
 ANSWERS = ("final_answer", "answer", "expected_answer", "reward_model.ground_truth")
 SOLUTIONS = ("solution", "solutions")  # the answer is in the last \\boxed{}
-# set -> problems in it
-SIZES = {"AIME 2024": 30, "AIME 2025": 30, "AMC 2023": 40, "MATH-500": 500, "Minerva": 272, "OlympiadBench": 674}
 
 
 @dataclass(frozen=True)
