@@ -121,6 +121,10 @@ def test_another_model_or_setting_in_the_same_folder_is_refused_by_name_unless_i
     assert evaluate(models / "a", "out", "--eval.seed", "5") == 2
     assert "different eval.seed" in capsys.readouterr().err
     assert evaluate(models / "b", "out", "--overwrite") == 0
+    (place / "other.toml").write_text(SUITES.replace("suite.digits", "suite.figures"))
+    assert evaluate(models / "a", "out", "--overwrite", suites="other.toml") == 0
+    found = json.loads((place / "out" / "results.json").read_text())
+    assert found["suites"].keys() == {"figures", "greedy"}  # digits was of the other model
 
 
 BAD = [
@@ -154,6 +158,10 @@ def test_two_results_are_compared_problem_by_problem_and_other_problems_are_refu
     rates = [[np.mean(row["correct"]) for row in lines(place / name / "digits.jsonl")] for name in ("a", "b")]
     assert found["avg"]["mean"] == pytest.approx(np.mean(rates[1]) - np.mean(rates[0]))
     assert found.keys() == {"avg", "pass@2", "pass@4"}
+    assert "evaluated with" not in capsys.readouterr().out
+    assert evaluate(models / "b", "seed", "--eval.seed", "3") == 0
+    assert main.cli(["eval", "--compare", "a", "seed"]) == 0
+    assert "digits: the two were evaluated with different eval.seed" in capsys.readouterr().out
     (place / "digits.jsonl").write_text((place / "digits.jsonl").read_text().replace('"4+0="', '"4+0+0="'))
     assert evaluate(models / "b", "c") == 0
     assert main.cli(["eval", "--compare", "a", "c"]) == 2

@@ -69,6 +69,11 @@ def contrast(first: str, second: str, out: str | None = None) -> dict[str, dict[
             line |= {"95 % interval": f"{d.low:+.3f} to {d.high:+.3f}"}
             lines.append(line | {"better": d.better, "worse": d.worse, "problems": d.problems})
     Terminal().table(f"{second} minus {first}, paired by problem", lines)
+    keys = [run.read(folder)["suites"] for folder in folders]
+    for name in found:
+        before, after = (dict(part[name]["key"], weights="", tokenizer="") for part in keys)
+        if before != after:
+            print(f"{name}: the two were evaluated with {run.differs(before, after)}")
     if out is not None:
         written = {name: {k: d._asdict() for k, d in figures.items()} for name, figures in found.items()}
         print(report.save(Path(out).expanduser(), {"first": first, "second": second, "suites": written}))

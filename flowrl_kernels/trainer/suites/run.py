@@ -153,6 +153,12 @@ def earlier(folder: Path, jobs: list[Job], overwrite: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"suites": {}}
     if (folder / RESULTS).is_file():
         found = read(folder)
+    names = {job.name for job in jobs}
+    for name in [name for name in found["suites"] if name not in names]:  # of another file: kept where it is this model
+        if found["suites"][name]["key"]["weights"] != jobs[0].key["weights"]:
+            if not overwrite:
+                raise ValueError(f"--out: {folder} holds suite {name!r} of another model; name another, or --overwrite")
+            found["suites"].pop(name)
     for job in jobs:
         done, begun = found["suites"].get(job.name), header(partial(folder, job.name))
         for key in (done and done["key"], begun):
