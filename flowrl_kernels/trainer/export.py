@@ -176,7 +176,8 @@ def evaluate_run(
     actor, tokenizer = open_policy(config, newest, world)
     text = make_text(config, task, tokenizer)
     sampling = measure.evaluation_sampling(config, stop_tokens(actor, text.tokenizer))
-    sample = measure.make_sampler(open_engine(config, actor, world), text, sampling, world)
+    engine = open_engine(config, actor, world)
+    sample = measure.make_sampler(engine, text, sampling, world)
     at_once = max(1, config.rollout.batch // config.eval.samples)  # what the engine decodes at once
     terminal = Terminal()
     try:
@@ -184,6 +185,7 @@ def evaluate_run(
         done = sampled(task, split, sample, scorer, config.eval, at_once=at_once, progress=show)
     finally:
         scorer.close()
+        engine.close()
     terminal.table(f"{source}, {split} split", done.figures)
     for reason, count in done.reasons.items():
         print(f"{count} responses could not be scored: {reason}")

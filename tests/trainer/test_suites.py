@@ -127,6 +127,25 @@ def test_another_model_or_setting_in_the_same_folder_is_refused_by_name_unless_i
     assert found["suites"].keys() == {"figures", "greedy"}  # digits was of the other model
 
 
+def test_a_server_samples_with_the_weights_of_the_model_that_is_evaluated(models, place):
+    from fake_vllm import FakeVLLM
+
+    fake = FakeVLLM(tiny.config(), char_tokenizer(tiny.ALPHABET))  # begins with other weights
+    try:
+        (place / "s.toml").write_text(SUITES.replace("[suite.digits]", "[suite.digits]\ngreedy = true"))
+        engine = ["--rollout.engine", "server", "--rollout.servers", fake.address]
+        assert evaluate(models / "a", "served", *engine, suites="s.toml") == 0
+        assert evaluate(models / "a", "here", suites="s.toml") == 0
+    finally:
+        fake.kill()
+    served, here = (lines(place / name / "digits.jsonl") for name in ("served", "here"))
+    assert served == here
+    assert len({row["responses"][0] for row in here}) > 1
+    assert sorted(path.name for path in (place / "served").iterdir()) == [
+        "digits.forms.json", "digits.jsonl", "greedy.forms.json", "greedy.jsonl", "results.json"
+    ]  # fmt: skip
+
+
 BAD = [
     ("[suite.x]\nexpect = 4\ntask = {name = 'file', test = 'digits.jsonl'}", "suite.x: expect: wanted 4 problems"),
     ("[suite.x]\nsample = 4", "suites.toml:2: unknown key 'suite.x.sample'; did you mean 'samples'"),

@@ -4,6 +4,7 @@ import http.server
 import itertools
 import json
 import math
+import pickle
 import random
 import statistics
 import threading
@@ -332,5 +333,7 @@ def test_a_row_that_cannot_be_asked_is_named(tmp_path, row, said):
 def test_a_rows_own_tolerance_takes_what_is_near_and_nothing_else(tmp_path):
     (tmp_path / "set.jsonl").write_text(json.dumps({"question": "How?", "final_answer": ["3.1"], "error": "0.1"}))
     task = build_task(TaskConfig(name="maths", test=str(tmp_path / "set.jsonl")))
+    task = pickle.loads(pickle.dumps(task))  # as it travels to the reward workers
+    assert not task.trusted
     problem = task.problems("test")[0]
     assert [task.verify(problem, rf"\boxed{{{x}}}") for x in ("3.1", "3.2", "3", "3.21", "x")] == [1, 1, 1, 0, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -62,7 +63,10 @@ def run_suites(source: str, path: str, out: str, args: list[str], overwrite: boo
     folder = Path(out).expanduser()
     configs = {name: file.config_of(suite, base, args) for name, suite in suites.suite.items()}
     opening = config_file.expand(config_file.override(base, args))
-    world = export.start(opening)
+    # the policy is held in float32; another engine rounds what it is given to parallel.dtype
+    opening = dataclasses.replace(opening, run=dataclasses.replace(opening.run, dir=str(folder)))
+    plain = dataclasses.replace(opening, parallel=dataclasses.replace(opening.parallel, dtype="float32"))
+    world = export.start(opening if opening.rollout.engine == "hf" else plain)
     tasks: dict[str, tuple[Task, list[Problem], measures.Measure]] = {}
     for name, config in configs.items():
         try:
@@ -73,7 +77,7 @@ def run_suites(source: str, path: str, out: str, args: list[str], overwrite: boo
             tasks[name] = task, problems, measures.ready(suites.suite[name], suites, config.task, len(problems))
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"suite.{name}: {error}") from None
-    actor, tokenizer = export.open_policy(opening, newest, world)
+    actor, tokenizer = export.open_policy(dataclasses.replace(plain, run=base.run), newest, world)
     model = {
         "source": source, "checkpoint": None if newest is None else newest.name, "weights": report.weights_hash(actor),
         "tokenizer": fingerprint.of([tokenizer.get_vocab(), tokenizer.chat_template]),
