@@ -197,7 +197,8 @@ def compare_results(args: list[str]) -> int:
     )
     parser.add_argument("--out", metavar="FILE.json", help="also write the differences there")
     given = parser.parse_args(args)
-    contrast(*given.compare, given.out)
+    first, second = given.compare
+    contrast(first, second, given.out)
     return 0
 
 

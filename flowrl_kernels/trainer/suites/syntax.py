@@ -113,9 +113,9 @@ def _bindings(scope: ast.AST) -> Iterator[tuple[str, str]]:
         a = scope.args
         for arg in (*a.posonlyargs, *a.args, *filter(None, [a.vararg]), *a.kwonlyargs, *filter(None, [a.kwarg])):
             yield "own", arg.arg
-    inner = [scope.body] if isinstance(scope, ast.Lambda) else list(ast.iter_child_nodes(scope))
+    inner: list[ast.AST] = [scope.body] if isinstance(scope, ast.Lambda) else list(ast.iter_child_nodes(scope))
     if isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef):
-        inner = list(scope.body)
+        inner = [*scope.body]
     waiting = inner[::-1]
     while waiting:
         node = waiting.pop()

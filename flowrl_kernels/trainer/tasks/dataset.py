@@ -58,7 +58,7 @@ class FileTask:
     def problems(self, split: str) -> Sequence[Problem]:
         return self.rows[check_split(split)]
 
-    def verify(self, problem: Problem, response: str) -> float:
+    def verify(self, problem: Problem, response: str) -> float | None:
         return exact_reward(problem.prompt, response, problem.answer)
 
     def correct(self, reward: float) -> bool:

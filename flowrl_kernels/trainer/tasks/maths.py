@@ -67,7 +67,7 @@ def maths_reward(prompt: Any, response: str, answer: Any) -> float | None:
 
 def read_set(source: str, system: str = "") -> list[Problem]:
     """The problems of one split. Raises ValueError naming the row and the columns that it has, and what was wanted."""
-    problems = []
+    problems: list[Problem] = []
     for where, row in rows(source):
         if not isinstance(row, Mapping):
             raise ValueError(f"{where}: wanted an object with a problem and an answer, got {row!r:.80}")
