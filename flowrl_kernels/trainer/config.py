@@ -42,8 +42,8 @@ class RunConfig:
 @dataclass(frozen=True)
 class TaskConfig:
     name: str = "sums"
-    """"sums", "countdown" (both made from a seed), "file" for your own prompts, "gym:NAME" for a generator of
-    reasoning-gym, or "module:function"."""
+    """"sums", "countdown" (both made from a seed), "file" for your own prompts, "maths" for a published
+    set of problems by its usual columns, "gym:NAME" for a generator of reasoning-gym, or "module:function"."""
     seed: int = 0
     """Seed of the problems and of their split into train, valid and test."""
     train: str = ""

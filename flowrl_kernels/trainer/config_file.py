@@ -23,6 +23,8 @@ import tomli_w
 from flowrl_kernels.trainer import config as config_module
 from flowrl_kernels.trainer.config import Config
 
+T = typing.TypeVar("T")
+
 # what a resumed run may change: how long it runs, what it reports, and how its work is divided, which changes
 # roundings only
 FREE_ON_RESUME = (
@@ -95,9 +97,23 @@ def _build(cls: type, table: dict[str, Any], prefix: str, place: typing.Callable
             if not isinstance(value, dict):
                 raise ValueError(f"{place(path)}: {path!r} is a table; write [{path}]")
             values[key] = _build(typing.cast(type, hints[key]), value, f"{path}.", place)
+        elif (part := _table_of_tables(hints[key])) is not None:
+            if not isinstance(value, dict) or not all(isinstance(inner, dict) for inner in value.values()):
+                raise ValueError(f"{place(path)}: {path!r} is tables; write [{path}.NAME]")
+            values[key] = {name: _build(part, inner, f"{path}.{name}.", place) for name, inner in value.items()}
         else:
             values[key] = _convert(value, hints[key], f"{place(path)}: {path}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:  # what a table says of itself
+        raise ValueError(f"{place(prefix.rstrip('.'))}: {prefix}{error}") from None
+
+
+def _table_of_tables(kind: Any) -> type | None:
+    """The dataclass of `dict[str, dataclass]`; None for another type."""
+    args = typing.get_args(kind)
+    many = typing.get_origin(kind) is dict and len(args) == 2 and dataclasses.is_dataclass(args[1])
+    return typing.cast(type, args[1]) if many else None
 
 
 def _place(file: str | Path, text: str) -> typing.Callable[[str], str]:
@@ -141,6 +157,17 @@ def load(file: str | Path) -> Config:
     table, place = _read(file)
     table.pop("compare", None)
     return _build(Config, table, "", place)
+
+
+def load_as(cls: type[T], file: str | Path, prepare: typing.Callable[[dict[str, Any]], dict[str, Any]]) -> T:
+    """Another dataclass of tables than `Config` from a TOML file, with the checks of `load`; prepare: what becomes of
+    the file's tables first.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`, with file and line.
+    """
+    table, place = _read(file)
+    return _build(cls, prepare(table), "", place)
 
 
 def methods(file: str | Path) -> dict[str, dict[str, Any]]:

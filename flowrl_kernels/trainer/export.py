@@ -9,6 +9,7 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flowrl_kernels.trainer import checkpoint, config_file, measure, objective, parallel, policy, report
 from flowrl_kernels.trainer.config import Config, check
@@ -16,8 +17,12 @@ from flowrl_kernels.trainer.evaluate import sampled
 from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.parts import make_engine, make_text, stop_tokens
 from flowrl_kernels.trainer.reward import Scorer
+from flowrl_kernels.trainer.rollout import Engine
 from flowrl_kernels.trainer.tasks import build_task
 from flowrl_kernels.trainer.terminal import Terminal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def open_run(folder: Path) -> tuple[Config, Path]:
@@ -127,6 +132,22 @@ def open_source(source: str, settings: str | None) -> tuple[Config, Path | None]
     return dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(path))), None
 
 
+def open_policy(config: Config, newest: Path | None, world: World) -> tuple[policy.Policy, PreTrainedTokenizerBase]:
+    """The policy of a run's checkpoint, or of the Hugging Face model in the config, and its tokenizer."""
+    if newest is not None:
+        return restore(config, newest, world), policy.load_tokenizer(source_of(config), config.model)
+    tokenizer = policy.load_tokenizer(config.model.name, config.model)
+    attention = parallel.attention_of(config.model, config.parallel, world.device)
+    return policy.make_policy(config, world, policy.load_model(config.model.name, config.model, attention)), tokenizer
+
+
+def open_engine(config: Config, actor: policy.Policy, world: World) -> Engine:
+    """The engine in the config with the policy's weights in it: vLLM's starts on random ones."""
+    engine = make_engine(config, actor, world)
+    engine.update_weights(policy.named_weights(actor), 0)
+    return engine
+
+
 def evaluate_run(
     source: str, args: list[str], split: str = "test", settings: str | None = None, out: str | None = None
 ) -> dict[str, float]:
@@ -152,16 +173,11 @@ def evaluate_run(
     if not len(task.problems(split)):
         raise ValueError(f"task.{split}: there are no problems in the {split} split")
     scorer = Scorer(config.task, task)
-    if newest is not None:
-        tokenizer = policy.load_tokenizer(source_of(config), config.model)
-        text = make_text(config, task, tokenizer)
-        actor = restore(config, newest, world)
-    else:
-        text = make_text(config, task)
-        attention = parallel.attention_of(config.model, config.parallel, world.device)
-        actor = policy.make_policy(config, world, policy.load_model(config.model.name, config.model, attention))
+    actor, tokenizer = open_policy(config, newest, world)
+    text = make_text(config, task, tokenizer)
     sampling = measure.evaluation_sampling(config, stop_tokens(actor, text.tokenizer))
-    sample = measure.make_sampler(make_engine(config, actor, world), text, sampling, world)
+    engine = open_engine(config, actor, world)
+    sample = measure.make_sampler(engine, text, sampling, world)
     at_once = max(1, config.rollout.batch // config.eval.samples)  # what the engine decodes at once
     terminal = Terminal()
     try:
@@ -169,6 +185,7 @@ def evaluate_run(
         done = sampled(task, split, sample, scorer, config.eval, at_once=at_once, progress=show)
     finally:
         scorer.close()
+        engine.close()
     terminal.table(f"{source}, {split} split", done.figures)
     for reason, count in done.reasons.items():
         print(f"{count} responses could not be scored: {reason}")

@@ -25,6 +25,7 @@ def of(file, *functions):
 
 FORMULAS = "test_value_and_both_gradients_equal_the_formulas"
 BOX = "trainer/sandbox/"
+SUITES = "trainer/suites/"
 LOOP, OBJECTIVE, SHAPING = "trainer/loop.py", "trainer/objective.py", "trainer/shaping.py"
 KINDS, FOLDER = "test_loss_kinds.py", "trainer/test_run_folder.py"
 ALGORITHMS = "trainer/algorithms.py"
@@ -421,5 +422,27 @@ ROWS = [
     ("a question in two splits", "trainer/tasks/gym.py", 'if entry["question"] not in seen:', "if True:",
      of("trainer/test_tasks_gym.py",
         "test_no_question_stands_in_two_splits_though_neighbouring_seeds_share_their_entries")),
+    # --- suites
+    ("an error over fixed problems", SUITES + "figures.py", "math.sqrt(squares / (len(values) - 1) / len(values))",
+     "math.sqrt(squares) / len(values)",
+     of("trainer/test_suites.py",
+        "test_pass_at_k_and_its_error_are_those_of_all_subsets_and_of_the_jackknife_over_problems")),
+    ("other problems compared", SUITES + "contrast.py", "if a.keys() != b.keys():", "if False:",
+     of("trainer/test_suites.py",
+        "test_two_results_are_compared_problem_by_problem_and_other_problems_are_refused")),
+    ("half a part is kept", SUITES + "run.py", "kept = lines[: ends[-1] + 1] if ends else []", "kept = lines",
+     of("trainer/test_suites.py",
+        "test_what_is_done_is_not_done_again_and_what_was_broken_off_goes_on_with_the_same_bits")),
+    ("points to odds of e", SUITES + "rating.py", "SCALE = math.log(10) / 400", "SCALE = 1 / 400",
+     of("trainer/test_suites_measures.py",
+        "test_the_rating_is_the_highest_point_of_the_likelihood_and_its_error_is_near_the_jackknifes")),
+    ("distinct among right ones", SUITES + "diversity.py", "math.comb(spread.drawn - count, k)",
+     "math.comb(spread.members - count, k)",
+     of("trainer/test_suites_measures.py",
+        "test_distinct_at_k_is_the_mean_over_all_subsets_and_with_one_solution_pass_at_k")),
+    ("clusters chain", SUITES + "paths.py", "mean[a] = (size[a] * mean[a] + size[b] * mean[b]) / (size[a] + size[b])",
+     "mean[a] = np.maximum(mean[a], mean[b])",
+     of("trainer/test_suites_measures.py",
+        "test_clusters_are_joined_by_mean_similarity_down_to_the_threshold_in_any_order")),
 ]  # fmt: skip
 MUTANTS = [Mutant(*row) for row in ROWS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,8 +27,11 @@ def check_address(address: str, field: str) -> None:
 class Http:
     """One server. Safe to use from several threads."""
 
-    def __init__(self, address: str, timeout: float):
-        self.address, self.timeout = address.rstrip("/"), timeout
+    def __init__(
+        self, address: str, timeout: float, headers: Mapping[str, str] | None = None, field: str = "rollout.servers"
+    ):
+        self.address, self.timeout, self.field = address.rstrip("/"), timeout, field
+        self.headers = dict(headers or {})
         self._parts = urlsplit(self.address)
         self._local = threading.local()
 
@@ -54,7 +58,8 @@ class Http:
         if status != 200:
             said = f"{method} {path} answered {status}: {text[:300].decode(errors='replace')}"
             if 400 <= status < 500:
-                raise EngineError(f"rollout.servers: {self.address}: {said}; `make serve` starts one that takes it")
+                hint = "; `make serve` starts one that takes it" if self.field == "rollout.servers" else ""
+                raise EngineError(f"{self.field}: {self.address}: {said}{hint}")
             raise Fault(said)
         if not text:
             return None
@@ -86,6 +91,7 @@ class Http:
             kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
             connection = kind(self._parts.hostname or "", self._parts.port, timeout=self.timeout)
             self._local.connection = connection
-        connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})
+        headers = {"Content-Type": "application/json", **self.headers} if data else self.headers
+        connection.request(method, path, data, headers)
         answer = connection.getresponse()
         return answer.status, answer.read()

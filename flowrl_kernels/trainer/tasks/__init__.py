@@ -62,9 +62,14 @@ def build_task(cfg: TaskConfig) -> Task:
         from flowrl_kernels.trainer.tasks.dataset import FileTask
 
         return FileTask.load(cfg)
+    if cfg.name == "maths":
+        from flowrl_kernels.trainer.tasks.maths import Maths
+
+        return Maths.load(cfg)
     if cfg.name.startswith("gym:"):
         from flowrl_kernels.trainer.tasks.gym import Gym
 
         return Gym.load(cfg)
-    wanted = "task.name must be sums, countdown, file, gym:NAME or module:function (a function of the task's settings)"
+    names = "sums, countdown, file, maths, gym:NAME"
+    wanted = f"task.name must be {names} or module:function (a function of the task's settings)"
     return find_own(cfg.name, wanted)(cfg)

@@ -52,13 +52,13 @@ class FileTask:
                 raise type(error)(f"task.{split}: {error}") from None
             _comparable(found[split], split, cfg)
             if cfg.suffix:
-                found[split] = [replace(p, prompt=_with_suffix(p.prompt, cfg.suffix)) for p in found[split]]
+                found[split] = [replace(p, prompt=with_suffix(p.prompt, cfg.suffix)) for p in found[split]]
         return cls(found, solved=1 - 1e-9 if read_answer else 0.5)
 
     def problems(self, split: str) -> Sequence[Problem]:
         return self.rows[check_split(split)]
 
-    def verify(self, problem: Problem, response: str) -> float:
+    def verify(self, problem: Problem, response: str) -> float | None:
         return exact_reward(problem.prompt, response, problem.answer)
 
     def correct(self, reward: float) -> bool:
@@ -115,11 +115,11 @@ def read_problems(
     for where, row in rows(source):
         if not isinstance(row, Mapping):
             raise ValueError(f"{where}: wanted an object with {prompt_key!r}, {answer_key!r}, got {row!r:.80}")
-        prompt = _prompt(_value(row, prompt_key, where), system, where)
+        prompt = as_prompt(_value(row, prompt_key, where), system, where)
         if read_answer is None:
-            answer = _answer(_value(row, answer_key, where), answer_key, where)
+            answer = checked_answer(_value(row, answer_key, where), answer_key, where)
         else:
-            answer = read_answer(_plain(row), where)
+            answer = read_answer(plain(row), where)
         problems.append(Problem(len(problems), prompt, answer))
     if not problems:
         raise ValueError(f"{source}: no rows")
@@ -136,7 +136,7 @@ def _value(row: Mapping[str, Any], key: str, where: str) -> Any:
     if found is None:
         columns = ", ".join(map(repr, row))
         raise ValueError(f"{where}: no {key!r} in this row (it has {columns or 'nothing'})")
-    return _plain(found)
+    return plain(found)
 
 
 def _walk(value: Any, way: list[str]) -> Any:
@@ -150,16 +150,16 @@ def _walk(value: Any, way: list[str]) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Numpy arrays and numbers as lists and numbers: they come out of tables made by pandas."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _answer(answer: Any, key: str, where: str) -> Any:
+def checked_answer(answer: Any, key: str, where: str) -> Any:
     if isinstance(answer, float) and not math.isfinite(answer):
         raise ValueError(f"{where}: {key!r} is {answer}: no answer (an empty cell of a table?)")
     if isinstance(answer, str | list | dict) and not (answer.strip() if isinstance(answer, str) else answer):
@@ -170,7 +170,7 @@ def _answer(answer: Any, key: str, where: str) -> Any:
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def _prompt(prompt: Any, system: str, where: str) -> str | list[dict[str, str]]:
+def as_prompt(prompt: Any, system: str, where: str) -> str | list[dict[str, str]]:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError(f"{where}: the prompt is empty")
@@ -188,7 +188,7 @@ def _prompt(prompt: Any, system: str, where: str) -> str | list[dict[str, str]]:
     return chat
 
 
-def _with_suffix(prompt: str | list[dict[str, str]], suffix: str) -> str | list[dict[str, str]]:
+def with_suffix(prompt: str | list[dict[str, str]], suffix: str) -> str | list[dict[str, str]]:
     if isinstance(prompt, str):
         return prompt + suffix
     return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + suffix}]
