@@ -15,6 +15,11 @@ AlgorithmName = Literal[
 ]
 
 
+def listed(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The names in a field that takes one or several; the empty name is one, and all there is in an empty list."""
+    return (value,) if isinstance(value, str) else value or ("",)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     dir: str = "runs/default"
@@ -60,12 +65,16 @@ class TaskConfig:
     """For "file": system message put before every prompt; needs `chat_template`."""
     chat_template: bool = True
     """For "file": wrap text prompts as one user message in the tokenizer's chat template."""
-    reward: str = ""
-    """"" for the task's own verifier, "math" (math-verify), "exact", "countdown", "code", or "module:function"."""
+    reward: str | tuple[str, ...] = ""
+    """"" for the task's own verifier, "math" (math-verify), "exact", "countdown", "code", "module:function" or
+    "file.py:function"; a list of them is summed, and an evaluation goes by the first."""
+    reward_weights: tuple[float, ...] = ()
+    """Weight of each of several rewards in their sum; empty: 1 each."""
     reward_timeout: float = 10.0
     """Longest time one response may take to score, seconds; then it is left out and counted."""
     reward_workers: int = 2
-    """Processes that score responses where the verifier is not trusted to be quick."""
+    """Processes that score responses where the verifier is not trusted to be quick, for each reward; 0: functions of
+    yours run in the training process, without a deadline."""
     code_partial: bool = False
     """For "code": reward the share of tests passed instead of all or nothing."""
     code_tolerance: float = 0.0
@@ -386,7 +395,7 @@ LEAST = {
     "rollout.top_k": 0,
     "eval.kl_problems": 0,
     "run.threads": 0,
-    "task.reward_workers": 1,
+    "task.reward_workers": 0,
     "model.hidden": 1,
     "model.layers": 1,
     "model.heads": 1,

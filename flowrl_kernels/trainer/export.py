@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from flowrl_kernels.trainer import checkpoint, config_file, measure, objective, parallel, policy, report
-from flowrl_kernels.trainer.config import Config, check
+from flowrl_kernels.trainer.config import Config, check, listed
 from flowrl_kernels.trainer.evaluate import sampled
 from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.parts import make_engine, make_text, stop_tokens
@@ -144,14 +144,13 @@ def evaluate_run(
     config, newest = open_source(source, settings)
     run = Path(source).expanduser() if newest is not None else None
     config = config_file.expand(config_file.override(single(config), args, "flowrl eval RUN_OR_FOLDER"))
-    for key in ("name", "reward"):
-        refuse_code_of(run, f"task.{key}", getattr(config.task, key))
+    refuse_code_of(run, config)
     world = start(config)
     check(config)
     task = build_task(config.task)
     if not len(task.problems(split)):
         raise ValueError(f"task.{split}: there are no problems in the {split} split")
-    scorer = Scorer(config.task, task)
+    scorer = Scorer(config.task, task).first
     if newest is not None:
         tokenizer = policy.load_tokenizer(source_of(config), config.model)
         text = make_text(config, task, tokenizer)
@@ -178,13 +177,16 @@ def evaluate_run(
     return done.figures
 
 
-def refuse_code_of(run: Path | None, key: str, name: str) -> None:
-    """Refuses `module:function` out of the run folder itself: a folder from somebody else must not bring its code."""
-    top = name.partition(":")[0].partition(".")[0]
-    if run is None or ":" not in name:
-        return
-    spec = importlib.util.find_spec(top)
-    places = [spec.origin, *(spec.submodule_search_locations or ())] if spec is not None else []
-    for place in places:
-        if place and Path(place).resolve().is_relative_to(run.resolve()):
-            raise ValueError(f"{key}: {name!r} would run {place}, which came with the run folder; move it out first")
+def refuse_code_of(run: Path | None, config: Config) -> None:
+    """Refuses functions out of the run folder itself: a folder from somebody else must not bring its code."""
+    named = [("task.name", config.task.name), *(("task.reward", name) for name in listed(config.task.reward))]
+    for key, name in named if run is not None else ():
+        module, colon, _ = name.partition(":")
+        if not colon:
+            continue
+        spec = None if module.endswith(".py") else importlib.util.find_spec(module.partition(".")[0])
+        places = [module] if module.endswith(".py") else []
+        places += [str(spec.origin or ""), *(spec.submodule_search_locations or ())] if spec is not None else []
+        for place in places:
+            if place and Path(place).expanduser().resolve().is_relative_to(run.resolve()):
+                raise ValueError(f"{key}: {name!r} would run {place}, which came with the run folder; move it out")

@@ -195,6 +195,7 @@ def collect(run: Run, step: int) -> Rollouts:
 def score_rewards(run: Run, rollouts: Rollouts, step: int) -> list[float | None]:
     """Rewards of this rank's responses; None for one that could not be scored, which is named in the log."""
     rewards = run.scorer.score(rollouts.problems, rollouts.texts)
+    rollouts.parts = run.scorer.parts
     broken = ~rollouts.logp.isfinite().all(-1)
     if broken.any():  # an engine that overflowed: its tokens cannot be weighed
         run.log.note(f"{int(broken.sum())} responses came with log-probabilities that are not finite", step)

@@ -49,6 +49,8 @@ def of_step(
     """
     n = run.config.rollout.samples
     known = [r for r in rollouts.reward if r is not None]
+    parts = {name: [r for r in part if r is not None] for name, part in rollouts.parts.items()}
+    judged = next(iter(parts.values()), known)  # of several rewards the first says what is right
     groups = [rollouts.reward[i : i + n] for i in range(0, len(rollouts.reward), n)]
     mixed = [len({r for r in group if r is not None}) > 1 for group in groups]
     lengths = list(map(len, rollouts.responses))
@@ -58,7 +60,8 @@ def of_step(
     local: dict[str, tuple[float, float]] = {  # name -> (sum, count), added over ranks
         "reward": (sum(known), len(known)),
         "reward_square": (sum(r * r for r in known), len(known)),
-        "accuracy": (sum(map(run.task.correct, known)), len(known)),
+        "accuracy": (sum(map(run.task.correct, judged)), len(judged)),
+        **{f"reward/{name}": (math.fsum(part), len(part)) for name, part in parts.items()},
         "groups_mixed": (sum(mixed), len(mixed)),
         "entropy": (-float(rollouts.logp.double().sum()), sum(lengths)),
         "length": (sum(lengths), len(lengths)),
@@ -115,7 +118,12 @@ def _merge(run: Run, local: dict[str, tuple[float, float]], extreme: dict[str, f
 def samples(run: Run, rollouts: Rollouts, count: int) -> list[dict[str, object]]:
     """A few responses with their rewards, to read."""
     return [
-        {"prompt": rollouts.problems[i].prompt, "response": rollouts.texts[i], "reward": rollouts.reward[i]}
+        {
+            "prompt": rollouts.problems[i].prompt,
+            "response": rollouts.texts[i],
+            "reward": rollouts.reward[i],
+            **{f"reward/{name}": part[i] for name, part in rollouts.parts.items()},
+        }
         for i in range(min(count, len(rollouts.texts)))
     ]
 
@@ -133,7 +141,7 @@ def evaluation(run: Run, split: str, *, last: bool = False) -> dict[str, float]:
     config, task = run.config, run.task
     at_once = max(1, config.rollout.batch // config.eval.samples) * run.world.size  # what the engine decodes at once
     out = sampled(
-        task, split, sampler(run), run.scorer, config.eval, at_once=at_once,
+        task, split, sampler(run), run.scorer.first, config.eval, at_once=at_once,
         progress=partial(run.log.evaluating, split),
     ).figures  # fmt: skip
     if config.eval.exact:

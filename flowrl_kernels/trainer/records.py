@@ -117,6 +117,7 @@ class Rollouts:
     texts: list[str]
     kept: Kept | None = None  # what each token was drawn from; None: everything
     reward: list[float | None] = field(default_factory=list)
+    parts: dict[str, list[float | None]] = field(default_factory=dict)  # of several rewards, each by its name
 
 
 @dataclass

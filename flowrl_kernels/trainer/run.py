@@ -23,7 +23,7 @@ from flowrl_kernels.trainer import (
     run_folder,
     warm,
 )
-from flowrl_kernels.trainer.config import Config, check
+from flowrl_kernels.trainer.config import Config, check, listed
 from flowrl_kernels.trainer.log import Log
 from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.parts import make_engine, make_optimizer, make_text, open_model, stop_tokens
@@ -176,7 +176,7 @@ def check_impl(config: Config, world: World) -> None:
 
 def _inputs(job: Job, source: str) -> dict[str, str]:
     """Hashes of what the run is made from, on every rank; rank 0 reads."""
-    task, names = job.text.task, (job.config.task.name, job.config.task.reward)
+    task, names = job.text.task, (job.config.task.name, *listed(job.config.task.reward))
     return parallel.first(
         lambda: {
             "the data": fingerprint.of_data(task),

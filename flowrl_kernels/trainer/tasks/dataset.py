@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flowrl_kernels.trainer.config import TaskConfig
+from flowrl_kernels.trainer.config import TaskConfig, listed
 from flowrl_kernels.trainer.tasks.answers import equal, read_gold
 from flowrl_kernels.trainer.tasks.base import Problem, check_split
 from flowrl_kernels.trainer.tasks.countdown import read_wanted
@@ -39,7 +39,7 @@ class FileTask:
         if not cfg.train and not cfg.valid and not cfg.test:
             raise ValueError('task.name = "file" needs task.train, or task.test to evaluate; all are empty')
         read_answer = None
-        if cfg.reward == "code":
+        if "code" in listed(cfg.reward):
             from flowrl_kernels.trainer.tasks.code import row_reader
 
             read_answer = row_reader(cfg)
@@ -50,10 +50,11 @@ class FileTask:
                 found[split] = read_problems(source, *keys) if source else []
             except (ValueError, FileNotFoundError) as error:
                 raise type(error)(f"task.{split}: {error}") from None
-            _comparable(found[split], split, cfg)
+            for reward in listed(cfg.reward) if read_answer is None else ():
+                _comparable(found[split], split, reward)
             if cfg.suffix:
                 found[split] = [replace(p, prompt=_with_suffix(p.prompt, cfg.suffix)) for p in found[split]]
-        return cls(found, solved=1 - 1e-9 if read_answer else 0.5)
+        return cls(found, solved=1 - 1e-9 if listed(cfg.reward)[0] == "code" else 0.5)
 
     def problems(self, split: str) -> Sequence[Problem]:
         return self.rows[check_split(split)]
@@ -80,11 +81,11 @@ class FileTask:
         return None
 
 
-def _comparable(problems: Sequence[Problem], split: str, cfg: TaskConfig) -> None:
-    """Refuse answers that the built-in reward could never compare, before the first step."""
-    if cfg.reward in ("", "exact", "math"):
+def _comparable(problems: Sequence[Problem], split: str, reward: str) -> None:
+    """Refuse answers that a built-in reward could never compare, before the first step."""
+    if reward in ("", "exact", "math"):
         wanted, fits = "text or a number", lambda answer: isinstance(answer, str | int | float)
-    elif cfg.reward == "countdown":
+    elif reward == "countdown":
         wanted, fits = '{"numbers": [...], "target": n}, or its JSON text', lambda a: read_wanted(a) is not None
     else:
         return
@@ -92,7 +93,7 @@ def _comparable(problems: Sequence[Problem], split: str, cfg: TaskConfig) -> Non
         if not fits(problem.answer):
             raise ValueError(
                 f"task.answer_key: the answer of problem {problem.id} of task.{split} must be {wanted} for "
-                f"task.reward = {cfg.reward or 'exact'!r}, got {problem.answer!r:.80}"
+                f"task.reward = {reward or 'exact'!r}, got {problem.answer!r:.80}"
             )
 
 
@@ -119,7 +120,7 @@ def read_problems(
         if read_answer is None:
             answer = _answer(_value(row, answer_key, where), answer_key, where)
         else:
-            answer = read_answer(_plain(row), where)
+            answer = read_answer(plain(row), where)
         problems.append(Problem(len(problems), prompt, answer))
     if not problems:
         raise ValueError(f"{source}: no rows")
@@ -136,7 +137,7 @@ def _value(row: Mapping[str, Any], key: str, where: str) -> Any:
     if found is None:
         columns = ", ".join(map(repr, row))
         raise ValueError(f"{where}: no {key!r} in this row (it has {columns or 'nothing'})")
-    return _plain(found)
+    return plain(found)
 
 
 def _walk(value: Any, way: list[str]) -> Any:
@@ -150,13 +151,13 @@ def _walk(value: Any, way: list[str]) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Numpy arrays and numbers as lists and numbers: they come out of tables made by pandas."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _answer(answer: Any, key: str, where: str) -> Any:
