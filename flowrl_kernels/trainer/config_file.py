@@ -317,7 +317,9 @@ def _help(config: Config, kinds: dict[str, Any], command: str) -> typing.NoRetur
 def expand(config: Config) -> Config:
     """`~` in every path spelt out."""
 
-    def full(path: str) -> str:
+    def full(path: Any) -> Any:
+        if isinstance(path, tuple):
+            return tuple(map(full, path))
         return os.path.expanduser(path) if path.startswith("~") else path
 
     task, model = config.task, config.model

@@ -14,7 +14,7 @@ from flowrl_kernels.trainer import checkpoint, config_file, measure, objective, 
 from flowrl_kernels.trainer.config import Config, check, listed
 from flowrl_kernels.trainer.evaluate import sampled
 from flowrl_kernels.trainer.parallel import World
-from flowrl_kernels.trainer.parts import make_engine, make_text, stop_tokens
+from flowrl_kernels.trainer.parts import make_engine, make_stops, make_text, stop_tokens
 from flowrl_kernels.trainer.reward import Scorer
 from flowrl_kernels.trainer.tasks import build_task
 from flowrl_kernels.trainer.terminal import Terminal
@@ -48,7 +48,8 @@ def restore(config: Config, newest: Path, world: World) -> policy.Policy:
     folder, source = Path(config.run.dir), source_of(config)
     needs = objective.needs(config)
     model = policy.load_model(source, config.model, parallel.attention_of(config.model, config.parallel, world.device))
-    actor = policy.make_policy(config, world, model, log_z=needs.log_z, value=needs.value)
+    adapters = config.lora.rank > 0
+    actor = policy.make_policy(config, world, model, log_z=needs.log_z, value=needs.value, adapters=adapters)
     checkpoint.load_model(newest, folder, actor)
     return actor
 
@@ -159,7 +160,7 @@ def evaluate_run(
         text = make_text(config, task)
         attention = parallel.attention_of(config.model, config.parallel, world.device)
         actor = policy.make_policy(config, world, policy.load_model(config.model.name, config.model, attention))
-    sampling = measure.evaluation_sampling(config, stop_tokens(actor, text.tokenizer))
+    sampling = measure.evaluation_sampling(config, stop_tokens(actor, text.tokenizer), make_stops(config, text))
     sample = measure.make_sampler(make_engine(config, actor, world), text, sampling, world)
     at_once = max(1, config.rollout.batch // config.eval.samples)  # what the engine decodes at once
     terminal = Terminal()

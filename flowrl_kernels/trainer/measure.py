@@ -16,9 +16,10 @@ from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.evaluate import LogProbs, Response, Sample, exact, sampled
 from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.parts import frozen_start
-from flowrl_kernels.trainer.policy import Policy
+from flowrl_kernels.trainer.policy import Scored
 from flowrl_kernels.trainer.records import Lap, Progress, Result, Rollouts, Run, Text, Update
 from flowrl_kernels.trainer.rollout import Engine, Sampling
+from flowrl_kernels.trainer.rollout.stops import Stops
 from flowrl_kernels.trainer.tasks import Problem
 
 # the library's metrics under the names of a training log
@@ -42,10 +43,12 @@ def of_step(
     progress: Progress,
     lap: Lap,
     shown: list[MicroBatch],
+    towards: list[MicroBatch],
 ) -> dict[str, float]:
     """The metrics of a step, the same on every rank; the one place where a step waits for its tensors.
 
-    shown: the micro-batches whose log-probs are compared with the engine's.
+    shown: the micro-batches whose log-probs are compared with the engine's. towards: those whose log-probs under the
+    reference are known, if any are.
     """
     n = run.config.rollout.samples
     known = [r for r in rollouts.reward if r is not None]
@@ -71,7 +74,7 @@ def of_step(
         **{name: (count, 1.0 / run.world.size) for name, count in run.scorer.take_counts().items()},
     }
     gaps, extreme = mismatch.of_step(run.config, shown)
-    local |= gaps
+    local |= gaps | kl_to_reference(towards)
     for result in results:
         for out, batch in result.outputs:
             for reported, value in out.metrics.items():
@@ -99,6 +102,18 @@ def of_step(
         "time/step": seconds,
         **{f"time/{name}": value for name, value in lap.seconds.items()},
     }
+
+
+def kl_to_reference(batches: list[MicroBatch]) -> dict[str, tuple[float, float]]:
+    """KL(policy || reference), nats a token, as (sum, count): mean of exp(r) - 1 - r, r = ref - policy, as sampled.
+
+    Unbiased and never negative (Schulman, http://joschu.net/blog/kl-approx.html, k3); {} where no reference was scored.
+    """
+    live = [batch.per_token for batch in batches if batch.live and "ref" in batch.per_token]
+    if not live:
+        return {}
+    gap = torch.cat([(token["ref"] - token.get("old", token["sampler"])).double() for token in live])
+    return {"kl_ref": (float((gap.expm1() - gap).sum()), float(len(gap)))}
 
 
 def _merge(run: Run, local: dict[str, tuple[float, float]], extreme: dict[str, float]) -> dict[str, float]:
@@ -187,13 +202,15 @@ def last_split(run: Run) -> str:
 
 def sampler(run: Run) -> Sample:
     """evaluate's `sample` with the run's policy."""
-    return make_sampler(run.engine, run.text, evaluation_sampling(run.config, run.sampling.stop), run.world)
+    return make_sampler(
+        run.engine, run.text, evaluation_sampling(run.config, run.sampling.stop, run.sampling.stops), run.world
+    )
 
 
-def evaluation_sampling(config: Config, stop: tuple[int, ...]) -> Sampling:
+def evaluation_sampling(config: Config, stop: tuple[int, ...], stops: Stops | None) -> Sampling:
     """How an evaluation draws."""
     e = config.eval
-    return Sampling(config.rollout.max_new_tokens, e.temperature, stop, top_p=e.top_p, top_k=e.top_k)
+    return Sampling(config.rollout.max_new_tokens, e.temperature, stop, top_p=e.top_p, top_k=e.top_k, stops=stops)
 
 
 def make_sampler(engine: Engine, text: Text, sampling: Sampling, world: World) -> Sample:
@@ -213,7 +230,7 @@ def make_sampler(engine: Engine, text: Text, sampling: Sampling, world: World) -
     return sample
 
 
-def summed_logp(run: Run, policy: Policy) -> LogProbs:
+def summed_logp(run: Run, policy: Scored) -> LogProbs:
     """evaluate's `LogProbs`: log-probability of each text and its end token, float64, on the CPU."""
 
     @torch.no_grad()
@@ -253,7 +270,7 @@ def log_z_of(run: Run) -> Callable[[list[Problem]], Tensor]:
     return log_z
 
 
-def packed(run: Run, policy: Policy, prompts: list[np.ndarray], responses: list[np.ndarray]) -> list[MicroBatch]:
+def packed(run: Run, policy: Scored, prompts: list[np.ndarray], responses: list[np.ndarray]) -> list[MicroBatch]:
     """All of them, as the policy wants them."""
     p = run.config.parallel
     return pack(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ class FileTask:
     max_prompt_tokens: None = None
     max_response_tokens: None = None
     solved: float = 0.5  # a reward above this counts as solved
+    sources: tuple[int, ...] = ()  # how many of the training rows are from each file, one behind the other
     trusted: bool = True  # exact comparison; other rewards run in their own processes
 
     @classmethod
@@ -45,16 +47,20 @@ class FileTask:
             read_answer = row_reader(cfg)
         keys = (cfg.prompt_key, cfg.answer_key, cfg.system, read_answer)
         found: dict[str, list[Problem]] = {}
+        sources: list[int] = []
         for split, source in (("train", cfg.train), ("valid", cfg.valid), ("test", cfg.test)):
             try:
-                found[split] = read_problems(source, *keys) if source else []
+                parts = [read_problems(one, *keys) for one in listed(source) if one]
             except (ValueError, FileNotFoundError) as error:
                 raise type(error)(f"task.{split}: {error}") from None
+            found[split] = [replace(p, id=i) for i, p in enumerate(itertools.chain.from_iterable(parts))]
+            sources += [len(part) for part in parts] if split == "train" else []
             for reward in listed(cfg.reward) if read_answer is None else ():
                 _comparable(found[split], split, reward)
             if cfg.suffix:
                 found[split] = [replace(p, prompt=_with_suffix(p.prompt, cfg.suffix)) for p in found[split]]
-        return cls(found, solved=1 - 1e-9 if listed(cfg.reward)[0] == "code" else 0.5)
+        solved = 1 - 1e-9 if listed(cfg.reward)[0] == "code" else 0.5
+        return cls(found, solved=solved, sources=tuple(sources))
 
     def problems(self, split: str) -> Sequence[Problem]:
         return self.rows[check_split(split)]
