@@ -105,9 +105,10 @@ class Frozen:
     def packing(self) -> Packing:
         return self.policy.packing
 
-    def __call__(self, head: Callable[[Policy, Tensor], Any], ids: Tensor, positions: Tensor) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """As the policy's own forward."""
         with lora.off(self.policy.model):
-            return self.policy(head, ids, positions)
+            return self.policy(*args, **options)
 
 
 Scored = Policy | Frozen
