@@ -128,8 +128,10 @@ def check_splits(config: Config, task: Task) -> None:
 
 def check_stop(config: Config, task: Task) -> None:
     """Refuses stop texts beside figures over every listed answer, which end with the end token."""
-    listed = next((p for split in ("test", "valid", "train") for p in task.problems(split)[:1]), None)
-    if config.rollout.stop and config.eval.exact and listed is not None and task.correct_texts(listed) is not None:
+    if not (config.rollout.stop and config.eval.exact):
+        return
+    held = next((problems for split in ("test", "valid", "train") if len(problems := task.problems(split))), [])
+    if held and task.correct_texts(held[0]) is not None:
         raise ValueError(
             f"eval.exact: wanted false beside rollout.stop = {list(config.rollout.stop)!r}: {task.name}'s listed "
             "answers end with the end token; got True"

@@ -80,7 +80,9 @@ def train(
         if task.reward:
             raise ValueError(f"rewards: task.reward is {task.reward!r} already; give one of them")
         several = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
-        names = tuple(name_of(one, f"rewards[{i}]", task) for i, one in enumerate(several))
+        if not several:
+            raise ValueError("rewards: wanted at least one; got none")
+        names = tuple(name_of(one, i, task) for i, one in enumerate(several))
         task = dataclasses.replace(task, reward=names[0] if len(names) == 1 else names)
     if weights is not None:
         task = dataclasses.replace(task, reward_weights=tuple(map(float, weights)))
@@ -101,12 +103,13 @@ def train(
     return Trained(folder, figures, folder / "final" if settled.checkpoint.export else None)
 
 
-def name_of(function: str | Callable[..., Any], what: str, task: TaskConfig) -> str:
+def name_of(function: str | Callable[..., Any], number: int, task: TaskConfig) -> str:
     """The name by which another process finds a reward, or, with `task.reward_workers` 0, one that this one knows.
 
     Raises:
-        ValueError: there is none; begins with `what`.
+        ValueError: there is none; names the reward by its number.
     """
+    what = f"rewards[{number}]"
     if isinstance(function, str):
         return function
     if not callable(function):
@@ -130,7 +133,7 @@ def name_of(function: str | Callable[..., Any], what: str, task: TaskConfig) -> 
             f"{what}: {label!r} cannot be found by another process: define it in a module or a script, or set "
             "task.reward_workers to 0 to score in this process, without a deadline"
         )
-    name = f"{reward.GIVEN}{label}"
+    name = f"{reward.GIVEN}{number}:{label}"
     reward.given[name] = function
     return name
 

@@ -68,7 +68,7 @@ def test_a_script_is_run_again_as_a_module_by_the_processes_that_score(tmp_path,
     main.__file__ = str(script)
     exec(compile(text, str(script), "exec"), main.__dict__)
     monkeypatch.setitem(sys.modules, "__main__", main)
-    name = entry.name_of(main.size, "rewards", TaskConfig())
+    name = entry.name_of(main.size, 0, TaskConfig())
     assert name == f"{script}:size"
     assert reward.find_reward(name) is main.size  # here it has run already
     scorer = Scorer(TaskConfig(reward=name, reward_workers=1), Sums())
@@ -87,18 +87,19 @@ def test_a_function_without_a_name_is_refused_unless_it_may_run_here(model, tmp_
     assert not (tmp_path / "run").exists()
     here = tables(model, tmp_path, task={"reward_workers": 0}, run={"steps": 1})
     seen = []
-    done = trainer.train(here, rewards=lambda p, r, a: seen.append((p, a)) or 0.25, data=rows)
-    assert done.metrics()[0]["reward"] == 0.25
+    several = [lambda p, r, a: seen.append((p, a)) or 0.25, lambda p, r, a: 0.5]  # two of one name
+    done = trainer.train(here, rewards=several, data=rows)
+    assert done.metrics()[0]["reward"] == 0.75
     assert set(seen) == {("1+1=", 2)}
 
 
 def test_a_name_leads_back_to_the_function_itself():
-    assert entry.name_of(by_length, "rewards[0]", TaskConfig()) == "rewards_for_tests:by_length"
+    assert entry.name_of(by_length, 0, TaskConfig()) == "rewards_for_tests:by_length"
     assert reward.find_reward("rewards_for_tests:by_length") is by_length
     other = type(by_length)(by_length.__code__, {}, "by_length")  # of that name, and another function
     other.__module__, other.__qualname__ = by_length.__module__, by_length.__qualname__
     with pytest.raises(ValueError, match=r"rewards\[0\]: 'by_length' cannot be found"):
-        entry.name_of(other, "rewards[0]", TaskConfig())
+        entry.name_of(other, 0, TaskConfig())
 
 
 @pytest.mark.parametrize(
@@ -107,6 +108,7 @@ def test_a_name_leads_back_to_the_function_itself():
         ({"config": {"run": {"stepss": 1}}}, "unknown key 'run.stepss'; did you mean 'steps'"),
         ({"config": {"runn": {}}}, "unknown key 'runn'; did you mean 'run'"),
         ({"config": Config(run=Config().run.__class__(steps="3"))}, "run.steps: wanted int; got '3'"),
+        ({"rewards": []}, "rewards: wanted at least one"),
         ({"rewards": [3]}, r"rewards\[0\]: wanted a function or a name; got int"),
         ({"config": {"task": {"reward": "math"}}, "rewards": "exact"}, "rewards: task.reward is 'math' already"),
         ({"config": {"task": {"train": "a.jsonl"}}, "data": [{}]}, "data: task.train is set already"),
