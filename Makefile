@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-EXTRAS ?= train,math,code,gym,bench,dev
+EXTRAS ?= train,lora,math,code,gym,bench,dev
 # TORCH_INDEX=<url> takes torch from another wheel index (a CUDA or ROCm one, say).
 TORCH_INDEX ?=
 # make train NPROC=2 RUN=runs/two ARGS="--run.seed 1"; ARGS=--resume goes on with a run that was cut off.

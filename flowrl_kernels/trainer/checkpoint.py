@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from flowrl_kernels.trainer import fingerprint, parallel, safe_reading
 from flowrl_kernels.trainer.parallel import World, barrier, gather
@@ -97,7 +97,7 @@ def save(
             error = str(problem)
     barrier(world)
     try:
-        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        model_state, optimizer_state = get_state_dict(policy, optimizer, options=_what(policy))
         state = {"model": model_state, "optimizer": optimizer_state}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # dcp warns that one process is not distributed
@@ -146,10 +146,12 @@ def load(path: Path, run: Path, policy: nn.Module, optimizer: torch.optim.Optimi
         ValueError: the path does not lie in the run's own folder, or it cannot be read.
     """
     _own(path, run)
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
+    model_state, optimizer_state = get_state_dict(policy, optimizer, options=_what(policy))
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     _read(state, path, no_dist=world.size == 1)
-    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(
+        policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_what(policy)
+    )
     rng = path / f"rng_{world.rank}.pt"
     if rng.exists():  # more ranks than before: the new ones keep their seeds
         try:
@@ -162,9 +164,16 @@ def load(path: Path, run: Path, policy: nn.Module, optimizer: torch.optim.Optimi
 def load_model(path: Path, run: Path, policy: nn.Module) -> None:
     """Restores the weights alone, in one process, whatever sharding wrote them: for export and evaluation."""
     _own(path, run)
-    state = {"model": policy.state_dict()}
+    frozen = {name for name, p in policy.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    state = {"model": {name: tensor for name, tensor in policy.state_dict().items() if name not in frozen}}
     _read(state, path, no_dist=True)
-    policy.load_state_dict(state["model"])
+    policy.load_state_dict(state["model"], strict=not frozen)
+
+
+def _what(policy: nn.Module) -> StateDictOptions:
+    """Of a policy with adapters, what is trained: the rest is the model's, which the run started from."""
+    frozen = not all(p.requires_grad for p in policy.parameters())
+    return StateDictOptions(ignore_frozen_params=frozen, strict=not frozen)
 
 
 def _own(path: Path, run: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from flowrl_kernels.trainer import algorithms, mismatch, objective, packages
 from flowrl_kernels.trainer.batches import SHORT_ROW, plan
-from flowrl_kernels.trainer.config import Config, RolloutConfig
+from flowrl_kernels.trainer.config import Config, LoraConfig, RolloutConfig
 from flowrl_kernels.trainer.evaluate import chosen
 from flowrl_kernels.trainer.rollout.http import check_address
 from flowrl_kernels.trainer.tasks import Problem, Task
@@ -50,8 +51,37 @@ def check_algorithm(config: Config) -> None:
         why = a.name if algorithm.compares else ""
     if a.filter_groups or a.unlikeliness > 0:
         why = why or ("algorithm.filter_groups" if a.filter_groups else "algorithm.unlikeliness")
+    why = why or ("rollout.dynamic" if config.rollout.dynamic else "")
     if samples < 2 and why:
         raise ValueError(f"rollout.samples: wanted at least 2, {why} compares a group's responses; got {samples}")
+
+
+def check_lora(config: Config) -> None:
+    """Refuses adapters over weights that they could not be added to, and settings that none would read.
+
+    Raises:
+        ValueError: naming the key, what was wanted and what came.
+    """
+    c, default = config.lora, LoraConfig()
+    if not c.rank:
+        for name in ("alpha", "targets"):
+            if getattr(c, name) != getattr(default, name):
+                raise ValueError(f"lora.{name}: wanted nothing beside lora.rank = 0; got {getattr(c, name)!r}")
+        return
+    if not c.targets or ("all-linear" in c.targets and len(c.targets) > 1):
+        raise ValueError(f"lora.targets: wanted names of layers, or 'all-linear' alone; got {list(c.targets)!r}")
+    if config.parallel.offload_reference:
+        raise ValueError(
+            "parallel.offload_reference: wanted false beside lora.rank, the reference is the policy without its "
+            "adapters; got True"
+        )
+    kind = getattr(shape_of(config), "quantization_config", None) if config.model.name else None
+    if kind is not None:
+        method = kind.get("quant_method") if isinstance(kind, dict) else getattr(kind, "quant_method", kind)
+        raise ValueError(
+            f"lora.rank: wanted 0 for {config.model.name!r}, whose weights are quantised ({method}): adapters "
+            f"could not be added to them for an engine or an export; got {c.rank}"
+        )
 
 
 def check_packages(config: Config) -> None:
@@ -96,14 +126,30 @@ def check_splits(config: Config, task: Task) -> None:
         )
 
 
+def check_stop(config: Config, task: Task) -> None:
+    """Refuses stop texts beside figures over every listed answer, which end with the end token."""
+    if not (config.rollout.stop and config.eval.exact):
+        return
+    held = next((problems for split in ("test", "valid", "train") if len(problems := task.problems(split))), [])
+    if held and task.correct_texts(held[0]) is not None:
+        raise ValueError(
+            f"eval.exact: wanted false beside rollout.stop = {list(config.rollout.stop)!r}: {task.name}'s listed "
+            "answers end with the end token; got True"
+        )
+
+
 def context_of(config: Config) -> int | None:
     """The longest sequence of the model in the config, tokens; None where it has no limit."""
     if not config.model.name:
         return config.model.context
+    return getattr(shape_of(config).get_text_config(), "max_position_embeddings", None)
+
+
+def shape_of(config: Config) -> Any:
+    """The configuration of the model that `model.name` names."""
     from transformers import AutoConfig
 
-    shape = AutoConfig.from_pretrained(config.model.name, trust_remote_code=config.model.trust_remote_code)
-    return getattr(shape.get_text_config(), "max_position_embeddings", None)
+    return AutoConfig.from_pretrained(config.model.name, trust_remote_code=config.model.trust_remote_code)
 
 
 def prompt_limit(config: Config, context: int | None) -> int | None:

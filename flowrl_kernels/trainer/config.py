@@ -10,9 +10,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from flowrl_kernels.trainer.limits import LEAST
+
 AlgorithmName = Literal[
     "flowrl", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "ppo", "reinforce_pp", "rloo", "opo", "raft", "reinforce_rej"
 ]
+
+
+def listed(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The names in a field that takes one or several; the empty name is one, and all there is in an empty list."""
+    return (value,) if isinstance(value, str) else value or ("",)
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,10 @@ class TaskConfig:
     set of problems by its usual columns, "gym:NAME" for a generator of reasoning-gym, or "module:function"."""
     seed: int = 0
     """Seed of the problems and of their split into train, valid and test."""
-    train: str = ""
-    """For "file": JSONL or parquet file, or a `datasets` name, with the training prompts."""
+    train: str | tuple[str, ...] = ""
+    """For "file": JSONL or parquet file, or a `datasets` name, with the training prompts; or a list of them."""
+    train_weights: tuple[float, ...] = ()
+    """Share of the training prompts that is asked from each of several files; empty: as many as each holds."""
     valid: str = ""
     """For "file": problems that choose hyper-parameters; empty: none."""
     test: str = ""
@@ -60,12 +69,16 @@ class TaskConfig:
     """For "file": system message put before every prompt; needs `chat_template`."""
     chat_template: bool = True
     """For "file": wrap text prompts as one user message in the tokenizer's chat template."""
-    reward: str = ""
-    """"" for the task's own verifier, "math" (math-verify), "exact", "countdown", "code", or "module:function"."""
+    reward: str | tuple[str, ...] = ""
+    """"" for the task's own verifier, "math" (math-verify), "exact", "countdown", "code", "module:function" or
+    "file.py:function"; a list of them is summed, and an evaluation goes by the first."""
+    reward_weights: tuple[float, ...] = ()
+    """Weight of each of several rewards in their sum; empty: 1 each."""
     reward_timeout: float = 10.0
     """Longest time one response may take to score, seconds; then it is left out and counted."""
     reward_workers: int = 2
-    """Processes that score responses where the verifier is not trusted to be quick."""
+    """Processes that score responses where the verifier is not trusted to be quick, for each reward; 0: functions of
+    yours run in the training process, without a deadline."""
     code_partial: bool = False
     """For "code": reward the share of tests passed instead of all or nothing."""
     code_tolerance: float = 0.0
@@ -157,10 +170,15 @@ class RolloutConfig:
     """Prompts per step, over all ranks."""
     samples: int = 8
     """Responses per prompt (the group, G)."""
+    dynamic: int = 0
+    """Dynamic sampling: most extra rounds of a step, each asking other prompts in the place of groups that are all
+    right or all wrong; 0: none."""
     max_new_tokens: int = 64
     """Longest response with its end token, tokens."""
     max_prompt_tokens: int = 0
     """Longest prompt, tokens; longer training prompts are left out (0: what the context leaves)."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response, in training and evaluation; the token that completes one is its last."""
     temperature: float = 1.0
     """Sampling temperature; every log-probability in the loss is taken at it."""
     top_p: float = 1.0
@@ -223,6 +241,16 @@ class AlgorithmConfig:
     """Last tokens of the response budget over which a penalty grows to `overlong_penalty`; 0: off."""
     overlong_penalty: float = 1.0
     """Reward taken from a response that fills the whole budget."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = 0
+    """Rank of the LoRA adapters that are trained in the place of the model's own weights; 0: none."""
+    alpha: float = 0.0
+    """An adapter's product counts alpha / rank times; 0: twice the rank."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Linear layers that get one, by the ends of their names, ["q_proj", "v_proj"]; "all-linear": all but the head."""
 
 
 @dataclass(frozen=True)
@@ -329,6 +357,9 @@ class LogConfig:
     """Responses with their rewards written to samples.jsonl every `samples_every` steps."""
     samples_every: int = 50
     """RL steps between written samples."""
+    kl: bool = False
+    """Log the KL to the model RL started from though the algorithm has no reference: keeps one, and scores a few
+    responses a step. Where there is a reference it is logged anyway."""
     plots: bool = True
     """Draw PNG plots of the run into its folder at the end."""
     tensorboard: bool = False
@@ -347,6 +378,7 @@ class Config:
     warm: WarmConfig = field(default_factory=WarmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     log_z: LogZConfig = field(default_factory=LogZConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -356,59 +388,6 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-# smallest value that means something
-LEAST = {
-    "run.steps": 0,
-    "run.max_bad_updates": 1,
-    "model.vocab_multiple": 1,
-    "warm.steps": 0,
-    "warm.batch": 1,
-    "rollout.prompts": 1,
-    "rollout.samples": 1,
-    "rollout.batch": 1,
-    "rollout.tensor_parallel": 1,
-    "rollout.probe_limit": 0.0,
-    "rollout.retries": 0,
-    "rollout.max_new_tokens": 1,
-    "algorithm.epochs": 1,
-    "algorithm.minibatch_prompts": 0,
-    "optim.warmup": 0,
-    "parallel.max_tokens": 1,
-    "parallel.row_tokens": 0,
-    "parallel.replicate": 1,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 1,
-    "eval.every": 0,
-    "eval.samples": 1,
-    "eval.problems": 0,
-    "eval.temperature": 0.0,
-    "eval.top_k": 0,
-    "rollout.top_k": 0,
-    "eval.kl_problems": 0,
-    "run.threads": 0,
-    "task.reward_workers": 1,
-    "model.hidden": 1,
-    "model.layers": 1,
-    "model.heads": 1,
-    "model.ffn": 1,
-    "model.context": 2,
-    "model.init": 0.0,
-    "warm.lr": 0.0,
-    "rollout.max_prompt_tokens": 0,
-    "algorithm.kl": 0.0,
-    "algorithm.dual_clip": 0.0,
-    "algorithm.tis_cap": 0.0,
-    "algorithm.value_clip": 0.0,
-    "algorithm.unlikeliness": 0.0,
-    "algorithm.overlong_buffer": 0,
-    "algorithm.overlong_penalty": 0.0,
-    "log_z.lr": 0.0,
-    "critic.lr": 0.0,
-    "optim.lr": 0.0,
-    "optim.weight_decay": 0.0,
-    "log.samples": 0,
-    "log.samples_every": 1,
-}
 OPEN = ("optim.max_grad_norm",)  # may be infinite
 TELLS_KEPT = ("hf",)  # the engines that return what a truncated draw was left to draw from
 

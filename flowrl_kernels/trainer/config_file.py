@@ -65,7 +65,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     """`value` as `kind`, or ValueError naming the key, the type wanted and what came."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return _convert(value, next(a for a in args if a is not type(None)), where)
+        return _convert(value, _one_of(kind, several=isinstance(value, list | tuple))[0], where)
     if origin is Literal:
         if value not in args:
             raise ValueError(f"{where}: wanted one of {', '.join(map(repr, args))}; got {value!r}")
@@ -189,6 +189,21 @@ def _within(place: typing.Callable[[str], str], prefix: str, path: str) -> str:
     return place(prefix + path)
 
 
+def make(tables: Config | dict[str, Any]) -> Config:
+    """A configuration from tables as a TOML file holds them, or one made in Python, its types checked.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one) or a value of the wrong type.
+    """
+    if isinstance(tables, Config):
+        tables = {table: {k: v for k, v in part.items() if v is not None} for table, part in _nested(tables).items()}
+    return _build(Config, tables, "", _nowhere)
+
+
+def _nowhere(path: str) -> str:
+    return "config"
+
+
 def merge(config: Config, tables: dict[str, Any]) -> Config:
     """`config` with the values of tables that `methods` has read."""
     plain = {section: {k: v for k, v in part.items() if v is not None} for section, part in _nested(config).items()}
@@ -236,16 +251,18 @@ def _sentences() -> dict[str, str]:
     return out
 
 
-def _one_of(kind: Any) -> tuple[Any, bool]:
-    """The type behind `X | None`, and whether None is allowed."""
+def _one_of(kind: Any, *, several: bool = False) -> tuple[Any, bool]:
+    """The type behind `X | None`, and whether None is allowed; of `X | tuple[X, ...]` the tuple for `several`."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return next(a for a in typing.get_args(kind) if a is not type(None)), True
+        args = typing.get_args(kind)
+        kinds = sorted((a for a in args if a is not type(None)), key=lambda a: typing.get_origin(a) is tuple)
+        return kinds[-1 if several else 0], type(None) in args
     return kind, False
 
 
 def _parse(words: list[str], kind: Any, flag: str) -> Any:
     """A field's value from its words on the command line."""
-    kind, optional = _one_of(kind)
+    kind, optional = _one_of(kind, several=len(words) > 1)
     if optional and words == ["None"]:
         return None
 
@@ -327,7 +344,9 @@ def _help(config: Config, kinds: dict[str, Any], command: str) -> typing.NoRetur
 def expand(config: Config) -> Config:
     """`~` in every path spelt out."""
 
-    def full(path: str) -> str:
+    def full(path: Any) -> Any:
+        if isinstance(path, tuple):
+            return tuple(map(full, path))
         return os.path.expanduser(path) if path.startswith("~") else path
 
     task, model = config.task, config.model

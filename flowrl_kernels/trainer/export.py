@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowrl_kernels.trainer import checkpoint, config_file, measure, objective, parallel, policy, report
-from flowrl_kernels.trainer.config import Config, check
+from flowrl_kernels.trainer.config import Config, check, listed
 from flowrl_kernels.trainer.evaluate import sampled
 from flowrl_kernels.trainer.parallel import World
-from flowrl_kernels.trainer.parts import make_engine, make_text, stop_tokens
+from flowrl_kernels.trainer.parts import make_engine, make_stops, make_text, stop_tokens
 from flowrl_kernels.trainer.reward import Scorer
 from flowrl_kernels.trainer.rollout import Engine
 from flowrl_kernels.trainer.tasks import build_task
@@ -53,7 +53,8 @@ def restore(config: Config, newest: Path, world: World) -> policy.Policy:
     folder, source = Path(config.run.dir), source_of(config)
     needs = objective.needs(config)
     model = policy.load_model(source, config.model, parallel.attention_of(config.model, config.parallel, world.device))
-    actor = policy.make_policy(config, world, model, log_z=needs.log_z, value=needs.value)
+    adapters = config.lora.rank > 0
+    actor = policy.make_policy(config, world, model, log_z=needs.log_z, value=needs.value, adapters=adapters)
     checkpoint.load_model(newest, folder, actor)
     return actor
 
@@ -165,17 +166,16 @@ def evaluate_run(
     config, newest = open_source(source, settings)
     run = Path(source).expanduser() if newest is not None else None
     config = config_file.expand(config_file.override(single(config), args, "flowrl eval RUN_OR_FOLDER"))
-    for key in ("name", "reward"):
-        refuse_code_of(run, f"task.{key}", getattr(config.task, key))
+    refuse_code_of(run, config)
     world = start(config)
     check(config)
     task = build_task(config.task)
     if not len(task.problems(split)):
         raise ValueError(f"task.{split}: there are no problems in the {split} split")
-    scorer = Scorer(config.task, task)
+    scorer = Scorer(config.task, task).first
     actor, tokenizer = open_policy(config, newest, world)
     text = make_text(config, task, tokenizer)
-    sampling = measure.evaluation_sampling(config, stop_tokens(actor, text.tokenizer))
+    sampling = measure.evaluation_sampling(config, stop_tokens(actor, text.tokenizer), make_stops(config, text))
     engine = open_engine(config, actor, world)
     sample = measure.make_sampler(engine, text, sampling, world)
     at_once = max(1, config.rollout.batch // config.eval.samples)  # what the engine decodes at once
@@ -195,13 +195,16 @@ def evaluate_run(
     return done.figures
 
 
-def refuse_code_of(run: Path | None, key: str, name: str) -> None:
-    """Refuses `module:function` out of the run folder itself: a folder from somebody else must not bring its code."""
-    top = name.partition(":")[0].partition(".")[0]
-    if run is None or ":" not in name:
-        return
-    spec = importlib.util.find_spec(top)
-    places = [spec.origin, *(spec.submodule_search_locations or ())] if spec is not None else []
-    for place in places:
-        if place and Path(place).resolve().is_relative_to(run.resolve()):
-            raise ValueError(f"{key}: {name!r} would run {place}, which came with the run folder; move it out first")
+def refuse_code_of(run: Path | None, config: Config) -> None:
+    """Refuses functions out of the run folder itself: a folder from somebody else must not bring its code."""
+    named = [("task.name", config.task.name), *(("task.reward", name) for name in listed(config.task.reward))]
+    for key, name in named if run is not None else ():
+        module, colon, _ = name.partition(":")
+        if not colon:
+            continue
+        spec = None if module.endswith(".py") else importlib.util.find_spec(module.partition(".")[0])
+        places = [module] if module.endswith(".py") else []
+        places += [str(spec.origin or ""), *(spec.submodule_search_locations or ())] if spec is not None else []
+        for place in places:
+            if place and Path(place).expanduser().resolve().is_relative_to(run.resolve()):
+                raise ValueError(f"{key}: {name!r} would run {place}, which came with the run folder; move it out")

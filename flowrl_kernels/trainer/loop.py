@@ -6,6 +6,7 @@ One step reads top to bottom in `_steps`; everything else here is what its lines
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from flowrl_kernels.trainer import (
     algorithms,
     checkpoint,
     config_file,
+    dynamic,
     measure,
     mismatch,
     objective,
@@ -25,8 +27,10 @@ from flowrl_kernels.trainer import (
 )
 from flowrl_kernels.trainer.batches import MicroBatch, pack, stand_in
 from flowrl_kernels.trainer.config import Config
+from flowrl_kernels.trainer.parts import frozen_start
 from flowrl_kernels.trainer.plot import plot_runs
-from flowrl_kernels.trainer.policy import Policy
+from flowrl_kernels.trainer.policy import Scored
+from flowrl_kernels.trainer.prompts import prompt_numbers
 from flowrl_kernels.trainer.records import Lap, Progress, Result, Rollouts, Run, Shaped, Update
 from flowrl_kernels.trainer.rollout import Kept, probe
 from flowrl_kernels.trainer.rollout.faults import EngineError
@@ -89,11 +93,17 @@ def _steps(run: Run, progress: Progress, watch: stop.Watch) -> None:
             return
         step, lap = progress.step + 1, Lap()
         rollouts = collect(run, step)
-        run.engine.release()
+        if not config.rollout.dynamic:
+            run.engine.release()
         lap("rollout")
         rollouts.reward = score_rewards(run, rollouts, step)
-        shaped = shaping.shape(config, rollouts, run.world)
         lap("reward")
+        extra: dict[str, float] = {}
+        if config.rollout.dynamic:
+            rollouts, extra = dynamic.refill(run, rollouts, partial(again, run, step))
+            run.engine.release()
+            lap("dynamic")
+        shaped = shaping.shape(config, rollouts, run.world)
         updates = pack_updates(run, rollouts, shaped)
         batches = [batch for update in updates for batch in update.batches]
         if run.reference is not None:
@@ -108,6 +118,10 @@ def _steps(run: Run, progress: Progress, watch: stop.Watch) -> None:
         if not needs.old and algorithms.of(config).residual:  # one pass has no log-probs to show: a few, for the log
             shown = a_few(run, rollouts, shaped)
             score(run, run.policy, shown, "now")
+        towards = batches  # where the KL to the reference is read off
+        if config.log.kl and run.reference is None:
+            towards = a_few(run, rollouts, shaped)
+            score(run, frozen_start(run), towards, "ref")
         shaping.finish(config, batches, run.world)
         lap("score")
         results = [apply(run, progress, update) for _ in range(config.algorithm.epochs) for update in updates]
@@ -117,8 +131,8 @@ def _steps(run: Run, progress: Progress, watch: stop.Watch) -> None:
             probe.push(run, progress.updates)
         finally:  # what it learned is learned, whatever the engine says
             lap("push")
-            figures = measure.of_step(run, rollouts, updates, results, progress, lap, shown)
-            run.log.step(step, figures | run.engine_figures())
+            figures = measure.of_step(run, rollouts, updates, results, progress, lap, shown, towards)
+            run.log.step(step, figures | extra | run.engine_figures())
         if step == 1 or step % config.log.samples_every == 0:
             run.log.samples(step, measure.samples(run, rollouts, config.log.samples))
         if step < config.run.steps and every and step % every == 0:
@@ -148,15 +162,6 @@ def leave(run: Run, progress: Progress, watch: stop.Watch) -> None:
 # ------------------------------------------------------------------------------------------------ pieces of a step
 
 
-def prompt_numbers(seed: int, step: int, count: int, total: int) -> list[int]:
-    """Which problems step `step` (from 1) asks: each epoch is a permutation from (seed, epoch); no state."""
-    first, out = (step - 1) * count, []
-    for epoch in range(first // total, (first + count - 1) // total + 1):
-        order = np.random.default_rng((seed, 1, epoch)).permutation(total)
-        out += order[max(first - epoch * total, 0) : first + count - epoch * total].tolist()
-    return out
-
-
 def share(config: Config, world: parallel.World) -> list[int]:
     """This rank's prompts of a step, as numbers into it: an even slice of every update's."""
     size = config.algorithm.minibatch_prompts or config.rollout.prompts
@@ -165,15 +170,18 @@ def share(config: Config, world: parallel.World) -> list[int]:
     return [i for start in starts for i in range(start, start + mine)]
 
 
-def collect(run: Run, step: int) -> Rollouts:
-    """Samples `rollout.samples` responses to each of this rank's prompts."""
+def collect(run: Run, step: int, slots: list[int] | None = None, extra: int = 0) -> Rollouts:
+    """Samples `rollout.samples` responses to each of this rank's prompts.
+
+    slots, extra: only to these of its prompts, those of an extra round of dynamic sampling.
+    """
     config, r = run.config, run.config.rollout
     train = run.problems
-    asked = prompt_numbers(config.run.seed, step, r.prompts, len(train))
-    numbers = share(config, run.world)
+    asked = prompt_numbers(config.run.seed, step, r.prompts, len(train), run.mixture, extra)
+    numbers = share(config, run.world) if slots is None else slots
     problems = [train[asked[i]] for i in numbers]
     prompts = [run.text.encode(problem) for problem in problems]
-    seed = config.run.seed * 2_000_003 + step
+    seed = config.run.seed * 2_000_003 + step + extra * 10**12
     out = run.engine.generate(prompts, r.samples, run.sampling, seed, numbers)
     if run.sampling.truncated and out.kept is None:
         raise RuntimeError(f"rollout.engine: {r.engine!r} did not return the tokens that its draws were left with")
@@ -192,9 +200,17 @@ def collect(run: Run, step: int) -> Rollouts:
     )
 
 
+def again(run: Run, step: int, slots: list[int], extra: int) -> Rollouts:
+    """Responses to an extra round's prompts for these slots, scored."""
+    rollouts = collect(run, step, slots, extra)
+    rollouts.reward = score_rewards(run, rollouts, step)
+    return rollouts
+
+
 def score_rewards(run: Run, rollouts: Rollouts, step: int) -> list[float | None]:
     """Rewards of this rank's responses; None for one that could not be scored, which is named in the log."""
     rewards = run.scorer.score(rollouts.problems, rollouts.texts)
+    rollouts.parts = run.scorer.parts
     broken = ~rollouts.logp.isfinite().all(-1)
     if broken.any():  # an engine that overflowed: its tokens cannot be weighed
         run.log.note(f"{int(broken.sum())} responses came with log-probabilities that are not finite", step)
@@ -272,7 +288,7 @@ def fill(batch: MicroBatch, rollouts: Rollouts, shaped: Shaped, rows: Tensor) ->
 
 
 @torch.no_grad()
-def score(run: Run, policy: Policy, batches: list[MicroBatch], which: str) -> None:
+def score(run: Run, policy: Scored, batches: list[MicroBatch], which: str) -> None:
     """Log-probabilities under `policy` on the very micro-batches that training will see."""
     for batch in batches:
         out = policy(objective.score_head(run.config, batch), batch.ids, batch.positions)

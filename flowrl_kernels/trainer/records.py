@@ -20,6 +20,7 @@ from flowrl_kernels.trainer.log import Log
 from flowrl_kernels.trainer.objective import Loss
 from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.policy import Policy
+from flowrl_kernels.trainer.prompts import Mixture
 from flowrl_kernels.trainer.reward import Scorer
 from flowrl_kernels.trainer.rollout import Engine, Kept, Sampling
 from flowrl_kernels.trainer.tasks import Problem, Task
@@ -69,13 +70,14 @@ class Run:
     text: Text
     problems: list[Problem]  # the train split, without prompts that are too long
     policy: Policy
-    reference: Policy | None
+    reference: policy.Scored | None
     engine: Engine
     sampling: Sampling
     optimizer: torch.optim.Optimizer
     scorer: Scorer
     log: Log
     loss: Loss
+    mixture: Mixture | None  # how several training files are mixed
     inputs: dict[str, str]  # hashes of the data, the task's code and the model
     saved: dict[str, Any] | None  # what the checkpoint says that this run was resumed from
     pushed: int = -1  # updates that the weights given to the engine last have seen
@@ -117,6 +119,7 @@ class Rollouts:
     texts: list[str]
     kept: Kept | None = None  # what each token was drawn from; None: everything
     reward: list[float | None] = field(default_factory=list)
+    parts: dict[str, list[float | None]] = field(default_factory=dict)  # of several rewards, each by its name
 
 
 @dataclass

@@ -227,5 +227,5 @@ def test_everything_that_samples_is_said_to_vllm_and_nothing_left_to_its_default
     said = vllm_sampling(Sampling(7, 0.6, (1, 2), top_p=0.9, top_k=5, min_p=0.1), 4, seed=11)
     assert said["stop_token_ids"] == [1, 2]
     assert said["ignore_eos"] is True
-    fields = {field.name for field in dataclasses.fields(Sampling)} - {"max_new_tokens", "stop"}
+    fields = {field.name for field in dataclasses.fields(Sampling)} - {"max_new_tokens", "stop", "stops"}
     assert {name: said[name] for name in fields} == {"temperature": 0.6, "top_p": 0.9, "top_k": 5, "min_p": 0.1}

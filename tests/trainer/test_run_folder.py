@@ -219,7 +219,9 @@ def test_the_log_of_a_resumed_run_goes_to_tensorboard_once_a_step(place, monkeyp
     got = []
     board = types.SimpleNamespace(
         SummaryWriter=lambda folder: types.SimpleNamespace(
-            add_scalar=lambda key, value, step: got.append((key, step)), close=lambda: None
+            add_scalar=lambda key, value, step: got.append((key, step)),
+            add_text=lambda key, text, step: got.append((key, step)),
+            close=lambda: None,
         )
     )
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
@@ -227,6 +229,7 @@ def test_the_log_of_a_resumed_run_goes_to_tensorboard_once_a_step(place, monkeyp
     (place / "run" / "tensorboard" / "events.out.tfevents.1").write_text("old")
     train(place, "--run.resume", "True", "--run.steps", "4", "--log.tensorboard", "True")
     assert [step for key, step in got if key == "train/reward"] == [1, 2, 3, 4]
+    assert [step for key, step in got if key == "samples"] == [1]
     assert not list((place / "run" / "tensorboard").iterdir())
 
 
@@ -235,10 +238,11 @@ def test_weights_and_biases_get_the_same_id_after_a_resume(place, monkeypatch):
 
     ids = []
     wandb = types.SimpleNamespace(
+        Table=lambda columns, data: None,
         init=lambda **k: (
             ids.append((k["id"], k["resume"]))
             or types.SimpleNamespace(log=lambda metrics, step: None, finish=lambda: None)
-        )
+        ),
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for steps in ("3", "4"):

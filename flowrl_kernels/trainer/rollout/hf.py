@@ -18,7 +18,8 @@ class HFEngine:
 
     The batch is static: it starts with every prompt, ends with the last response, and sheds finished rows
     each time half of it has finished. Prompts are read once and their cache repeated for the n responses.
-    Under truncated sampling it tells what each token was drawn from, which waits for a GPU at every token.
+    Under truncated sampling it tells what each token was drawn from, and stop texts are looked for in what came: both
+    wait for a GPU at every token.
     """
 
     def __init__(self, policy: Policy, *, batch: int, device: torch.device):
@@ -80,7 +81,7 @@ class HFEngine:
         if n > 1:
             cache.batch_repeat_interleave(n)
             z, lengths, mask = (x.repeat_interleave(n, 0) for x in (z, lengths, mask))
-        stop = torch.tensor(sampling.stop, device=device, dtype=torch.int64)
+        stop, stops = torch.tensor(sampling.ends, device=device, dtype=torch.int64), sampling.stops
         alive = torch.arange(count, device=device)  # rows still in the batch
         number = torch.tensor([i * n + j for i in numbers for j in range(n)], device=device)
         done = torch.zeros(count, dtype=torch.bool, device=device)  # of those, finished
@@ -89,7 +90,7 @@ class HFEngine:
         length = torch.zeros(count, dtype=torch.int64, device=device)
         finished = torch.zeros(count, dtype=torch.bool, device=device)
         drawn_from: list[tuple[Tensor, Tensor, Tensor]] = []  # of each step: its responses, their kept ids, how many
-        every = 1 if device.type == "cpu" else 16  # looking at `done` waits for a GPU
+        every = 1 if device.type == "cpu" or stops is not None else 16  # looking at `done` waits for a GPU
         for t in range(sampling.max_new_tokens):
             token, logp, keep = draw(z, sampling, uniform(seed, number, t))
             if keep is not None:
@@ -99,6 +100,10 @@ class HFEngine:
             logps[alive, t] = logp.masked_fill(done, 0.0)
             length[alive] += ~done
             done = done | torch.isin(token, stop)
+            if stops is not None:
+                on = (~done).nonzero().squeeze(-1)
+                last = tokens[alive[on], max(0, t + 1 - stops.window) : t + 1].tolist()
+                done[on] = torch.tensor(stops.ended(last), dtype=torch.bool, device=device)
             finished[alive] = done
             if t + 1 == sampling.max_new_tokens:
                 break

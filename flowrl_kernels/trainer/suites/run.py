@@ -14,7 +14,7 @@ from flowrl_kernels.trainer import config_file, export, fingerprint, report
 from flowrl_kernels.trainer.config import Config, check
 from flowrl_kernels.trainer.evaluate import Response, Sample, chosen
 from flowrl_kernels.trainer.measure import evaluation_sampling, make_sampler
-from flowrl_kernels.trainer.parts import make_text, stop_tokens
+from flowrl_kernels.trainer.parts import make_stops, make_text, stop_tokens
 from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.records import Text
 from flowrl_kernels.trainer.reward import Scorer
@@ -26,7 +26,16 @@ from flowrl_kernels.trainer.terminal import Terminal
 
 RESULTS = "results.json"
 # settings that choose what is sampled and how it is scored
-MADE_OF = ("task.", "eval.", "model.", "rollout.engine", "rollout.max_new_tokens", "rollout.batch", "parallel.dtype")
+MADE_OF = (
+    "task.",
+    "eval.",
+    "model.",
+    "rollout.engine",
+    "rollout.max_new_tokens",
+    "rollout.batch",
+    "rollout.stop",
+    "parallel.dtype",
+)
 FREE = ("task.reward_workers", "model.name")  # the weights have a hash of their own
 
 
@@ -95,8 +104,10 @@ def run_suites(source: str, path: str, out: str, args: list[str], overwrite: boo
     try:
         for job in jobs:
             if job.name not in found["suites"]:
-                sampling = evaluation_sampling(job.config, stop_tokens(actor, tokenizer))
-                sample = make_sampler(engine, texts[job.name], sampling, world)
+                text = texts[job.name]
+                stops = make_stops(job.config, text)
+                sampling = evaluation_sampling(job.config, stop_tokens(actor, tokenizer), stops)
+                sample = make_sampler(engine, text, sampling, world)
                 found["suites"][job.name] = evaluate(job, sample, folder, terminal)
                 report.save(folder / RESULTS, found)
             part = found["suites"][job.name]
@@ -230,7 +241,7 @@ def evaluate(job: Job, sample: Sample, folder: Path, terminal: Terminal) -> dict
     lines, reasons = begun(path, job, step)
     path.write_text("".join(json.dumps(line) + "\n" for line in [{"key": job.key}, *lines]), encoding="utf-8")
     rows = [line for line in lines if "id" in line]
-    scorer, started = Scorer(config.task, job.task), time.monotonic()
+    scorer, started = Scorer(config.task, job.task).first, time.monotonic()
     before = sum(line["seconds"] for line in lines if "seconds" in line)
     try:
         with path.open("a", encoding="utf-8") as out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flowrl_kernels.trainer.config import TaskConfig
+from flowrl_kernels.trainer.config import TaskConfig, listed
 from flowrl_kernels.trainer.tasks.answers import equal, read_gold
 from flowrl_kernels.trainer.tasks.base import Problem, check_split
 from flowrl_kernels.trainer.tasks.countdown import read_wanted
@@ -31,6 +32,7 @@ class FileTask:
     max_prompt_tokens: None = None
     max_response_tokens: None = None
     solved: float = 0.5  # a reward above this counts as solved
+    sources: tuple[int, ...] = ()  # how many of the training rows are from each file, one behind the other
     trusted: bool = True  # exact comparison; other rewards run in their own processes
 
     @classmethod
@@ -39,21 +41,26 @@ class FileTask:
         if not cfg.train and not cfg.valid and not cfg.test:
             raise ValueError('task.name = "file" needs task.train, or task.test to evaluate; all are empty')
         read_answer = None
-        if cfg.reward == "code":
+        if "code" in listed(cfg.reward):
             from flowrl_kernels.trainer.tasks.code import row_reader
 
             read_answer = row_reader(cfg)
         keys = (cfg.prompt_key, cfg.answer_key, cfg.system, read_answer)
         found: dict[str, list[Problem]] = {}
+        sources: list[int] = []
         for split, source in (("train", cfg.train), ("valid", cfg.valid), ("test", cfg.test)):
             try:
-                found[split] = read_problems(source, *keys) if source else []
+                parts = [read_problems(one, *keys) for one in listed(source) if one]
             except (ValueError, FileNotFoundError) as error:
                 raise type(error)(f"task.{split}: {error}") from None
-            _comparable(found[split], split, cfg)
+            found[split] = [replace(p, id=i) for i, p in enumerate(itertools.chain.from_iterable(parts))]
+            sources += [len(part) for part in parts] if split == "train" else []
+            for reward in listed(cfg.reward) if read_answer is None else ():
+                _comparable(found[split], split, reward)
             if cfg.suffix:
                 found[split] = [replace(p, prompt=with_suffix(p.prompt, cfg.suffix)) for p in found[split]]
-        return cls(found, solved=1 - 1e-9 if read_answer else 0.5)
+        solved = 1 - 1e-9 if listed(cfg.reward)[0] == "code" else 0.5
+        return cls(found, solved=solved, sources=tuple(sources))
 
     def problems(self, split: str) -> Sequence[Problem]:
         return self.rows[check_split(split)]
@@ -80,11 +87,11 @@ class FileTask:
         return None
 
 
-def _comparable(problems: Sequence[Problem], split: str, cfg: TaskConfig) -> None:
-    """Refuse answers that the built-in reward could never compare, before the first step."""
-    if cfg.reward in ("", "exact", "math"):
+def _comparable(problems: Sequence[Problem], split: str, reward: str) -> None:
+    """Refuse answers that a built-in reward could never compare, before the first step."""
+    if reward in ("", "exact", "math"):
         wanted, fits = "text or a number", lambda answer: isinstance(answer, str | int | float)
-    elif cfg.reward == "countdown":
+    elif reward == "countdown":
         wanted, fits = '{"numbers": [...], "target": n}, or its JSON text', lambda a: read_wanted(a) is not None
     else:
         return
@@ -92,7 +99,7 @@ def _comparable(problems: Sequence[Problem], split: str, cfg: TaskConfig) -> Non
         if not fits(problem.answer):
             raise ValueError(
                 f"task.answer_key: the answer of problem {problem.id} of task.{split} must be {wanted} for "
-                f"task.reward = {cfg.reward or 'exact'!r}, got {problem.answer!r:.80}"
+                f"task.reward = {reward or 'exact'!r}, got {problem.answer!r:.80}"
             )
 
 
