@@ -16,6 +16,10 @@ READ_BY = {
     "tensor_parallel": ("vllm", "server"), "kv_cache": ("vllm", "server"), "probe_limit": ("vllm", "server"),
     "servers": ("server",), "timeout": ("server",), "retries": ("server",),
 }  # fmt: skip
+NO_OVERLAP = {
+    "hf": "samples from the live weights, which training changes",
+    "vllm": "runs in the trainer's own process, where one waits for the other",
+}
 
 
 def check_algorithm(config: Config) -> None:
@@ -69,7 +73,15 @@ def check_engine(config: Config, ranks: int) -> None:
     Raises:
         ValueError: naming the key, what was wanted and what came.
     """
-    r, default = config.rollout, RolloutConfig()
+    r, default, updates = config.rollout, RolloutConfig(), config.updates_a_step
+    if r.overlap and r.engine in NO_OVERLAP:
+        why = f"engine = {r.engine!r} {NO_OVERLAP[r.engine]}"
+        raise ValueError(f"rollout.overlap: wanted 0, {why} (engine = 'server' can); got {r.overlap}")
+    if r.overlap > updates:
+        raise ValueError(
+            f"rollout.overlap: wanted at most {updates}, the updates of a step: one batch is sampled while one trains, "
+            f"and further behind it would only be older; got {r.overlap}"
+        )
     for name, engines in READ_BY.items():
         value, unset = getattr(r, name), getattr(default, name)
         if r.engine not in engines and value != unset:

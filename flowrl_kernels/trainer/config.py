@@ -153,6 +153,9 @@ class RolloutConfig:
     retries: int = 8
     """For "server": how often what failed is tried again, after 1, 2, 4, ... and at most 30 seconds, before the run
     stops."""
+    overlap: int = 0
+    """For "server": how many updates behind a batch may be sampled, so that it is sampled while the one before it
+    trains; at most a step's. 0: one after the other."""
     prompts: int = 32
     """Prompts per step, over all ranks."""
     samples: int = 8
@@ -355,6 +358,11 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    @property
+    def updates_a_step(self) -> int:
+        a = self.algorithm
+        return a.epochs * (self.rollout.prompts // (a.minibatch_prompts or self.rollout.prompts))
+
 
 # smallest value that means something
 LEAST = {
@@ -369,6 +377,7 @@ LEAST = {
     "rollout.tensor_parallel": 1,
     "rollout.probe_limit": 0.0,
     "rollout.retries": 0,
+    "rollout.overlap": 0,
     "rollout.max_new_tokens": 1,
     "algorithm.epochs": 1,
     "algorithm.minibatch_prompts": 0,
