@@ -14,6 +14,7 @@ from flowrl_kernels.trainer.tasks import Problem, Task
 # settings of `rollout` that not every engine reads (what "server" does not read itself, `rollout.serve` does)
 READ_BY = {
     "tensor_parallel": ("vllm", "server"), "kv_cache": ("vllm", "server"), "probe_limit": ("vllm", "server"),
+    "head": ("vllm", "server"),
     "servers": ("server",), "timeout": ("server",), "retries": ("server",),
 }  # fmt: skip
 NO_OVERLAP = {
@@ -96,6 +97,11 @@ def check_engine(config: Config, ranks: int) -> None:
     if r.engine != "hf":
         if r.kv_cache <= 0:
             raise ValueError(f"rollout.kv_cache: wanted more than 0 GiB; got {r.kv_cache}")
+        if r.head == "trainer" and r.tensor_parallel > 1:
+            raise ValueError(
+                f"rollout.head: wanted 'engine' with rollout.tensor_parallel = {r.tensor_parallel}, which splits the "
+                f"head; got {r.head!r}"
+            )
         if r.engine == "vllm" and ranks % r.tensor_parallel:
             raise ValueError(f"rollout.tensor_parallel: wanted a divisor of {ranks} ranks; got {r.tensor_parallel}")
 

@@ -145,6 +145,9 @@ class RolloutConfig:
     """Ranks (for "vllm") or GPUs (of a server) that hold one engine together."""
     kv_cache: float = 1.0
     """For "vllm" and the server of `make serve`: memory of the KV cache on each GPU or in each process, GiB."""
+    head: Literal["engine", "trainer"] = "engine"
+    """For "vllm" and "server": whose head says the sampled tokens' log-probs. "trainer": the operator that scores in
+    training, on the engine's hidden states, which leaves the backbone's part of the gap alone."""
     probe_limit: float = 0.0
     """Largest gap between the engine's and the trainer's log-probability of a token, nats, tried after each push of
     weights; 0: 1e-4 in float32, 0.5 in bfloat16."""

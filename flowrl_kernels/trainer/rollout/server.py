@@ -43,6 +43,7 @@ class ServerEngine:
         r, self.vocab, self.world = config.rollout, vocab, world
         self.servers = [Http(address, r.timeout) for address in r.servers]
         self.retries, self.dtype = r.retries, parallel.DTYPES[config.parallel.dtype]
+        self.head = config.parallel.impl if r.head == "trainer" else ""
         self.root = Path(config.run.dir).resolve() / "weights"
         self.run = parallel.first(lambda: uuid.uuid4().hex[:12], world)
         self.version, self.folder, self.closed = -1, Path(), False
@@ -72,6 +73,8 @@ class ServerEngine:
 
     def _load(self, k: int) -> None:
         server = self.servers[k]
+        if self.head:
+            server.ask("POST", "/collective_rpc", {"method": "flowrl_head", "args": [self.head]})
         server.ask("POST", "/collective_rpc", {"method": "flowrl_load", "args": [str(self.folder)]})
         if server.ask("POST", "/reset_prefix_cache") != {"success": True}:
             raise Fault("the prefix cache, which is of old weights, was not emptied")
