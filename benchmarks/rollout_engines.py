@@ -2,12 +2,12 @@
 
     python -m benchmarks.rollout_engines rates FOLDER     # tokens a second, pushes of all weights included
     python -m benchmarks.rollout_engines steps FOLDER     # a GRPO step by phase; by a server also with overlap
-    python -m benchmarks.rollout_engines head FOLDER      # what the trainer's head costs a decode step in vLLM
     python -m benchmarks.rollout_engines plot             # docs/images/rollout-phases.png from the committed numbers
 
 FOLDER holds a Hugging Face model. It runs in vLLM's environment (`make test-vllm` makes it) and adds its numbers to
 rollout_engines.json beside it. In `rates` every engine gives 4 prompts x 8 responses of 64 tokens with the sampled
-tokens' log-probabilities; `vllm, bare` is vLLM's own `LLM.generate` without them, pushes or seeds.
+tokens' log-probabilities; `vllm, bare` is vLLM's own `LLM.generate` without them, pushes or seeds. The gap is between
+those log-probabilities and the trainer's on the same tokens, nats.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from typing import Any
 import torch
 
 from benchmarks import machine
+from flowrl_kernels import linear_logprob
 from flowrl_kernels.trainer.config import Config, ModelConfig, ParallelConfig, RolloutConfig, RunConfig
 from flowrl_kernels.trainer.parallel import ALONE
 from flowrl_kernels.trainer.policy import Policy, load_model
-from flowrl_kernels.trainer.rollout import Sampling
+from flowrl_kernels.trainer.rollout import Generated, Sampling
 from flowrl_kernels.trainer.rollout.base import Engine
 from flowrl_kernels.trainer.rollout.hf import HFEngine
 
@@ -88,16 +89,34 @@ def timed(run: Callable[[int], int], repeats: int) -> list[float]:
 
 
 def of_engine(engine: Engine, model: Any, prompts: list[list[int]], repeats: int) -> dict[str, Any]:
-    """With a push before each, as in a step; how long that takes, beside it."""
+    """With a push before each, as in a step; how long that takes, and how far the log-probs are from the trainer's."""
     pushes: list[float] = []
+    gaps: list[float] = []
 
     def run(tokens: int) -> int:
         start = time.perf_counter()
         engine.update_weights(model.state_dict().items(), tokens)
         pushes.append(time.perf_counter() - start)
-        return int(engine.generate(prompts, SAMPLES, Sampling(tokens), seed=1).length.sum())
+        out = engine.generate(prompts, SAMPLES, Sampling(tokens), seed=1)
+        if tokens < TOKENS:  # the short one, which is not timed
+            gaps.extend(gap(model, prompts, out))
+        return int(out.length.sum())
 
-    return {"tokens_per_s": timed(run, repeats), "push_s": pushes[1:]}
+    measured = {"tokens_per_s": timed(run, repeats), "push_s": pushes[1:]}
+    return measured | {"gap_rms": statistics.mean(g * g for g in gaps) ** 0.5, "gap_max": max(map(abs, gaps))}
+
+
+@torch.no_grad()
+def gap(model: Any, prompts: list[list[int]], out: Generated) -> list[float]:
+    """Engine minus trainer of each sampled token, nats."""
+    gaps: list[float] = []
+    for row, (tokens, logp, n) in enumerate(zip(out.tokens, out.logp, out.length.tolist())):
+        prompt = prompts[row // SAMPLES]
+        ids = torch.tensor([prompt + tokens[: n - 1].tolist()])
+        hidden = model.base_model(ids).last_hidden_state[0, len(prompt) - 1 :]
+        own = linear_logprob(hidden, model.get_output_embeddings().weight, tokens[:n]).logp
+        gaps += (logp[:n] - own).tolist()
+    return gaps
 
 
 def rates(given: argparse.Namespace) -> dict[str, Any]:
@@ -150,10 +169,13 @@ def rates(given: argparse.Namespace) -> dict[str, Any]:
             return sum(len(choice.token_ids) for request in out for choice in request.outputs)
 
         figures["vllm, bare"] = {"tokens_per_s": timed(bare, given.repeats)}
+        engine.llm.collective_rpc("flowrl_head", args=("auto",))
+        figures["vllm, the trainer's head"] = of_engine(engine, model, prompts, given.repeats)
         engine.close()
     shutil.rmtree(config.run.dir, ignore_errors=True)
     for name, made in figures.items():
-        print(f"{name:24s} {statistics.median(made['tokens_per_s']):7.1f} tokens/s")
+        more = {key: value for key, value in made.items() if key != "tokens_per_s"}
+        print(f"{name:24s} {statistics.median(made['tokens_per_s']):7.1f} tokens/s", more)
     return figures
 
 

@@ -98,10 +98,8 @@ def check_engine(config: Config, ranks: int) -> None:
         if r.kv_cache <= 0:
             raise ValueError(f"rollout.kv_cache: wanted more than 0 GiB; got {r.kv_cache}")
         if r.head == "trainer" and r.tensor_parallel > 1:
-            raise ValueError(
-                f"rollout.head: wanted 'engine' with rollout.tensor_parallel = {r.tensor_parallel}, which splits the "
-                f"head; got {r.head!r}"
-            )
+            why = f"rollout.tensor_parallel = {r.tensor_parallel} splits the head"
+            raise ValueError(f"rollout.head: wanted 'engine', {why}; got {r.head!r}")
         if r.engine == "vllm" and ranks % r.tensor_parallel:
             raise ValueError(f"rollout.tensor_parallel: wanted a divisor of {ranks} ranks; got {r.tensor_parallel}")
 

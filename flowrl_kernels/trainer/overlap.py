@@ -107,7 +107,7 @@ def by_sampler(config: Config) -> bool:
 
     The ratio is to the policy that sampled. Its weights are gone when its batch trains, so what it said then is taken,
     with the engine's rounding in it. With a correction (or a row that has one) they are computed by the weights that
-    the step starts from, and the correction weighs the way from the sampler to those (arXiv 2505.24298).
+    the step starts from, and the correction weighs the way from the sampler to those (docs/maths.md, eq. 39, 40).
     """
     a = config.algorithm
     return config.rollout.overlap > 0 and not (a.correction or a.tis_cap > 0 or objective.weighs_sampler(config))
