@@ -53,8 +53,8 @@ name = "countdown"
 [model]
 name = "{model}"
 [rollout]
-prompts = 4
-samples = 8
+prompts = {prompts}
+samples = {samples}
 max_new_tokens = {tokens}
 timeout = 120.0
 [algorithm]
@@ -78,14 +78,29 @@ plots = false
 # ------------------------------------------------------------------------------------------------ tokens a second
 
 
-def timed(run: Callable[[int], int], repeats: int) -> list[float]:
-    """Tokens a second of run(tokens a response) -> tokens in all, of each repeat; a short one first."""
+def timed(run: Callable[[int], int], repeats: int) -> dict[str, list[float]]:
+    """Tokens of run(tokens a response) -> tokens in all by the clock's and the processor's second; a short one first.
+
+    The processor's seconds are this process's and its children's (a server's): with one thread each what one core
+    would give if nobody else wanted it.
+    """
     run(4)
-    rates = []
+    clock, processor = [], []
     for _ in range(repeats):
-        start = time.perf_counter()
-        rates.append(run(TOKENS) / (time.perf_counter() - start))
-    return rates
+        start, busy = time.perf_counter(), worked()
+        tokens = run(TOKENS)
+        clock.append(tokens / (time.perf_counter() - start))
+        processor.append(tokens / (worked() - busy))
+    return {"tokens_per_s": clock, "tokens_per_cpu_s": processor}
+
+
+def worked() -> float:
+    """Seconds of processor of this process and everything it started that still runs."""
+    import psutil
+
+    own = psutil.Process()
+    times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
 
 
 def of_engine(engine: Engine, model: Any, prompts: list[list[int]], repeats: int) -> dict[str, Any]:
@@ -102,7 +117,7 @@ def of_engine(engine: Engine, model: Any, prompts: list[list[int]], repeats: int
             gaps.extend(gap(model, prompts, out))
         return int(out.length.sum())
 
-    measured = {"tokens_per_s": timed(run, repeats), "push_s": pushes[1:]}
+    measured = timed(run, repeats) | {"push_s": pushes[1:]}
     return measured | {"gap_rms": statistics.mean(g * g for g in gaps) ** 0.5, "gap_max": max(map(abs, gaps))}
 
 
@@ -143,14 +158,14 @@ def rates(given: argparse.Namespace) -> dict[str, Any]:
                 )  # fmt: skip
             return out[:, 16:].numel()
 
-        figures["transformers generate"] = {"tokens_per_s": timed(plain, given.repeats)}
+        figures["transformers generate"] = timed(plain, given.repeats)
     if "hf" in given.only:
         live = HFEngine(Policy(model), batch=1024, device=ALONE.device)
         figures["hf"] = of_engine(live, model, prompts, given.repeats)
     if "server" in given.only:
         from flowrl_kernels.trainer.rollout.server import ServerEngine
 
-        with served(given) as address:
+        with served(given, {"prompts": PROMPTS, "samples": SAMPLES, "tokens": TOKENS}) as address:
             asked = dataclasses.replace(config.rollout, engine="server", servers=(address,))
             server = ServerEngine(dataclasses.replace(config, rollout=asked), vocab, ALONE)
             figures["server"] = of_engine(server, model, prompts, given.repeats)
@@ -168,26 +183,27 @@ def rates(given: argparse.Namespace) -> dict[str, Any]:
             out = engine.llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
             return sum(len(choice.token_ids) for request in out for choice in request.outputs)
 
-        figures["vllm, bare"] = {"tokens_per_s": timed(bare, given.repeats)}
+        figures["vllm, bare"] = timed(bare, given.repeats)
         engine.llm.collective_rpc("flowrl_head", args=("auto",))
         figures["vllm, the trainer's head"] = of_engine(engine, model, prompts, given.repeats)
         engine.close()
     shutil.rmtree(config.run.dir, ignore_errors=True)
     for name, made in figures.items():
-        more = {key: value for key, value in made.items() if key != "tokens_per_s"}
-        print(f"{name:24s} {statistics.median(made['tokens_per_s']):7.1f} tokens/s", more)
+        clock, processor = (statistics.median(made[key]) for key in ("tokens_per_s", "tokens_per_cpu_s"))
+        more = {key: value for key, value in made.items() if not key.startswith("tokens")}
+        print(f"{name:24s} {clock:7.1f} tokens/s, {processor:7.1f} tokens/cpu-s", more)
     return figures
 
 
 @contextlib.contextmanager
-def served(given: argparse.Namespace) -> Iterator[str]:
-    """Address of a server for the model."""
+def served(given: argparse.Namespace, sizes: dict[str, int]) -> Iterator[str]:
+    """Address of a server for the model; it decodes as many sequences at once as a step of these sizes has."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.toml"
-        file.write_text(RUN.format(model=given.folder, threads=given.threads, steps=1, tokens=TOKENS))
+        file.write_text(RUN.format(model=given.folder, threads=given.threads, steps=1, **sizes))
         line = [sys.executable, "-m", "flowrl_kernels.trainer.rollout.serve", str(file), "--port", str(port)]
         process = subprocess.Popen([*line, "--parallel.dtype", given.dtype], env=environment(given),
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
@@ -216,13 +232,14 @@ def environment(given: argparse.Namespace) -> dict[str, str]:
 
 
 def steps(given: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a step by phase, median over the steps after the first (and, with overlap, after the second)."""
+    """Seconds of a step by phase. The first step is left out, and the last, which samples nothing for another."""
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.toml"
-        text = RUN.format(model=given.folder, threads=given.threads, steps=given.steps, tokens=given.tokens)
+        sizes = {"prompts": 2, "samples": 4, "tokens": given.tokens}
+        text = RUN.format(model=given.folder, threads=given.threads, steps=given.steps, **sizes)
         file.write_text(text)
-        with served(given) if "server" in given.only else contextlib.nullcontext("") as address:
+        with served(given, sizes) if "server" in given.only else contextlib.nullcontext("") as address:
             asked = ["--rollout.engine", "server", "--rollout.servers", address]
             kinds = {
                 "hf": [], "vllm": ["--rollout.engine", "vllm"], "server": asked,
@@ -236,7 +253,7 @@ def steps(given: argparse.Namespace) -> dict[str, Any]:
                 line += ["--parallel.dtype", given.dtype] if given.dtype != "float32" else []
                 subprocess.run([*line, *args], env=environment(given), check=True, stdout=subprocess.DEVNULL)
                 rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
-                rows = [row for row in rows if row["kind"] == "train"][2:]
+                rows = [row for row in rows if row["kind"] == "train"][1:-1]
                 figures[name] = {phase: [row[f"time/{phase}"] for row in rows] for phase in PHASES}
                 figures[name]["step"] = [row["time/step"] for row in rows]
                 figures[name]["tokens"] = [row["tokens"] for row in rows]
@@ -275,7 +292,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--only", nargs="*", default=["transformers", "hf", "server", "vllm", "bare"])
     given = parser.parse_args()

@@ -52,7 +52,7 @@ def sleeper(monkeypatch):
 
     Alone.__abstractmethods__ = frozenset()
     executor = object.__new__(Alone)
-    executor.is_sleeping, executor.sleeping_tags = False, set()
+    executor.sleeping_tags = set()
     core = SimpleNamespace(
         model_executor=executor,
         pause_scheduler=lambda mode, clear_cache: did.append("pause"),
