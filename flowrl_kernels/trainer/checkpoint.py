@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
@@ -71,7 +72,7 @@ def choose(run: Path, world: World) -> tuple[Path | None, dict[Path, str]]:
 
 def save(
     run: Path, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any],
-    world: World, keep: int, inputs: dict[str, str] | None = None,
+    world: World, keep: int, inputs: dict[str, str] | None = None, ahead: dict[str, torch.Tensor] | None = None,
 ) -> Path:  # fmt: skip
     """Writes everything the next step depends on; every rank must call it.
 
@@ -79,6 +80,7 @@ def save(
         progress: JSON-able facts of the loop (step, updates made, skipped).
         keep: newest checkpoints that stay.
         inputs: hashes of what the run is made from, for whoever resumes it.
+        ahead: this rank's part of the batch that was sampled ahead (overlap.py).
 
     Raises:
         CheckpointError: on every rank, where any rank could not write (a full disk, say). What was half
@@ -103,10 +105,13 @@ def save(
             warnings.simplefilter("ignore")  # dcp warns that one process is not distributed
             dcp.save(state, checkpoint_id=partial, no_dist=world.size == 1)
         torch.save(_rng(), partial / f"rng_{world.rank}.pt")
+        if ahead:
+            save_file(ahead, partial / f"ahead_{world.rank}.safetensors")
         if world.main:
             logs = {file.name: file.stat().st_size for file in run.glob("*.jsonl")}
             (partial / "progress.json").write_text(json.dumps({**progress, "logs": logs, "inputs": inputs or {}}))
-        mine = [f for f in partial.iterdir() if f.name.startswith((f"__{world.rank}_", f"rng_{world.rank}."))]
+        own = (f"__{world.rank}_", f"rng_{world.rank}.", f"ahead_{world.rank}.")
+        mine = [f for f in partial.iterdir() if f.name.startswith(own)]
         if world.main:
             mine += [partial / ".metadata", partial / "progress.json"]
         files = fingerprint.seal(mine)

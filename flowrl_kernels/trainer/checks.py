@@ -15,8 +15,13 @@ from flowrl_kernels.trainer.tasks import Problem, Task
 # settings of `rollout` that not every engine reads (what "server" does not read itself, `rollout.serve` does)
 READ_BY = {
     "tensor_parallel": ("vllm", "server"), "kv_cache": ("vllm", "server"), "probe_limit": ("vllm", "server"),
+    "head": ("vllm", "server"),
     "servers": ("server",), "timeout": ("server",), "retries": ("server",),
 }  # fmt: skip
+NO_OVERLAP = {
+    "hf": "samples from the live weights, which training changes",
+    "vllm": "runs in the trainer's own process, where one waits for the other",
+}
 
 
 def check_algorithm(config: Config) -> None:
@@ -99,7 +104,18 @@ def check_engine(config: Config, ranks: int) -> None:
     Raises:
         ValueError: naming the key, what was wanted and what came.
     """
-    r, default = config.rollout, RolloutConfig()
+    r, default, updates = config.rollout, RolloutConfig(), config.updates_a_step
+    if r.overlap and r.engine in NO_OVERLAP:
+        why = f"engine = {r.engine!r} {NO_OVERLAP[r.engine]}"
+        raise ValueError(f"rollout.overlap: wanted 0, {why} (engine = 'server' can); got {r.overlap}")
+    if r.overlap and r.dynamic:
+        raise ValueError(f"rollout.overlap: wanted 0 with rollout.dynamic (its extra rounds need the engine that samples "
+                         f"ahead); got {r.overlap}")  # fmt: skip
+    if r.overlap > updates:
+        raise ValueError(
+            f"rollout.overlap: wanted at most {updates}, the updates of a step: one batch is sampled while one trains, "
+            f"and further behind it would only be older; got {r.overlap}"
+        )
     for name, engines in READ_BY.items():
         value, unset = getattr(r, name), getattr(default, name)
         if r.engine not in engines and value != unset:
@@ -114,6 +130,9 @@ def check_engine(config: Config, ranks: int) -> None:
     if r.engine != "hf":
         if r.kv_cache <= 0:
             raise ValueError(f"rollout.kv_cache: wanted more than 0 GiB; got {r.kv_cache}")
+        if r.head == "trainer" and r.tensor_parallel > 1:
+            why = f"rollout.tensor_parallel = {r.tensor_parallel} splits the head"
+            raise ValueError(f"rollout.head: wanted 'engine', {why}; got {r.head!r}")
         if r.engine == "vllm" and ranks % r.tensor_parallel:
             raise ValueError(f"rollout.tensor_parallel: wanted a divisor of {ranks} ranks; got {r.tensor_parallel}")
 

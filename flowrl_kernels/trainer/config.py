@@ -158,6 +158,9 @@ class RolloutConfig:
     """Ranks (for "vllm") or GPUs (of a server) that hold one engine together."""
     kv_cache: float = 1.0
     """For "vllm" and the server of `make serve`: memory of the KV cache on each GPU or in each process, GiB."""
+    head: Literal["engine", "trainer"] = "engine"
+    """For "vllm" and "server": whose head says the sampled tokens' log-probs. "trainer": the operator that scores in
+    training, on the engine's hidden states, which leaves the backbone's part of the gap alone."""
     probe_limit: float = 0.0
     """Largest gap between the engine's and the trainer's log-probability of a token, nats, tried after each push of
     weights; 0: 1e-4 in float32, 0.5 in bfloat16."""
@@ -166,6 +169,9 @@ class RolloutConfig:
     retries: int = 8
     """For "server": how often what failed is tried again, after 1, 2, 4, ... and at most 30 seconds, before the run
     stops."""
+    overlap: int = 0
+    """For "server": how many updates behind a batch may be sampled, so that it is sampled while the one before it
+    trains; at most a step's. 0: one after the other."""
     prompts: int = 32
     """Prompts per step, over all ranks."""
     samples: int = 8
@@ -386,6 +392,11 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def updates_a_step(self) -> int:
+        a = self.algorithm
+        return a.epochs * (self.rollout.prompts // (a.minibatch_prompts or self.rollout.prompts))
 
 
 OPEN = ("optim.max_grad_norm",)  # may be infinite

@@ -68,7 +68,8 @@ def single(config: Config) -> Config:
         config,
         parallel=dataclasses.replace(config.parallel, dtype="float32", replicate=1, offload_reference=False),
         model=dataclasses.replace(config.model, trust_remote_code=False),
-        rollout=dataclasses.replace(config.rollout, engine="hf"),  # the model restored here; a server has other weights
+        # the model restored here; a server has other weights
+        rollout=dataclasses.replace(config.rollout, engine="hf", overlap=0),
     )
 
 

@@ -13,6 +13,7 @@ LEAST = {
     "rollout.tensor_parallel": 1,
     "rollout.probe_limit": 0.0,
     "rollout.retries": 0,
+    "rollout.overlap": 0,
     "rollout.max_new_tokens": 1,
     "algorithm.epochs": 1,
     "algorithm.minibatch_prompts": 0,

@@ -20,6 +20,7 @@ from flowrl_kernels.trainer import (
     measure,
     mismatch,
     objective,
+    overlap,
     parallel,
     run_folder,
     shaping,
@@ -31,7 +32,7 @@ from flowrl_kernels.trainer.parts import frozen_start
 from flowrl_kernels.trainer.plot import plot_runs
 from flowrl_kernels.trainer.policy import Scored
 from flowrl_kernels.trainer.prompts import prompt_numbers
-from flowrl_kernels.trainer.records import Lap, Progress, Result, Rollouts, Run, Shaped, Update
+from flowrl_kernels.trainer.records import Lap, Progress, Prompts, Result, Rollouts, Run, Shaped, Update
 from flowrl_kernels.trainer.rollout import Kept, probe
 from flowrl_kernels.trainer.rollout.faults import EngineError
 from flowrl_kernels.trainer.run import export, prepare, resume
@@ -58,6 +59,7 @@ def train(config: Config) -> dict[str, float]:
         try:
             run = prepare(config, world)
             progress = resume(run)
+            overlap.restore(run, progress, share(config, world))
             try:
                 with watch.waiting():
                     _steps(run, progress, watch)
@@ -86,21 +88,23 @@ def _steps(run: Run, progress: Progress, watch: stop.Watch) -> None:
         if progress.evaluated < progress.step:
             if split := due(config, progress.step):
                 split = split if split == "valid" else measure.last_split(run)
+                overlap.in_step(run, progress)
                 run.log.evaluation(progress.step, split, measure.evaluation(run, split))
             progress.evaluated = progress.step
         leave(run, progress, watch)
         if progress.step >= config.run.steps:
             return
         step, lap = progress.step + 1, Lap()
-        rollouts = collect(run, step)
+        rollouts = collect(run, progress)
         if not config.rollout.dynamic:
             run.engine.release()
         lap("rollout")
+        ahead(run, progress, lap)
         rollouts.reward = score_rewards(run, rollouts, step)
         lap("reward")
         extra: dict[str, float] = {}
         if config.rollout.dynamic:
-            rollouts, extra = dynamic.refill(run, rollouts, partial(again, run, step))
+            rollouts, extra = dynamic.refill(run, rollouts, partial(again, run, progress))
             run.engine.release()
             lap("dynamic")
         shaped = shaping.shape(config, rollouts, run.world)
@@ -108,14 +112,19 @@ def _steps(run: Run, progress: Progress, watch: stop.Watch) -> None:
         batches = [batch for update in updates for batch in update.batches]
         if run.reference is not None:
             score(run, run.reference, batches, "ref")
-        if needs.old:
+        behaviour = overlap.by_sampler(config)
+        if behaviour:
+            if needs.value or objective.log_z_kind(config) == "group":
+                score(run, run.policy, batches, "now")
+            overlap.as_old(batches)
+        elif needs.old:
             score(run, run.policy, batches, "old")
             if mismatch.rejects(config):
                 counts = mismatch.recount(config, [update.batches for update in updates], run.world)
                 for update, (tokens, sequences) in zip(updates, counts):
                     update.tokens, update.sequences = tokens, sequences
         shown = batches
-        if not needs.old and algorithms.of(config).residual:  # one pass has no log-probs to show: a few, for the log
+        if behaviour or (not needs.old and algorithms.of(config).residual):  # not known: of a few, for the log
             shown = a_few(run, rollouts, shaped)
             score(run, run.policy, shown, "now")
         towards = batches  # where the KL to the reference is read off
@@ -124,11 +133,15 @@ def _steps(run: Run, progress: Progress, watch: stop.Watch) -> None:
             score(run, frozen_start(run), towards, "ref")
         shaping.finish(config, batches, run.world)
         lap("score")
-        results = [apply(run, progress, update) for _ in range(config.algorithm.epochs) for update in updates]
+        results = []
+        for update in updates * config.algorithm.epochs:
+            ahead(run, progress, lap)
+            results.append(apply(run, progress, update))
         lap("update")
         progress.step = step
         try:
-            probe.push(run, progress.updates)
+            if not config.rollout.overlap:
+                probe.push(run, progress.updates)
         finally:  # what it learned is learned, whatever the engine says
             lap("push")
             figures = measure.of_step(run, rollouts, updates, results, progress, lap, shown, towards)
@@ -170,28 +183,46 @@ def share(config: Config, world: parallel.World) -> list[int]:
     return [i for start in starts for i in range(start, start + mine)]
 
 
-def collect(run: Run, step: int, slots: list[int] | None = None, extra: int = 0) -> Rollouts:
-    """Samples `rollout.samples` responses to each of this rank's prompts.
+def prompts_of(run: Run, step: int, slots: list[int] | None = None, extra: int = 0) -> Prompts:
+    """This rank's prompts of a step, and the seed of their responses.
 
-    slots, extra: only to these of its prompts, those of an extra round of dynamic sampling.
+    slots, extra: only these of its prompts, those of an extra round of dynamic sampling.
     """
-    config, r = run.config, run.config.rollout
-    train = run.problems
-    asked = prompt_numbers(config.run.seed, step, r.prompts, len(train), run.mixture, extra)
+    config, train = run.config, run.problems
+    asked = prompt_numbers(config.run.seed, step, config.rollout.prompts, len(train), run.mixture, extra)
     numbers = share(config, run.world) if slots is None else slots
     problems = [train[asked[i]] for i in numbers]
-    prompts = [run.text.encode(problem) for problem in problems]
-    seed = config.run.seed * 2_000_003 + step + extra * 10**12
-    out = run.engine.generate(prompts, r.samples, run.sampling, seed, numbers)
+    tokens = [run.text.encode(problem) for problem in problems]
+    return Prompts(step, problems, numbers, tokens, config.run.seed * 2_000_003 + step + extra * 10**12)
+
+
+def ahead(run: Run, progress: Progress, lap: Lap) -> None:
+    """Has the next step's responses sampled in the background, where these are the weights to sample them from."""
+    if overlap.is_time(run, progress):
+        lap("update")
+        overlap.ask(run, progress, prompts_of(run, progress.step + 2))
+        lap("push")
+
+
+def collect(run: Run, progress: Progress, slots: list[int] | None = None, extra: int = 0) -> Rollouts:
+    """`rollout.samples` responses to each of this rank's prompts of the next step, or of an extra round of it."""
+    prompts = prompts_of(run, progress.step + 1, slots, extra)
+    if slots is None:
+        out = overlap.take(run, progress, prompts)
+    else:
+        out = run.engine.generate(
+            prompts.tokens, run.config.rollout.samples, run.sampling, prompts.seed, prompts.numbers
+        )
+        probe.check_version(out, run.pushed)
     if run.sampling.truncated and out.kept is None:
-        raise RuntimeError(f"rollout.engine: {r.engine!r} did not return the tokens that its draws were left with")
-    probe.check_version(out, run)
-    n, tokens = r.samples, out.tokens.numpy()
+        engine = run.config.rollout.engine
+        raise RuntimeError(f"rollout.engine: {engine!r} did not return the tokens that its draws were left with")
+    n, tokens = run.config.rollout.samples, out.tokens.numpy()
     lengths = out.length.tolist()
     return Rollouts(
-        problems=[problem for problem in problems for _ in range(n)],
-        numbers=[i * n + j for i in numbers for j in range(n)],
-        prompts=[array for array in map(np.asarray, prompts) for _ in range(n)],
+        problems=[problem for problem in prompts.problems for _ in range(n)],
+        numbers=[i * n + j for i in prompts.numbers for j in range(n)],
+        prompts=[array for array in map(np.asarray, prompts.tokens) for _ in range(n)],
         responses=[tokens[b, :length] for b, length in enumerate(lengths)],
         logp=out.logp,
         finished=out.finished,
@@ -200,10 +231,10 @@ def collect(run: Run, step: int, slots: list[int] | None = None, extra: int = 0)
     )
 
 
-def again(run: Run, step: int, slots: list[int], extra: int) -> Rollouts:
+def again(run: Run, progress: Progress, slots: list[int], extra: int) -> Rollouts:
     """Responses to an extra round's prompts for these slots, scored."""
-    rollouts = collect(run, step, slots, extra)
-    rollouts.reward = score_rewards(run, rollouts, step)
+    rollouts = collect(run, progress, slots, extra)
+    rollouts.reward = score_rewards(run, rollouts, progress.step + 1)
     return rollouts
 
 
@@ -354,7 +385,7 @@ def save(run: Run, progress: Progress) -> None:
     try:
         checkpoint.save(
             run.folder, progress.step, run.policy, run.optimizer, vars(progress), run.world,
-            run.config.checkpoint.keep, run.inputs,
+            run.config.checkpoint.keep, run.inputs, overlap.tensors(run),
         )  # fmt: skip
     except checkpoint.CheckpointError as error:
         run.log.note(str(error), progress.step)
@@ -364,6 +395,7 @@ def _finish(run: Run, progress: Progress) -> dict[str, float]:
     """Last checkpoint, final evaluation, exported model, plots; resuming a whole run does this again."""
     save(run, progress)
     step, split = progress.step, measure.last_split(run)
+    overlap.in_step(run, progress)
     figures = measure.evaluation(run, split, last=True)
     run.log.evaluation(step, split, figures)
     run.log.final(step, figures)

@@ -101,11 +101,16 @@ def kl_in_reward(config: Config) -> bool:
     return algorithms.of(config).kl == "return" and config.algorithm.kl > 0
 
 
+def weighs_sampler(config: Config) -> bool:
+    """Whether a flowrl run's row has a weight of its own for the gap to the sampler."""
+    return algorithms.of(config).residual and row(config).tis is not None
+
+
 def needs(config: Config) -> Needs:
     """What the configured algorithm needs."""
     a, algorithm = config.algorithm, algorithms.of(config)
     corrects = bool(a.correction) or a.tis_cap > 0
-    several = a.epochs > 1 or 0 < a.minibatch_prompts < config.rollout.prompts
+    several = a.epochs > 1 or 0 < a.minibatch_prompts < config.rollout.prompts or config.rollout.overlap > 0
     if algorithm.residual:
         r, kind = row(config), log_z_kind(config)
         own = r.anchor == "old" or r.tis is not None or r.gate is not None or r.drop is not None

@@ -22,7 +22,8 @@ from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.prompts import Mixture
 from flowrl_kernels.trainer.reward import Scorer
-from flowrl_kernels.trainer.rollout import Engine, Kept, Sampling
+from flowrl_kernels.trainer.rollout import Engine, Generated, Kept, Sampling
+from flowrl_kernels.trainer.rollout.faults import EngineError
 from flowrl_kernels.trainer.tasks import Problem, Task
 
 if TYPE_CHECKING:
@@ -60,6 +61,29 @@ class Job:
     attention: str | None  # of transformers
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What this rank has sampled for a step."""
+
+    step: int
+    problems: list[Problem]
+    numbers: list[int]  # of each among all ranks' of the step
+    tokens: list[list[int]]
+    seed: int
+
+
+@dataclass
+class Ahead:
+    """A batch that is sampled while the one before it trains (overlap.py)."""
+
+    step: int  # that will train on it
+    version: int  # updates that the weights it is sampled from have seen
+    numbers: list[int]
+    wait: Callable[[], Generated] | None = None  # gives it; None once that was called
+    out: Generated | None = None
+    error: EngineError | None = None
+
+
 @dataclass
 class Run:
     """What a step needs; made once by `run.prepare`."""
@@ -82,6 +106,8 @@ class Run:
     saved: dict[str, Any] | None  # what the checkpoint says that this run was resumed from
     pushed: int = -1  # updates that the weights given to the engine last have seen
     probe_gap: float = 0.0  # between the engine's log-probabilities and the trainer's, nats, after that push
+    ahead: Ahead | None = None  # the next step's batch, with `rollout.overlap`
+    staleness: int = 0  # updates between the weights that sampled this step's batch and those it began to train at
     start: Policy | None = None  # what RL started from, once an evaluation asked for it; `reference` where there is one
     start_logp: dict[str, Tensor] = field(default_factory=dict)  # of each problem's listed responses under it
 
@@ -95,12 +121,12 @@ class Run:
 
     @property
     def total_updates(self) -> int:
-        r, a = self.config.rollout, self.config.algorithm
-        return self.config.run.steps * a.epochs * (r.prompts // (a.minibatch_prompts or r.prompts))
+        return self.config.run.steps * self.config.updates_a_step
 
     def engine_figures(self) -> dict[str, float]:
         """What a step's line says of an engine that has weights of its own."""
-        return {} if self.config.rollout.engine == "hf" else {"probe_gap": self.probe_gap}
+        figures: dict[str, float] = {} if self.config.rollout.engine == "hf" else {"probe_gap": self.probe_gap}
+        return figures | ({"staleness": self.staleness} if self.config.rollout.overlap else {})
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         return policy.named_weights(self.policy)
@@ -151,7 +177,7 @@ class Result:
 
 
 class Lap:
-    """Seconds by phase: `lap("name")` ends one."""
+    """Seconds by phase: `lap("name")` ends one, or a part of one."""
 
     def __init__(self) -> None:
         self.start = self.last = time.perf_counter()
@@ -159,4 +185,4 @@ class Lap:
 
     def __call__(self, name: str) -> None:
         now = time.perf_counter()
-        self.seconds[name], self.last = now - self.last, now
+        self.seconds[name], self.last = self.seconds.get(name, 0.0) + now - self.last, now

@@ -468,5 +468,16 @@ ROWS = [
      of("trainer/test_dynamic.py", "test_an_epoch_asks_each_source_its_share_in_orders_of_its_own")),
     ("KL by its first estimator", "trainer/measure.py", "(gap.expm1() - gap).sum()", "(-gap).sum()",
      of("trainer/test_dynamic.py", "test_the_kl_to_the_reference_is_the_mean_of_schulmans_third_estimator")),
+    # --- overlap
+    ("a batch ahead sampled too early", "trainer/overlap.py",
+     "return progress.updates == step * run.config.updates_a_step - bound", "return True",
+     of("trainer/test_overlap.py", "test_every_batch_is_as_far_behind_as_the_bound_says_and_asks_what_it_would_without"
+        "[1-algorithm.minibatch_prompts 2-behind0]")),
+    ("a kill loses the batch ahead", LOOP, "run.inputs, overlap.tensors(run),", "run.inputs,",
+     of("trainer/test_overlap.py",
+        "test_a_killed_run_goes_on_with_the_batch_that_was_sampled_ahead_and_ends_with_the_same_bits")),
+    ("a stale batch weighed as a fresh one", LOOP, "behaviour = overlap.by_sampler(config)", "behaviour = False",
+     of("trainer/test_overlap.py", "test_the_ratio_is_to_the_weights_that_sampled_or_with_a_correction_to_those_of_the_"
+        "steps_start[flowrl-]")),
 ]  # fmt: skip
 MUTANTS = [Mutant(*row) for row in ROWS]

@@ -23,6 +23,7 @@ class FakeVLLM:
     def __init__(self, config, tokenizer):
         self.make = lambda: Policy(policies.build_model(config, tokenizer, "sdpa").eval())
         self.faults, self.asked, self.loads, self.lock = [], [], 0, threading.Lock()
+        self.called = []  # of the workers' methods
         self.port = 0
         self.start()
 
@@ -85,6 +86,9 @@ class FakeVLLM:
         if path == "/weight_info":
             return 200, {"weight_version": self.version}
         if path == "/collective_rpc":
+            self.called.append((body["method"], *body["args"]))
+            if body["method"] == "flowrl_head":
+                return 200, {"results": [True]}
             assert body["method"] == "flowrl_load", body
             for file in Path(body["args"][0]).glob("*.safetensors"):
                 self.engine.policy.model.load_state_dict(load_file(file), strict=False)

@@ -261,7 +261,7 @@ def test_a_signal_lets_the_step_end_and_leaves_its_checkpoint(tmp_path, monkeypa
     before = signal.getsignal(signal.SIGINT)  # ignored where the suite runs in the background
     collect = loop.collect
     monkeypatch.setattr(
-        loop, "collect", lambda run, step: (step == 2 and os.kill(os.getpid(), number), collect(run, step))[1]
+        loop, "collect", lambda run, at: (at.step == 1 and os.kill(os.getpid(), number), collect(run, at))[1]
     )
     args = [*SMALL, "--run.dir", str(tmp_path / "run"), "--run.cache", str(tmp_path / "c"), "--run.steps", "4"]
     (tmp_path / "a.toml").write_text("")

@@ -214,6 +214,19 @@ def test_only_what_may_pass_is_tried_again(waits):
     assert waits == [1, 2]
 
 
+def test_a_server_is_told_of_the_trainers_head_with_every_push_for_it_may_have_been_away(tmp_path, server):
+    for head, told in (("trainer", [("flowrl_head", "chunked")]), ("engine", [])):
+        server.called = []
+        more = ["--rollout.head", head, "--parallel.impl", "chunked", "--run.dir", str(tmp_path)]
+        config = config_file.override(Config(), fake_vllm.small(server.address, *more))
+        engine = ServerEngine(config, 14, tiny.ALONE)
+        for version in (1, 2):
+            engine.update_weights(server.engine.policy.model.state_dict().items(), version)
+        assert [call for call in server.called if call[0] == "flowrl_head"] == told * 2
+        assert [call[0] for call in server.called if call[0] == "flowrl_load"] == ["flowrl_load"] * 2
+        engine.close()
+
+
 def test_weights_are_written_whole_in_the_type_that_computes_and_in_files_of_a_size(tmp_path, monkeypatch):
     from safetensors.torch import load_file
 

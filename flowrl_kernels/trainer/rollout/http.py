@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import socket
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +36,8 @@ class Http:
         self.headers = dict(headers or {})
         self._parts = urlsplit(self.address)
         self._local = threading.local()
+        self._open: set[http.client.HTTPConnection] = set()
+        self._closed = False
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """The JSON that comes back (None for an empty answer).
@@ -72,8 +76,16 @@ class Http:
         """Closes this thread's connection."""
         connection = getattr(self._local, "connection", None)
         if connection is not None:
+            self._open.discard(connection)
             connection.close()
         self._local.connection = None
+
+    def close(self) -> None:
+        """Cuts every thread's connection; who waits for an answer gets a ConnectionError."""
+        self._closed = True
+        for connection in list(self._open):
+            with contextlib.suppress(OSError, AttributeError):  # gone already
+                connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _first(self, method: str, path: str, data: bytes | None) -> tuple[int, bytes]:
         try:
@@ -87,10 +99,13 @@ class Http:
 
     def _once(self, method: str, path: str, data: bytes | None) -> tuple[int, bytes]:
         connection = getattr(self._local, "connection", None)
+        if self._closed:
+            raise ConnectionError("closed by the trainer")
         if connection is None:
             kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
             connection = kind(self._parts.hostname or "", self._parts.port, timeout=self.timeout)
             self._local.connection = connection
+            self._open.add(connection)
         headers = {"Content-Type": "application/json", **self.headers} if data else self.headers
         connection.request(method, path, data, headers)
         answer = connection.getresponse()

@@ -55,7 +55,7 @@ def gap(run: Run, version: int) -> float:
     # no stop: as many tokens on every rank, so ranks that hold shards of the model stay in step
     sampling = Sampling(min(TOKENS, config.rollout.max_new_tokens), config.rollout.temperature)
     out = run.engine.generate(prompts, 1, sampling, seed=version)
-    check_version(out, run)
+    check_version(out, run.pushed)
     batches = pack(
         list(range(len(prompts))), list(map(np.asarray, prompts)), list(out.tokens.numpy()),
         max_tokens=config.parallel.max_tokens, row_tokens=config.parallel.row_tokens,
@@ -70,13 +70,13 @@ def gap(run: Run, version: int) -> float:
     return float(parallel.total(far, run.world, "max"))
 
 
-def check_version(out: Generated, run: Run) -> None:
-    """Refuses responses that were not sampled from the weights pushed last.
+def check_version(out: Generated, pushed: int) -> None:
+    """Refuses responses that were not sampled from the weights pushed before they were asked for.
 
     Raises:
         EngineError: naming both versions.
     """
-    if out.version != run.pushed:
+    if out.version != pushed:
         raise EngineError(
-            f"rollout.engine: responses of weights {out.version} came, those of {run.pushed} updates were pushed last"
+            f"rollout.engine: responses of weights {out.version} came, those of {pushed} updates were pushed last"
         )
