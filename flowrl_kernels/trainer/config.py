@@ -278,6 +278,8 @@ class ParallelConfig:
     row_tokens: int = 0
     """Most tokens in one packed row; 0: one row per micro-batch with flash-attention, else short rows, because
     SDPA's block mask grows with the square of the row."""
+    share_prompts: bool = False
+    """Compute a prompt once for the responses that share a row with it; needs attention that takes a mask (SDPA)."""
     impl: Literal["auto", "reference", "chunked", "triton"] = "auto"
     """Implementation of the library's fused head and losses."""
     epsilon: float = 0.0

@@ -47,6 +47,7 @@ FREE_ON_RESUME = (
     "parallel.offload_reference",
     "parallel.max_tokens",
     "parallel.row_tokens",
+    "parallel.share_prompts",
     "checkpoint.",
     "eval.",
     "log.",
