@@ -99,10 +99,10 @@ def test_a_model_that_lets_branches_see_each_other_does_not_share_prompts():
     assert Probe(forward, 14, 64).shared_error() < 1e-6
 
 
-def test_a_model_whose_attention_takes_no_mask_refuses_by_name():
+def test_a_model_that_cannot_share_prompts_is_refused_by_name(monkeypatch):
     cfg = tiny.config(parallel={"share_prompts": True})
     model = tiny.model(cfg)
     assert policies.make_policy(cfg, tiny.ALONE, model).shares
-    model.config._attn_implementation = "flash_attention_2"  # reads boundaries off positions
-    with pytest.raises(ValueError, match=r"parallel\.share_prompts: wanted false: Qwen2ForCausalLM with flash"):
-        policies.make_policy(cfg, tiny.ALONE, model, packing="positions")
+    monkeypatch.setattr(policies, "shares_prompts", lambda *args, **kwargs: False)
+    with pytest.raises(ValueError, match=r"parallel\.share_prompts: wanted false: Qwen2ForCausalLM with sdpa"):
+        policies.make_policy(cfg, tiny.ALONE, model)
