@@ -275,6 +275,9 @@ class ParallelConfig:
     """Keep the reference model's shards in host memory."""
     max_tokens: int = 8192
     """Most tokens in a micro-batch on one rank."""
+    memory: float = 0.0
+    """Most memory for what a micro-batch's forward keeps for its backward on one rank, GiB: lowers `max_tokens` to what
+    fits; 0: `max_tokens` as it is."""
     row_tokens: int = 0
     """Most tokens in one packed row; 0: one row per micro-batch with flash-attention, else short rows, because
     SDPA's block mask grows with the square of the row."""
@@ -376,6 +379,7 @@ LEAST = {
     "algorithm.minibatch_prompts": 0,
     "optim.warmup": 0,
     "parallel.max_tokens": 1,
+    "parallel.memory": 0.0,
     "parallel.row_tokens": 0,
     "parallel.replicate": 1,
     "checkpoint.every": 0,

@@ -46,6 +46,7 @@ FREE_ON_RESUME = (
     "parallel.compile",
     "parallel.offload_reference",
     "parallel.max_tokens",
+    "parallel.memory",
     "parallel.row_tokens",
     "parallel.share_prompts",
     "checkpoint.",
