@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+Seconds = tuple[float, float]  # on the wall, and of the processor in all threads: the steadier one on a busy machine
 PROMPTS, SAMPLES, TOKENS, RATE = 4, 8, 64, 1e-6
 QUESTIONS = (
     "A farmer has 17 sheep and buys 5 more at the market. Then 9 of them run away. How many sheep are left?",
@@ -55,6 +56,23 @@ def prompts_of(folder: str) -> list[str]:
     return [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in messages]
 
 
+def now() -> Seconds:
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: Seconds, less: Seconds = (0.0, 0.0)) -> Seconds:
+    wall, processor = now()
+    return wall - start[0] - less[0], processor - start[1] - less[1]
+
+
+def phases(step: Seconds, rollout: Seconds, update: Seconds) -> dict[str, float]:
+    """A step's figures: wall and processor seconds by phase; what is left over is rewards and bookkeeping."""
+    rest = (step[0] - rollout[0] - update[0], step[1] - rollout[1] - update[1])
+    parts = {"step": step, "rollout": rollout, "update": update, "rest": rest}
+    walls = {f"{name}_s": wall for name, (wall, _) in parts.items()}
+    return walls | {f"{name}_processor_s": processor for name, (_, processor) in parts.items()}
+
+
 def by_trl(folder: str, steps: int, settings: dict[str, Any]) -> list[dict[str, float]]:
     """Seconds by phase of each step of GRPOTrainer."""
     import torch
@@ -63,19 +81,17 @@ def by_trl(folder: str, steps: int, settings: dict[str, Any]) -> list[dict[str, 
     from trl import GRPOConfig, GRPOTrainer
 
     class Clock(TrainerCallback):
-        begun = 0.0
+        begun = (0.0, 0.0)
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.begun = time.perf_counter()
+            self.begun = now()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            whole = time.perf_counter() - self.begun
-            made.append({"step": whole, "rollout": spent["rollout"], "update": whole - spent["all"]})
-            made[-1]["rest"] = whole - made[-1]["rollout"] - made[-1]["update"]
-            spent.update(rollout=0.0, all=0.0)
+            made.append(phases(since(self.begun), spent["rollout"], since(self.begun, spent["all"])))
+            spent.update(rollout=(0.0, 0.0), all=(0.0, 0.0))
 
     made: list[dict[str, float]] = []
-    spent = {"rollout": 0.0, "all": 0.0}
+    spent = {"rollout": (0.0, 0.0), "all": (0.0, 0.0)}
     with tempfile.TemporaryDirectory() as out:
         shared = {"per_device_train_batch_size": PROMPTS * SAMPLES, "gradient_accumulation_steps": 1}
         args = GRPOConfig(
@@ -94,11 +110,12 @@ def by_trl(folder: str, steps: int, settings: dict[str, Any]) -> list[dict[str, 
 
         def timed(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
-                start = time.perf_counter()
+                start = now()
                 try:
                     return inner(*args, **kwargs)
                 finally:
-                    spent[name] += time.perf_counter() - start
+                    taken = since(start)
+                    spent[name] = (spent[name][0] + taken[0], spent[name][1] + taken[1])
 
             return call
 
@@ -116,13 +133,12 @@ def by_ours(folder: str, steps: int, settings: dict[str, Any]) -> list[dict[str,
     import dataclasses
 
     from flowrl_kernels.trainer import config as c
-    from flowrl_kernels.trainer import loop, run, stop
+    from flowrl_kernels.trainer import loop, records, run, stop
     from flowrl_kernels.trainer.parallel import ALONE
-    from flowrl_kernels.trainer.records import Progress
 
     with tempfile.TemporaryDirectory() as out:
         data = Path(out) / "prompts.jsonl"
-        data.write_text("".join(json.dumps({"prompt": p, "answer": ""}) + "\n" for p in prompts_of(folder)))
+        data.write_text("".join(json.dumps({"prompt": p, "answer": "none"}) + "\n" for p in prompts_of(folder)))
         config = c.Config(
             run=c.RunConfig(dir=f"{out}/run", steps=steps),
             task=c.TaskConfig(name="file", train=str(data), test=str(data), chat_template=False,
@@ -138,22 +154,27 @@ def by_ours(folder: str, steps: int, settings: dict[str, Any]) -> list[dict[str,
         )  # fmt: skip
         made = run.prepare(config, ALONE)
         made.sampling = dataclasses.replace(made.sampling, stop=())
+        taken: list[dict[str, Seconds]] = []
+
+        class Clock(records.Lap):
+            def __init__(self) -> None:
+                super().__init__()
+                self.start, self.begun = now(), now()
+                taken.append({})
+
+            def __call__(self, name: str) -> None:
+                super().__call__(name)
+                taken[-1] |= {name: since(self.begun), "step": since(self.start)}
+                self.begun = now()
+
+        vars(loop)["Lap"] = Clock
         with stop.watch() as watch:
-            loop._steps(made, Progress(), watch)
+            loop._steps(made, records.Progress(), watch)
         made.scorer.close()
         made.log.close()
         lines = [json.loads(line) for line in (Path(out) / "run" / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line["kind"] == "train"]
-    assert {line["length"] for line in lines} == {float(TOKENS)}
-    return [
-        {
-            "step": line["time/step"],
-            "rollout": line["time/rollout"],
-            "update": line["time/update"],
-            "rest": line["time/step"] - line["time/rollout"] - line["time/update"],
-        }
-        for line in lines
-    ]
+    assert {line["length"] for line in lines if line["kind"] == "train"} == {float(TOKENS)}
+    return [phases(step["step"], step["rollout"], step["update"]) for step in taken[:steps]]
 
 
 def one(case: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
@@ -168,15 +189,16 @@ def one(case: str, folder: str, steps: int, threads: int) -> dict[str, Any]:
 def summed_up(case: str, found: dict[str, Any], warm: int) -> dict[str, Any]:
     """Medians over the steps after the first `warm`."""
     steps = found["steps"][warm:]
-    medians = {f"{name}_s": round(statistics.median(step[name] for step in steps), 2) for name in steps[0]}
-    rate = PROMPTS * SAMPLES * TOKENS / statistics.median(step["step"] for step in steps)
+    medians = {name: round(statistics.median(step[name] for step in steps), 2) for name in steps[0]}
+    tokens = PROMPTS * SAMPLES * TOKENS
     return {
         "case": case,
         "settings": TRL.get(case, OURS.get(case)),
         **medians,
-        "tokens_per_s": round(rate, 1),
+        "tokens_per_s": round(tokens / medians["step_s"], 1),
+        "tokens_per_processor_s": round(tokens / medians["step_processor_s"], 1),
         "peak_gb": round(found["peak_rss"] / 1e9, 2),
-        "each_step_s": [round(step["step"], 2) for step in steps],
+        "each_step_s": [round(step["step_s"], 2) for step in steps],
     }
 
 
