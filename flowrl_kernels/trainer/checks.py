@@ -109,8 +109,8 @@ def check_engine(config: Config, ranks: int) -> None:
         why = f"engine = {r.engine!r} {NO_OVERLAP[r.engine]}"
         raise ValueError(f"rollout.overlap: wanted 0, {why} (engine = 'server' can); got {r.overlap}")
     if r.overlap and r.dynamic:
-        raise ValueError(f"rollout.overlap: wanted 0 with rollout.dynamic (its extra rounds need the engine that samples "
-                         f"ahead); got {r.overlap}")  # fmt: skip
+        why = "its extra rounds need the engine that samples ahead"
+        raise ValueError(f"rollout.overlap: wanted 0 with rollout.dynamic ({why}); got {r.overlap}")
     if r.overlap > updates:
         raise ValueError(
             f"rollout.overlap: wanted at most {updates}, the updates of a step: one batch is sampled while one trains, "

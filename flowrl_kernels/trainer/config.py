@@ -309,9 +309,14 @@ class ParallelConfig:
     """Keep the reference model's shards in host memory."""
     max_tokens: int = 8192
     """Most tokens in a micro-batch on one rank."""
+    memory: float = 0.0
+    """Most memory for what a micro-batch's forward keeps for its backward on one rank, GiB: lowers `max_tokens` to what
+    fits; 0: `max_tokens` as it is."""
     row_tokens: int = 0
     """Most tokens in one packed row; 0: one row per micro-batch with flash-attention, else short rows, because
     SDPA's block mask grows with the square of the row."""
+    share_prompts: bool = False
+    """Compute a prompt once for the responses that share a row with it; needs attention that takes a mask (SDPA)."""
     impl: Literal["auto", "reference", "chunked", "triton"] = "auto"
     """Implementation of the library's fused head and losses."""
     epsilon: float = 0.0

@@ -19,6 +19,7 @@ LEAST = {
     "algorithm.minibatch_prompts": 0,
     "optim.warmup": 0,
     "parallel.max_tokens": 1,
+    "parallel.memory": 0.0,
     "parallel.row_tokens": 0,
     "parallel.replicate": 1,
     "checkpoint.every": 0,

@@ -277,6 +277,7 @@ def pack_updates(run: Run, rollouts: Rollouts, shaped: Shaped) -> list[Update]:
             device=world.device,
             together=config.rollout.samples if objective.whole_groups(config) else 1,
             alone=run.policy.packing == "alone",
+            share=run.policy.shares,
         )
         for batch in batches:
             fill(batch, rollouts, shaped, batch.which.cpu() + first)
@@ -298,7 +299,8 @@ def a_few(run: Run, rollouts: Rollouts, shaped: Shaped) -> list[MicroBatch]:
     keep = [i for i, kept in enumerate(shaped.keep) if kept][:SHOWN]
     p = run.config.parallel
     batches = pack(keep, rollouts.prompts, rollouts.responses, max_tokens=p.max_tokens, row_tokens=p.row_tokens,
-                   device=run.world.device, alone=run.policy.packing == "alone")[:1]  # fmt: skip
+                   device=run.world.device, alone=run.policy.packing == "alone",
+                   share=run.policy.shares)[:1]  # fmt: skip
     for batch in batches:
         fill(batch, rollouts, shaped, batch.which.cpu())
     return batches
@@ -322,7 +324,7 @@ def fill(batch: MicroBatch, rollouts: Rollouts, shaped: Shaped, rows: Tensor) ->
 def score(run: Run, policy: Scored, batches: list[MicroBatch], which: str) -> None:
     """Log-probabilities under `policy` on the very micro-batches that training will see."""
     for batch in batches:
-        out = policy(objective.score_head(run.config, batch), batch.ids, batch.positions)
+        out = policy(objective.score_head(run.config, batch), batch.ids, batch.positions, branch=batch.branch)
         batch.per_token[which] = out.logp
         if out.value is not None:
             batch.per_token["value"] = out.value
@@ -344,7 +346,7 @@ def apply(run: Run, progress: Progress, update: Update) -> Result:
     value = torch.zeros((), device=world.device)
     for batch in update.batches:
         head = run.loss(batch, tokens=update.tokens, sequences=update.sequences)
-        out = run.policy(head, batch.ids, batch.positions)
+        out = run.policy(head, batch.ids, batch.positions, branch=batch.branch)
         # FSDP averages gradients over ranks; the normalisers already count all of them
         (out.loss * (world.size if batch.live else 0.0)).backward()
         if batch.live:

@@ -240,7 +240,7 @@ def summed_logp(run: Run, policy: Scored) -> LogProbs:
         answers = [np.asarray(ids + [run.text.tokenizer.eos_token_id]) for ids in tokens]
         out = torch.zeros(len(texts), dtype=torch.float64)
         for batch in packed(run, policy, prompts, answers):
-            scored = policy(objective.score_head(run.config, batch), batch.ids, batch.positions)
+            scored = policy(objective.score_head(run.config, batch), batch.ids, batch.positions, branch=batch.branch)
             total = scored.logp.new_zeros(batch.sequences, dtype=torch.float64)
             total.index_add_(0, batch.segment(), scored.logp.double())
             out[batch.which.cpu()] = total.cpu()
@@ -261,7 +261,10 @@ def log_z_of(run: Run) -> Callable[[list[Problem]], Tensor]:
         run.policy.log_z.eval()
         for batch in packed(run, run.policy, prompts, dummy):
             value = run.policy(
-                lambda actor, hidden, b=batch: objective.log_z(actor, hidden, b), batch.ids, batch.positions
+                lambda actor, hidden, b=batch: objective.log_z(actor, hidden, b),
+                batch.ids,
+                batch.positions,
+                branch=batch.branch,
             )
             out[batch.which.cpu()] = value.float().cpu()
         run.policy.log_z.train()
@@ -275,5 +278,5 @@ def packed(run: Run, policy: Scored, prompts: list[np.ndarray], responses: list[
     p = run.config.parallel
     return pack(
         list(range(len(prompts))), prompts, responses, max_tokens=p.max_tokens, row_tokens=p.row_tokens,
-        device=run.world.device, alone=policy.packing == "alone",
+        device=run.world.device, alone=policy.packing == "alone", share=policy.shares,
     )  # fmt: skip

@@ -141,7 +141,7 @@ def score_head(
     """
 
     def head(actor: Policy, hidden: Tensor) -> Scores:
-        rows = hidden.flatten(0, 1)[batch.predict]  # [N, H]
+        rows = batch.take(hidden, batch.predict)  # [N, H]
         out = linear_logprob(
             rows,
             actor.head.weight,
@@ -175,7 +175,7 @@ def report_of(config: Config, device: torch.device) -> Tensor | None:
 def log_z(actor: Policy, hidden: Tensor, batch: MicroBatch) -> Tensor:
     """[B] fp32: the learned log Z of each sequence's prompt, from the prompt's hidden states."""
     assert actor.log_z is not None
-    return actor.log_z(hidden.flatten(0, 1)[batch.prompt], cu_seqlens=batch.prompt_cu_seqlens)
+    return actor.log_z(batch.take(hidden, batch.prompt), cu_seqlens=batch.prompt_cu_seqlens)
 
 
 def make_loss(config: Config) -> Loss:
@@ -220,7 +220,7 @@ def flow_loss(config: Config) -> Loss:
                 now = score_head(config, batch)(actor, hidden)
                 return flowrl_loss(now.logp, token.get("ref"), sequence["reward"], zeta, **tensors, **settings)
             out = fused(
-                hidden.flatten(0, 1)[batch.predict],
+                batch.take(hidden, batch.predict),
                 actor.head.weight,
                 batch.target,
                 token.get("ref"),

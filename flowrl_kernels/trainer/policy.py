@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flowrl_kernels.hf.head import check_head, head_logits, head_scales
-from flowrl_kernels.hf.packing import Packing, block_mask, find_packing
+from flowrl_kernels.hf.packing import Packing, block_mask, find_packing, shares_prompts
 from flowrl_kernels.trainer import lora, parallel
 from flowrl_kernels.trainer.config import Config, ModelConfig
 from flowrl_kernels.trainer.parallel import World
@@ -59,6 +59,7 @@ class Policy(nn.Module):
         self.scales = head_scales(model.config)
         self.lora = False  # whether adapters are trained in the place of the model's weights
         self.packing: Packing = "positions"  # how rows hold several sequences; `settle_packing` looks
+        self.shares = False  # whether a row holds a prompt once for several responses (parallel.share_prompts)
 
     @property
     def head(self) -> Any:
@@ -71,9 +72,10 @@ class Policy(nn.Module):
         positions: Tensor,  # [R, L] int64, restarting at 0 with each packed sequence
         mask: Tensor | None = None,  # [R, L + cached] for decoding
         cache: Any = None,
+        branch: Tensor | None = None,  # [R, L] int64, see `MicroBatch`
     ) -> Any:
-        if self.packing == "mask" and mask is None and cache is None:
-            mask = block_mask(positions, boolean=self.model.config._attn_implementation != "eager")
+        if branch is not None or (self.packing == "mask" and mask is None and cache is None):
+            mask = block_mask(positions, branch, boolean=self.model.config._attn_implementation != "eager")
         out = self.model.base_model(
             input_ids=ids,
             position_ids=positions,
@@ -268,6 +270,8 @@ def make_policy(
     else:
         parallel.spread(policy, state, world, offload=offload)
     policy.packing = packing or settle_packing(policy, config, world)
+    if config.parallel.share_prompts:
+        policy.shares = settle_sharing(policy, config, world)
     return policy
 
 
@@ -287,6 +291,28 @@ def settle_packing(policy: Policy, config: Config, world: World) -> Packing:
             field="model.name",
         )
     return max(parallel.gather(found, world), key=("positions", "mask", "alone").index)
+
+
+def settle_sharing(policy: Policy, config: Config, world: World) -> bool:
+    """True; every rank calls it.
+
+    Raises:
+        ValueError: behind one copy of its prompt a response of this model is not what it is alone.
+    """
+    with parallel.whole(policy):
+        good = shares_prompts(
+            lambda ids, positions, mask: policy(lambda actor, hidden: hidden.float(), ids, positions, mask),
+            policy.model.config,
+            dtype=parallel.DTYPES[config.parallel.dtype],
+            device=world.device,
+        )
+    if not all(parallel.gather(good, world)):
+        how = getattr(policy.model.config, "_attn_implementation", None)
+        raise ValueError(
+            f"parallel.share_prompts: wanted false: {type(policy.model).__name__} with {how} attention does not give a "
+            "response behind a shared copy of its prompt what it gives alone; got true"
+        )
+    return True
 
 
 def copy_state(policy: Policy) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import torch
 
 from flowrl_kernels.core import dispatch
 from flowrl_kernels.trainer import (
+    budget,
     checkpoint,
     checks,
     config_file,
@@ -128,6 +129,10 @@ def prepare(config: Config, world: World) -> Run:
         if actor.packing != "positions":
             kind, how = type(actor.model).__name__, "an explicit block mask" if actor.packing == "mask" else "one a row"
             log.note(f"{kind} does not keep packed sequences apart by their positions: {how}", found.step)
+        config, fits = budget.fitted(config, actor, world)
+        if fits:
+            checks.check_budgets(config, max(len(settled.text.encode(problem)) for problem in settled.problems))
+            log.note(fits[0], found.step)
         if not found.checkpoint:
             optimizer = make_optimizer(config, actor)
             inputs = _inputs(job, source)

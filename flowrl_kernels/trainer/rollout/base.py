@@ -154,7 +154,7 @@ def draw(logits: Tensor, sampling: Sampling, u: Tensor) -> Drawn:
     z = logits / sampling.temperature
     keep = kept_tokens(z, sampling) if sampling.truncated else None
     logp = torch.log_softmax(z if keep is None else z.masked_fill(~keep, -math.inf), dim=-1)
-    cdf = logp.double().exp().cumsum(-1)
+    cdf = logp.to(torch.float64, copy=True).exp_().cumsum_(-1)  # in place: [B, V] is large beside what a token costs
     token = torch.searchsorted(cdf, (u * cdf[:, -1]).unsqueeze(-1), right=True).clamp_(max=logits.shape[-1] - 1)
     return Drawn(token.squeeze(-1), logp.gather(-1, token).squeeze(-1), keep)
 

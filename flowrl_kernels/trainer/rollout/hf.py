@@ -50,7 +50,9 @@ class HFEngine:
         numbers = numbers if numbers is not None else list(range(len(prompts)))
         chunk = max(1, self.batch // n)
         parts = []
-        with parallel.whole(self.policy):
+        from flowrl_kernels.hf.decoding import decoding
+
+        with parallel.whole(self.policy), decoding(self.policy.model):
             for start in range(0, len(prompts), chunk):
                 part = slice(start, start + chunk)
                 parts.append(self._decode(prompts[part], n, sampling, seed, numbers[part]))
@@ -66,7 +68,7 @@ class HFEngine:
         )
 
     def _decode(self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, numbers: list[int]) -> Generated:
-        from transformers import DynamicCache
+        from flowrl_kernels.hf.decoding import roomy_cache
 
         device, policy = self.device, self.policy
         width, count = max(map(len, prompts)), len(prompts) * n
@@ -76,7 +78,7 @@ class HFEngine:
         columns = torch.arange(width, device=device)
         mask = (columns >= (width - lengths)[:, None]).long()
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache: Any = DynamicCache(config=policy.model.config)
+        cache: Any = roomy_cache(policy.model.config)
         z = policy(_last, ids, positions, mask if ragged else None, cache)  # [P, V]
         if n > 1:
             cache.batch_repeat_interleave(n)

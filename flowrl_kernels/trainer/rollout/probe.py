@@ -59,11 +59,11 @@ def gap(run: Run, version: int) -> float:
     batches = pack(
         list(range(len(prompts))), list(map(np.asarray, prompts)), list(out.tokens.numpy()),
         max_tokens=config.parallel.max_tokens, row_tokens=config.parallel.row_tokens,
-        device=run.world.device, alone=policy.packing == "alone",
+        device=run.world.device, alone=policy.packing == "alone", share=policy.shares,
     )  # fmt: skip
     worst = torch.zeros((), dtype=torch.float64)
     for batch in batches:
-        logp = policy(objective.score_head(config, batch), batch.ids, batch.positions).logp
+        logp = policy(objective.score_head(config, batch), batch.ids, batch.positions, branch=batch.branch).logp
         sampled = torch.cat([out.logp[row] for row in batch.which.tolist()])
         worst = torch.maximum(worst, (logp.double().cpu() - sampled.double()).abs().max())
     far = torch.where(worst.isnan(), torch.inf, worst).reshape(1).to(run.world.device)
