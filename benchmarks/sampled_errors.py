@@ -28,7 +28,9 @@ from flowrl_kernels.core.counter import fold
 from flowrl_kernels.core.types import EXACT, Budget, Draw, Head, Needs, Saved, Upstream
 from flowrl_kernels.ops.linear_logprob import places
 
-SHARES = (0.03, 0.08, 0.16, 0.25, 0.31)
+SHARES = {
+    "text": (0.03, 0.08, 0.16, 0.25, 0.31), "t1": (0.08, 0.16, 0.25), "t0.8": (0.08, 0.16), "t0.6": (0.03, 0.08),
+}  # fmt: skip
 DRAWS = 8
 UNBIASED_DRAWS = 64
 ORDERS = ("measured", "tokenizer")
@@ -232,10 +234,16 @@ def line(case: Case, cell: dict[str, Any]) -> str:
     )
 
 
-def unbiased(model: Any, case: Case, share: float, count: int, factor: float = 1.0) -> dict[str, float]:
+FEW = 4096  # elements of a tensor whose covariance over the draws is looked at
+
+
+def unbiased(
+    model: Any, case: Case, share: float, count: int, factor: float = 1.0, first: int = 1000
+) -> dict[str, Any]:
     """|mean - exact| over sqrt(summed variance / draws) of the head's gradients and the last layer's tensors.
 
-    About 1 where the rule is unbiased; `factor` is put on every kept pair's inverse probability.
+    About 1 where the rule is unbiased, give or take 1 / sqrt(2 k), k the directions that the errors of a small tensor
+    (a norm's weight) really take. `factor` is put on every kept pair's inverse probability.
     """
     plan = sampled.make_plan
 
@@ -243,10 +251,7 @@ def unbiased(model: Any, case: Case, share: float, count: int, factor: float = 1
         made = plan(*arguments)
         return made._replace(factor=factor * made.factor)
 
-    last = [
-        *model.model.layers[-1].named_parameters(),
-        *(("norm." + n, p) for n, p in model.model.norm.named_parameters()),
-    ]
+    last = [*model.model.layers[-1].named_parameters(), ("norm.weight", model.model.norm.weight)]
     through = Backbone(model, case)
     through.parameters = [p for _, p in last]
 
@@ -258,16 +263,28 @@ def unbiased(model: Any, case: Case, share: float, count: int, factor: float = 1
     made = forward(case, case.orders["measured"])
     wanted = tensors(backward(made))
     sums, square = [torch.zeros_like(t) for t in wanted], torch.zeros(len(wanted), dtype=torch.float64)
+    each: list[list[Tensor]] = [[] for _ in wanted]
     with mock.patch.object(sampled, "make_plan", scaled):
-        for got, _ in draws(made, share, count, first=1000):
+        for got, _ in draws(made, share, count, first):
             for i, (a, b) in enumerate(zip(tensors(got), wanted)):
                 off = a - b
                 sums[i] += off
                 square[i] += off.square().sum(dtype=torch.float64)
+                if off.numel() <= FEW:
+                    each[i].append(off.flatten().double())
     mean = squares(sums) / count**2
     variance = (square - count * mean) / (count - 1)
+    names = ["hidden", "weight", *(name for name, _ in last)]
     ratio = (mean / (variance / count)).sqrt().tolist()
-    return dict(zip(["hidden", "weight", *(name for name, _ in last)], ratio))
+    give = {name: (2 * _directions(torch.stack(e))) ** -0.5 for name, e in zip(names, each) if e}
+    return {"ratio": dict(zip(names, ratio)), "give_or_take": give}
+
+
+def _directions(errors: Tensor) -> float:
+    """tr(C)^2 / tr(C^2) of what the draws [D, n] vary by, tr(C^2) from pairs of different draws."""
+    product = errors @ errors.T
+    count, trace = len(errors), float(product.diagonal().mean())
+    return trace**2 / float((product.square().sum() - product.diagonal().square().sum()) / (count * (count - 1)))
 
 
 def main() -> int:
@@ -279,7 +296,7 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=DRAWS)
     parser.add_argument("--unbiased", type=int, default=UNBIASED_DRAWS, help="draws of that test, on the first level")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=None, help="a file that is there gets these levels beside its own")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -295,17 +312,19 @@ def main() -> int:
         "model": "SmolLM2-135M-Instruct, float32",
         "levels": {},
     }
+    if asked.out is not None and asked.out.exists():
+        before = json.loads(asked.out.read_text())
+        document |= {key: before[key] for key in ("levels", "unbiased") if key in before}
     names = asked.level or list(states.TEMPERATURES)
     for name in names:
         case = prepare(model, tokenizer, name)
         if asked.unbiased and name == names[0]:
             document["unbiased"] = {
-                "level": name, "share": 0.16, "draws": asked.unbiased,
-                "ratio": unbiased(model, case, 0.16, asked.unbiased),
-                "ratio_at_1.02": unbiased(model, case, 0.16, asked.unbiased, 1.02),
+                "level": name, "share": 0.16, "draws": asked.unbiased, **unbiased(model, case, 0.16, asked.unbiased),
+                "ratio_at_1.02": unbiased(model, case, 0.16, asked.unbiased, 1.02)["ratio"],
             }  # fmt: skip
             print(document["unbiased"], flush=True)
-        found = study(model, case, tuple(asked.share) or SHARES, tuple(asked.order) or ORDERS, asked.draws)
+        found = study(model, case, tuple(asked.share) or SHARES[name], tuple(asked.order) or ORDERS, asked.draws)
         document["levels"][name] = found
         document["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
         if asked.out is not None:
