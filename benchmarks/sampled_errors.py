@@ -321,6 +321,7 @@ def main() -> int:
         if asked.unbiased and name == names[0]:
             document["unbiased"] = {
                 "level": name, "share": 0.16, "draws": asked.unbiased, **unbiased(model, case, 0.16, asked.unbiased),
+                "again": unbiased(model, case, 0.16, asked.unbiased, first=2000)["ratio"],  # other draws
                 "ratio_at_1.02": unbiased(model, case, 0.16, asked.unbiased, 1.02)["ratio"],
             }  # fmt: skip
             print(document["unbiased"], flush=True)

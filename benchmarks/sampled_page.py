@@ -58,16 +58,24 @@ def section(document: dict, name: str) -> str:
         ]
     if "unbiased" in document:
         made = document["unbiased"]
+        give = made["give_or_take"]
         body = [
-            (f"`{tensor}`", f"{ratio:.2f}", f"{made['ratio_at_1.02'][tensor]:.0f}")
+            (
+                f"`{tensor}`",
+                f"{ratio:.2f}",
+                f"{made['again'][tensor]:.2f}",
+                f"{give[tensor]:.2f}" if tensor in give else "",
+                f"{made['ratio_at_1.02'][tensor]:.0f}",
+            )
             for tensor, ratio in made["ratio"].items()
         ]
         parts += [
             "### The mean of many draws",
             report.filled(
                 f"|mean - exact| over sqrt(summed element variances / draws), {made['draws']} draws at share "
-                f"{made['share']:g} on {LEVELS[made['level']]}: the head's two gradients, the last layer and norm."
+                f"{made['share']:g} on {LEVELS[made['level']]}: the head's two gradients, the last layer and norm; "
+                "then other draws, and what chance gives or takes (eq. 35), where it is not small."
             ),
-            report.markdown(("tensor", "as it is", "factors times 1.02"), body),
+            report.markdown(("tensor", "draws", "other draws", "give or take", "factors times 1.02"), body),
         ]
     return "\n\n".join(parts)

