@@ -81,7 +81,7 @@ def test_a_built_vocabulary_is_rounded_up_and_its_last_rows_are_no_token():
             "parallel.epsilon: wanted 0 beside algorithm.entropy",
         ),
         ({"parallel": {"share": 1.0}}, r"parallel.share: wanted a number in \[0, 1\); got 1.0"),
-        ({"parallel": {"share": 0.1, "impl": "triton"}}, "parallel.share: wanted 0 with impl = 'triton'"),
+        ({"parallel": {"share": 0.1, "impl": "reference"}}, "parallel.share: wanted 0 with impl = 'reference'"),
         ({"parallel": {"share": 0.1, "epsilon": 0.01}}, "parallel.share: wanted 0 beside parallel.epsilon"),
         (
             {"parallel": {"share": 0.1}, "algorithm": {"name": "grpo", "entropy": 0.1}},
