@@ -87,7 +87,7 @@ def sampled_backward(
     live = None if tiles.host_knows(rows.x) else rows.scale[:, 0] != 0
     plan = make_plan(rows.scale[:, 0].abs(), lse, tile_lse, target, target_logp, draw, live)
     tally = _compute(plan, rows._replace(logp=target_logp), head, draw.order, into)
-    pairs = plan.factor.numel() if live is None else (live.sum() * len(tile_lse)).clamp_min(1)
+    pairs = max(plan.factor.numel(), 1) if live is None else (live.sum() * len(tile_lse)).clamp_min(1)
     share = (plan.factor > 0.0).sum(dtype=torch.float64) / pairs
     budget.tell(torch.nan, share, False, tally.relative())
     return True

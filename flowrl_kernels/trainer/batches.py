@@ -38,6 +38,7 @@ class MicroBatch:
     per_sequence: dict[str, Tensor] = field(default_factory=dict)  # [B] each: reward, group, log_z
     per_token: dict[str, Tensor] = field(default_factory=dict)  # [N] each: sampler, old, ref, value, advantage, returns
     kept: Kept | None = None  # what each response token was drawn from, where that was not everything
+    rows: Tensor | None = None  # [N] int64, names each response token among those of all ranks
 
     @property
     def sequences(self) -> int:

@@ -322,6 +322,9 @@ class ParallelConfig:
     epsilon: float = 0.0
     """Bound on the relative L1 error of dlogits in the head's backward pass, which may then leave out light parts of
     the vocabulary (docs/numerics.md); 0: exact."""
+    share: float = 0.0
+    """Share of the pairs of a token and 128 columns of the vocabulary that the head's backward pass computes, drawn
+    anew at each update so that its gradient is right in expectation (docs/numerics.md); 0: all of them, exact."""
 
 
 @dataclass(frozen=True)
@@ -439,21 +442,19 @@ def check(config: Config, world: int = 1) -> None:
         if value != whole:
             replay = f"{rollout.engine!r} does not return the tokens it kept, without which every ratio is wrong"
             want(rollout.engine in TELLS_KEPT, key, f"{whole} ({replay})", value)
-            want(
-                parallel.epsilon == 0,
-                key,
-                f"{whole} beside parallel.epsilon: log-probs over kept tokens are exact",
-                value,
-            )
-    want(0 <= parallel.epsilon < 1, "parallel.epsilon", "a number in [0, 1)", parallel.epsilon)
-    bounded = parallel.epsilon > 0
-    want(
-        not (bounded and parallel.impl == "reference"),
-        "parallel.epsilon",
-        "0 with impl = 'reference'",
-        parallel.epsilon,
-    )
-    want(not (bounded and algorithm.entropy > 0), "parallel.epsilon", "0 beside algorithm.entropy", parallel.epsilon)
+            for part in ("epsilon", "share"):
+                partial = f"{whole} beside parallel.{part}: log-probs over kept tokens are exact"
+                want(getattr(parallel, part) == 0, key, partial, value)
+    for part in ("epsilon", "share"):
+        key, value = f"parallel.{part}", getattr(parallel, part)
+        want(0 <= value < 1, key, "a number in [0, 1)", value)
+        refused = {
+            f"with impl = {parallel.impl!r}": parallel.impl == "reference",
+            "beside algorithm.entropy": algorithm.entropy > 0,
+            "beside parallel.epsilon": part == "share" and parallel.epsilon > 0,
+        }
+        for why, holds in refused.items():
+            want(not (value > 0 and holds), key, f"0 {why}", value)
     want(config.optim.max_grad_norm > 0, "optim.max_grad_norm", "more than 0", config.optim.max_grad_norm)
     update = algorithm.minibatch_prompts or rollout.prompts
     divisor = f"a divisor of rollout.prompts = {rollout.prompts}"

@@ -314,6 +314,8 @@ def fill(batch: MicroBatch, rollouts: Rollouts, shaped: Shaped, rows: Tensor) ->
     lengths = batch.cu_seqlens.diff().tolist()
     sampled = [rollouts.logp[row, :n] for row, n in zip(rows.tolist(), lengths)]
     batch.per_token["sampler"] = torch.cat(sampled).to(device)
+    names = [(rollouts.numbers[row] << 32) + torch.arange(n) for row, n in zip(rows.tolist(), lengths)]
+    batch.rows = torch.cat(names).to(device)
     if rollouts.kept is not None:
         first = np.cumsum([0, *map(len, rollouts.responses)])
         own = [torch.arange(n) + int(first[row]) for row, n in zip(rows.tolist(), lengths)]
@@ -345,7 +347,7 @@ def apply(run: Run, progress: Progress, update: Update) -> Result:
     outputs = []
     value = torch.zeros((), device=world.device)
     for batch in update.batches:
-        head = run.loss(batch, tokens=update.tokens, sequences=update.sequences)
+        head = run.loss(batch, tokens=update.tokens, sequences=update.sequences, update=progress.updates)
         out = run.policy(head, batch.ids, batch.positions, branch=batch.branch)
         # FSDP averages gradients over ranks; the normalisers already count all of them
         (out.loss * (world.size if batch.live else 0.0)).backward()

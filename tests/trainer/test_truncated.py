@@ -58,7 +58,7 @@ def test_the_weight_of_the_first_update_over_kept_tokens_is_one_to_the_bit(tmp_p
     if run.reference is not None:
         loop.score(run, run.reference, batches, "ref")
     shaping.finish(run.config, batches, run.world)
-    out = run.policy(run.loss(batches[0], tokens=9, sequences=3), batches[0].ids, batches[0].positions)
+    out = run.policy(run.loss(batches[0], tokens=9, sequences=3, update=1), batches[0].ids, batches[0].positions)
     assert batches[0].kept is not None
     assert out.weight.eq(1.0).all()
 
