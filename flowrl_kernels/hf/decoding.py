@@ -38,13 +38,15 @@ class RoomyLayer(DynamicLayer):
         held, new = self.get_seq_length(), key_states.shape[-2]
         if self.room is None or self.keys is not self.given or self.room[0].shape[-2] < held + new:
             wide = held + new + max(ROOM, held // 2)
-            self.room = tuple(x.new_empty(*x.shape[:-2], wide, x.shape[-1]) for x in (key_states, value_states))
+            keys, values = (x.new_empty(*x.shape[:-2], wide, x.shape[-1]) for x in (key_states, value_states))
+            self.room = keys, values
             if held:
-                for room, old in zip(self.room, (self.keys, self.values)):
-                    room[..., :held, :] = old
-        for room, fresh in zip(self.room, (key_states, value_states)):
-            room[..., held : held + new, :] = fresh
-        self.keys, self.values = (room[..., : held + new, :] for room in self.room)
+                assert self.keys is not None
+                assert self.values is not None
+                keys[..., :held, :], values[..., :held, :] = self.keys, self.values
+        keys, values = self.room
+        keys[..., held : held + new, :], values[..., held : held + new, :] = key_states, value_states
+        self.keys, self.values = keys[..., : held + new, :], values[..., : held + new, :]
         self.given = self.keys
         return self.keys, self.values
 

@@ -32,7 +32,7 @@ def inject(model: Any, config: Config) -> None:
     c = config.lora
     settings = peft.LoraConfig(
         r=c.rank,
-        lora_alpha=c.alpha or 2 * c.rank,
+        lora_alpha=c.alpha or 2 * c.rank,  # type: ignore[arg-type]
         target_modules="all-linear" if c.targets == ("all-linear",) else list(c.targets),
         lora_dropout=0.0,  # log-probabilities have to repeat
         bias="none",

@@ -107,6 +107,10 @@ class Frozen:
     def packing(self) -> Packing:
         return self.policy.packing
 
+    @property
+    def shares(self) -> bool:
+        return self.policy.shares
+
     def __call__(self, *args: Any, **options: Any) -> Any:
         """As the policy's own forward."""
         with lora.off(self.policy.model):

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.core.types import LossOutput
-from flowrl_kernels.trainer import policy
 from flowrl_kernels.trainer.batches import MicroBatch
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.log import Log
 from flowrl_kernels.trainer.objective import Loss
 from flowrl_kernels.trainer.parallel import World
-from flowrl_kernels.trainer.policy import Policy
+from flowrl_kernels.trainer.policy import Policy, Scored, named_weights
 from flowrl_kernels.trainer.prompts import Mixture
 from flowrl_kernels.trainer.reward import Scorer
 from flowrl_kernels.trainer.rollout import Engine, Generated, Kept, Sampling
@@ -94,7 +93,7 @@ class Run:
     text: Text
     problems: list[Problem]  # the train split, without prompts that are too long
     policy: Policy
-    reference: policy.Scored | None
+    reference: Scored | None
     engine: Engine
     sampling: Sampling
     optimizer: torch.optim.Optimizer
@@ -129,7 +128,7 @@ class Run:
         return figures | ({"staleness": self.staleness} if self.config.rollout.overlap else {})
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        return policy.named_weights(self.policy)
+        return named_weights(self.policy)
 
 
 @dataclass

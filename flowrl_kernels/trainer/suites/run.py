@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowrl_kernels.trainer import config_file, export, fingerprint, report
-from flowrl_kernels.trainer.config import Config, check
+from flowrl_kernels.trainer.config import Config, check, listed
 from flowrl_kernels.trainer.evaluate import Response, Sample, chosen
 from flowrl_kernels.trainer.measure import evaluation_sampling, make_sampler
 from flowrl_kernels.trainer.parts import make_stops, make_text, stop_tokens
@@ -80,8 +80,7 @@ def run_suites(source: str, path: str, out: str, args: list[str], overwrite: boo
     for name, config in configs.items():
         try:
             check(config)
-            for key in ("name", "reward"):
-                export.refuse_code_of(run, f"task.{key}", getattr(config.task, key))
+            export.refuse_code_of(run, config)
             task, problems = ready(suites.suite[name], config)
             tasks[name] = task, problems, measures.ready(suites.suite[name], suites, config.task, len(problems))
         except (ValueError, FileNotFoundError) as error:
@@ -151,11 +150,12 @@ def keyed(job: Job, model: dict[str, Any]) -> Job:
     settings = {
         key: value for key, value in config_file.flat(config).items() if key.startswith(MADE_OF) and key not in FREE
     }
-    source = getattr(task, job.suite.split) if task.name in ("file", "maths") else ""
+    sources = listed(getattr(task, job.suite.split)) if task.name in ("file", "maths") else ()
+    read = [path for source in sources for path in files_of(source)]
     key = {
         "weights": model["weights"], "tokenizer": model["tokenizer"], "split": job.suite.split, "settings": settings,
-        "problems": fingerprint.of(hashes), "files": {str(f): fingerprint.of_file(f) for f in files_of(source)},
-        "code": fingerprint.of_code(job.task, (task.name, task.reward)), "versions": report.versions(),
+        "problems": fingerprint.of(hashes), "files": {str(f): fingerprint.of_file(f) for f in read},
+        "code": fingerprint.of_code(job.task, (task.name, *listed(task.reward))), "versions": report.versions(),
     }  # fmt: skip
     return job._replace(hashes=hashes, key=json.loads(json.dumps(key, default=repr)))
 

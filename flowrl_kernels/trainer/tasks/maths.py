@@ -5,13 +5,14 @@ AIME 2024 and 2025, AMC 2023, MATH-500, Minerva and OlympiadBench go round with 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from flowrl_kernels.trainer.config import TaskConfig
+from flowrl_kernels.trainer.config import TaskConfig, listed
 from flowrl_kernels.trainer.tasks import dataset
 from flowrl_kernels.trainer.tasks.answers import read, read_gold
 from flowrl_kernels.trainer.tasks.base import Problem
@@ -41,9 +42,10 @@ class Maths(dataset.FileTask):
         found: dict[str, Sequence[Problem]] = {}
         for split, source in (("train", cfg.train), ("valid", cfg.valid), ("test", cfg.test)):
             try:
-                problems = read_set(source, cfg.system) if source else []
+                parts = [read_set(one, cfg.system) for one in listed(source) if one]
             except (ValueError, FileNotFoundError) as error:
                 raise type(error)(f"task.{split}: {error}") from None
+            problems = [replace(p, id=i) for i, p in enumerate(itertools.chain.from_iterable(parts))]
             found[split] = [replace(p, prompt=dataset.with_suffix(p.prompt, cfg.suffix)) for p in problems]
         return cls(found)
 
