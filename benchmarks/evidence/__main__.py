@@ -25,8 +25,8 @@ REACHES = {"kl_stated": 0.01, "log_z_error": 0.05}
 SHORT = [
     (Cell("sums", "tb", 5.0, 0.1, 0, 1200, 128), REACHES),
     (Cell("sums", "length_true", 5.0, 0.1, 0, 1200, 128), REACHES),
-    (Cell("sums_of_any_length", "tb", 5.0, 0.1, 0, 1500, 192), REACHES),
-    (Cell("sums_of_any_length", "length_true", 5.0, 0.1, 0, 1500, 192), REACHES),
+    (Cell("sums_of_any_length", "tb", 5.0, 0.05, 0, 2500, 256), REACHES),
+    (Cell("sums_of_any_length", "length_true", 5.0, 0.05, 0, 2500, 256), REACHES),
     (Cell("sums", "rloo_kl_in_reward", 0.2, 0.1, 0, 1200, 128), {"kl_stated": 0.01}),
     (Cell("sums", "paper", 5.0, 0.1, 0, 1200, 128), {}),
     (Cell("sums", "grpo", 0.003, 0.05, 0, 1200, 128), {}),

@@ -15,13 +15,13 @@ OURS, GREY, LIGHT, INK = "#c2410c", "#9a9a9a", "#d6d6d6", "#333333"
 LABELS = {
     "tb": ("trajectory balance, and on it\nRLOO with KL in the reward", 5.0, (8, -6)),
     "rloo_kl_in_reward": ("", 0.2, (0, 0)),
-    "paper": ("FlowRL, raw rewards", 1.0, (-120, -8)),
+    "paper": ("FlowRL, raw rewards", 1.0, (-114, -24)),
     "paper_normalised": ("FlowRL as published", 0.5, (-24, 8)),
     "grpo": ("GRPO, k3 in the loss", 0.3, (-112, -8)),
     "dapo": ("DAPO with an entropy bonus", 0.3, (8, -4)),
     "mara": ("MARA", 5.0, (6, 6)),
-    "distinct_shapley": ("credit for distinct answers", 0.1, (-140, -8)),
-    "rloo_entropy_in_reward": ("entropy in the reward", 0.2, (-112, -10)),
+    "distinct_shapley": ("credit for distinct answers", 0.1, (-142, -4)),
+    "rloo_entropy_in_reward": ("entropy in the reward", 0.2, (-112, 16)),
 }
 
 
@@ -105,6 +105,9 @@ def targets(made: dict):
                            markerfacecolor=colour if filled else "white", zorder=3)  # fmt: skip
                 panel.plot(values, [i] * len(values), "|", markersize=7, color=colour, alpha=0.5, zorder=2)
         panel.set_xscale("log")
+        panel.set_xlim(0.012, 2.6)
+        panel.set_xticks([0.02, 0.1, 0.5, 2.0], [".02", ".1", ".5", "2"])
+        panel.minorticks_off()
         panel.set_title(title, loc="left", fontsize=10, color=INK)
         panel.grid(axis="y", color="#eeeeee")
         panel.set_xlabel("KL, nats", fontsize=9, color=INK)
