@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from benchmarks import report
 
 LEVELS = {
@@ -14,7 +16,7 @@ ORDERS = {"measured": "other sequences", "tokenizer": "token id"}
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.2g} %"
+    return f"{100 * value:.2g} %" if value >= 5e-6 else "under .0005 %"
 
 
 def _row(cell: dict) -> tuple[str, ...]:
@@ -77,5 +79,17 @@ def section(document: dict, name: str) -> str:
                 "then other draws, and what chance gives or takes (eq. 35), where it is not small."
             ),
             report.markdown(("tensor", "draws", "other draws", "give or take", "factors times 1.02"), body),
+        ]
+    if "time" in document:
+        made = document["time"]
+        exact = statistics.median(made["exact_seconds"])
+        parts += [
+            "### Time",
+            report.filled(
+                f"Forward and backward over the exact one's ({exact:.2f} s), median of {len(made['exact_seconds'])} "
+                f"rounds in turns; synthetic RL-like batch, N={made['n']}, H={made['h']}, V={made['v']}, fp32, "
+                f"{made['machine']['threads']} threads (`python -m benchmarks.sampled_time`)."
+            ),
+            report.markdown(("share", "time"), [(s, f"{cell['ratio']:.2f}") for s, cell in made["shares"].items()]),
         ]
     return "\n\n".join(parts)

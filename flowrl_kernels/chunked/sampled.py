@@ -19,7 +19,7 @@ from flowrl_kernels.chunked.tiles import Rows, Sinks
 from flowrl_kernels.core.types import TILE, Budget, Draw, Head
 
 ROWS = 256  # rows whose random numbers are in memory at once
-FALL_BACK = 0.5  # share from which the exact path is as fast on a CPU
+FALL_BACK = 0.65  # share from which the exact path is as fast on a CPU, measured (docs/benchmarks/sampled.md)
 
 
 class Plan(NamedTuple):
