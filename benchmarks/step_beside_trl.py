@@ -159,13 +159,13 @@ def by_ours(folder: str, steps: int, settings: dict[str, Any]) -> list[dict[str,
         class Clock(records.Lap):
             def __init__(self) -> None:
                 super().__init__()
-                self.start, self.begun = now(), now()
+                self.whole, self.part = now(), now()
                 taken.append({})
 
             def __call__(self, name: str) -> None:
                 super().__call__(name)
-                taken[-1] |= {name: since(self.begun), "step": since(self.start)}
-                self.begun = now()
+                taken[-1] |= {name: since(self.part), "step": since(self.whole)}
+                self.part = now()
 
         vars(loop)["Lap"] = Clock
         with stop.watch() as watch:

@@ -23,6 +23,11 @@ NAME = "flowrl_grouped"
 ROOM = 64  # tokens of room beyond what is needed, at least
 
 
+def _widened(states: Tensor, tokens: int) -> Tensor:
+    """[B, heads, tokens, D], not filled."""
+    return states.new_empty(*states.shape[:-2], tokens, states.shape[-1])
+
+
 class RoomyLayer(DynamicLayer):
     """A layer's keys and values in tensors with room for more tokens; what it hands out are views of them.
 
@@ -36,17 +41,16 @@ class RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held, new = self.get_seq_length(), key_states.shape[-2]
-        if self.room is None or self.keys is not self.given or self.room[0].shape[-2] < held + new:
+        room = self.room
+        if room is None or self.keys is not self.given or room[0].shape[-2] < held + new:
             wide = held + new + max(ROOM, held // 2)
-            keys, values = (x.new_empty(*x.shape[:-2], wide, x.shape[-1]) for x in (key_states, value_states))
-            self.room = keys, values
-            if held:
-                assert self.keys is not None
-                assert self.values is not None
-                keys[..., :held, :], values[..., :held, :] = self.keys, self.values
-        keys, values = self.room
-        keys[..., held : held + new, :], values[..., held : held + new, :] = key_states, value_states
-        self.keys, self.values = keys[..., : held + new, :], values[..., : held + new, :]
+            room = self.room = (_widened(key_states, wide), _widened(value_states, wide))
+            if self.keys is not None and self.values is not None and held:
+                room[0][..., :held, :] = self.keys
+                room[1][..., :held, :] = self.values
+        room[0][..., held : held + new, :] = key_states
+        room[1][..., held : held + new, :] = value_states
+        self.keys, self.values = room[0][..., : held + new, :], room[1][..., : held + new, :]
         self.given = self.keys
         return self.keys, self.values
 

@@ -151,7 +151,7 @@ ROWS = [
      of("trainer/test_budget.py",
         "test_a_budget_gives_the_tokens_that_fit_it_and_never_more_than_were_asked_for")),
     ("the cache's oldest keys are lost where its room grows", "hf/decoding.py",
-     "room[..., :held, :] = old", "room[..., 1:held, :] = old[..., 1:, :]",
+     "room[0][..., :held, :] = self.keys", "room[0][..., 1:held, :] = self.keys[..., 1:, :]",
      of("hf/test_decoding.py", "test_decoding_without_copies_gives_what_transformers_gives")),
     ("rows over the budget", "trainer/batches.py", "left = capacity - length", "left = capacity",
      of("trainer/test_batches.py", "test_a_plan_holds_every_sequence_once_within_the_budgets")),
