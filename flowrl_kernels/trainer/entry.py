@@ -93,7 +93,7 @@ def train(
         if given := [split for split in SPLITS if getattr(task, split)]:
             raise ValueError(f"data: task.{given[0]} is set already; give one of them")
         cache = Path(settled.run.cache)
-        files = {split: str(write(rows, cache, f"data[{split!r}]")) for split, rows in splits.items()}
+        files: dict[str, Any] = {split: str(write(rows, cache, f"data[{split!r}]")) for split, rows in splits.items()}
         task = dataclasses.replace(task, name="file", **files)
     settled = dataclasses.replace(settled, task=task)
     from flowrl_kernels.trainer import loop  # here: a process that scores imports this file, and needs no torch

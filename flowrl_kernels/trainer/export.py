@@ -180,8 +180,10 @@ def evaluate_run(
 
 def refuse_code_of(run: Path | None, config: Config) -> None:
     """Refuses functions out of the run folder itself: a folder from somebody else must not bring its code."""
+    if run is None:
+        return
     named = [("task.name", config.task.name), *(("task.reward", name) for name in listed(config.task.reward))]
-    for key, name in named if run is not None else ():
+    for key, name in named:
         module, colon, _ = name.partition(":")
         if not colon:
             continue

@@ -19,7 +19,7 @@ from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.log import Log
 from flowrl_kernels.trainer.objective import Loss
 from flowrl_kernels.trainer.parallel import World
-from flowrl_kernels.trainer.policy import Policy
+from flowrl_kernels.trainer.policy import Policy, Scored
 from flowrl_kernels.trainer.prompts import Mixture
 from flowrl_kernels.trainer.reward import Scorer
 from flowrl_kernels.trainer.rollout import Engine, Kept, Sampling
@@ -70,7 +70,7 @@ class Run:
     text: Text
     problems: list[Problem]  # the train split, without prompts that are too long
     policy: Policy
-    reference: policy.Scored | None
+    reference: Scored | None
     engine: Engine
     sampling: Sampling
     optimizer: torch.optim.Optimizer
