@@ -198,6 +198,8 @@ def evaluate_run(
 
 def refuse_code_of(run: Path | None, config: Config) -> None:
     """Refuses functions out of the run folder itself: a folder from somebody else must not bring its code."""
+    if run is None:
+        return
     named = [("task.name", config.task.name), *(("task.reward", name) for name in listed(config.task.reward))]
     if run is None:
         return

@@ -30,6 +30,7 @@ def inject(model: Any, config: Config) -> None:
     import peft
 
     c = config.lora
+    alpha: Any = c.alpha or 2 * c.rank  # peft says int, and multiplies
     settings = peft.LoraConfig(
         r=c.rank,
         lora_alpha=c.alpha or 2 * c.rank,  # type: ignore[arg-type]

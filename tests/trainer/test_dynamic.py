@@ -1,6 +1,7 @@
 """Groups that teach nothing are asked anew with other prompts, at a price that is counted; several files are mixed."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -131,12 +132,14 @@ def test_two_ranks_ask_the_same_prompts_anew_as_one(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "flowrl_kernels.trainer", "train", str(tmp_path / "a.toml"), *SMALL, *more]
     command += ["--run.dir", str(tmp_path / "two"), "--run.cache", str(tmp_path / "cache")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    path = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env={**os.environ, **path})
     assert done.returncode == 0, done.stderr[-4000:]
     one, two = (numbers(tmp_path / name)[0] for name in ("one", "two"))
     assert one["extra_prompts"] > 0
-    for key in ("extra_rounds", "extra_prompts", "thrown_away", "groups_poor", "reward_asked", "reward", "length"):
+    for key in ("extra_rounds", "extra_prompts", "groups_poor", "reward_asked", "reward", "length"):
         assert two[key] == pytest.approx(one[key], abs=1e-12), key
+    assert two["thrown_away"] >= one["thrown_away"]  # a rank whose groups are good samples one more, to keep in step
 
 
 # ------------------------------------------------------------------------------------------------ several files
