@@ -33,7 +33,7 @@ def inject(model: Any, config: Config) -> None:
     alpha: Any = c.alpha or 2 * c.rank  # peft says int, and multiplies
     settings = peft.LoraConfig(
         r=c.rank,
-        lora_alpha=c.alpha or 2 * c.rank,  # type: ignore[arg-type]
+        lora_alpha=alpha,
         target_modules="all-linear" if c.targets == ("all-linear",) else list(c.targets),
         lora_dropout=0.0,  # log-probabilities have to repeat
         bias="none",
