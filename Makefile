@@ -114,7 +114,7 @@ evidence-short: setup  ## tables that learn on listed tasks: is the stated targe
 	$(PY) -m benchmarks.evidence $(EVIDENCE)
 
 # What frontier.json lacks of the list in plan.py (rm it to begin anew), then docs/evidence.md's pictures and tables.
-evidence: setup  ## every method along its dial, in tables on listed tasks (under an hour of one core; resumable)
+evidence: setup  ## every method along its dial, in tables on listed tasks (20 minutes of one core; resumable)
 	$(PY) -m benchmarks.evidence sweep $(EVIDENCE)
 	$(PY) -m benchmarks.evidence.gradient_norms
 	$(PY) -m benchmarks.evidence pictures

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.evidence import gradients, plan, sweep
+from benchmarks.evidence import gradients, numbers, plan, sweep
 from benchmarks.evidence.batch import Batch
 from benchmarks.evidence.rows import ROWS
 from flowrl_kernels import group_normalize, policy_gradient_loss
@@ -120,6 +120,19 @@ def test_the_plan_names_methods_once_and_its_test_seeds_choose_nothing():
     assert sweep.best_rate(rows, "kl_own") == 0.3
     rows[1][at] = None  # not finite
     assert sweep.best_rate(rows, "kl_own") == 0.1
+
+
+def test_the_tables_of_the_page_are_what_the_results_give():
+    page = numbers.PAGE.read_text()
+    assert numbers.with_tables(page, sweep.made_so_far(sweep.FRONTIER)) == page
+
+
+def test_intervals_are_those_of_students_t_and_gaps_are_paired():
+    made = numbers.estimate([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert made.mean == 3.0
+    assert made.half == pytest.approx(2.776 * math.sqrt(2.5 / 5))
+    cells = [{"x": 1.0}, {"x": 3.0}, {"x": 5.0}]
+    assert numbers.gap(cells, [{"x": 0.0}, {"x": 2.0}, {"x": 4.0}], "x") == (1.0, 0.0)
 
 
 def test_every_point_that_is_kept_has_the_seeds_and_rates_of_the_plan():
