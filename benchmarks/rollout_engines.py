@@ -56,7 +56,6 @@ name = "{model}"
 prompts = {prompts}
 samples = {samples}
 max_new_tokens = {tokens}
-timeout = 120.0
 [algorithm]
 name = "grpo"
 entropy = 0.01  # countdown is too hard for it: something has to move the weights
