@@ -14,6 +14,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class ServerEngine:
         self.version, self.folder, self.closed = -1, Path(), False
         self.locks = [threading.Lock() for _ in self.servers]
         self.pool = ThreadPoolExecutor(AT_ONCE * len(self.servers), "rollout")
-        parallel.first(lambda: [self._again(k, lambda k=k: self._label(k)) for k in range(len(self.servers))], world)
+        parallel.first(lambda: [self._again(k, partial(self._label, k)) for k in range(len(self.servers))], world)
 
     # ------------------------------------------------------------------------------------------------ weights
 
@@ -64,7 +65,7 @@ class ServerEngine:
         self.version, self.folder = version, folder
 
         def push() -> None:
-            for done in [self.pool.submit(self._again, k, lambda k=k: self._load(k)) for k in range(len(self.servers))]:
+            for done in [self.pool.submit(self._again, k, partial(self._load, k)) for k in range(len(self.servers))]:
                 done.result()
             if before != folder and before.name:
                 shutil.rmtree(before, ignore_errors=True)
