@@ -56,7 +56,6 @@ name = "{model}"
 prompts = {prompts}
 samples = {samples}
 max_new_tokens = {tokens}
-timeout = 120.0
 [algorithm]
 name = "grpo"
 entropy = 0.01  # countdown is too hard for it: something has to move the weights
@@ -239,16 +238,16 @@ def steps(given: argparse.Namespace) -> dict[str, Any]:
         sizes = {"prompts": 2, "samples": 4, "tokens": given.tokens}
         text = RUN.format(model=given.folder, threads=given.threads, steps=given.steps, **sizes)
         file.write_text(text)
-        with served(given, sizes) if "server" in given.only else contextlib.nullcontext("") as address:
+        with served(given, sizes) if {"server", "overlap"} & set(given.only) else contextlib.nullcontext("") as address:
             asked = ["--rollout.engine", "server", "--rollout.servers", address]
             kinds = {
                 "hf": [], "vllm": ["--rollout.engine", "vllm"], "server": asked,
-                "server, overlap 1": [*asked, "--rollout.overlap", "1"],
+                "overlap": [*asked, "--rollout.overlap", "1"],
             }  # fmt: skip
             for name, args in kinds.items():
-                if name.partition(",")[0] not in given.only:
+                if name not in given.only:
                     continue
-                run = Path(folder) / name.replace(", ", "-").replace(" ", "-")
+                run = Path(folder) / name
                 line = [sys.executable, "-m", "flowrl_kernels.trainer", "train", str(file), "--run.dir", str(run)]
                 line += ["--parallel.dtype", given.dtype] if given.dtype != "float32" else []
                 subprocess.run([*line, *args], env=environment(given), check=True, stdout=subprocess.DEVNULL)
@@ -294,7 +293,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--only", nargs="*", default=["transformers", "hf", "server", "vllm", "bare"])
+    parser.add_argument("--only", nargs="*", default=["transformers", "hf", "server", "overlap", "vllm", "bare"])
     given = parser.parse_args()
     document = json.loads(OUT.read_text()) if OUT.exists() else {}
     if given.what == "plot":

@@ -143,7 +143,7 @@ def test_the_ratio_is_to_the_weights_that_sampled_or_with_a_correction_to_those_
     train(tmp_path, "run", server, 1, "--run.steps", "2", "--algorithm.name", algorithm, *more)
     mine, other = found[::-1] if correction else found
     assert mine < 1e-5 < 1e-3 < other
-    assert weights[0] == 0.0 if correction else weights[0] < 1e-5
+    assert weights[0] < 1e-5  # at its start the first batch is of the policy itself
     if not correction:
         assert weights[1] > 1e-3
 
@@ -193,7 +193,8 @@ def test_two_ranks_stay_together_with_batches_under_way_as_one_rank_does(tmp_pat
     assert done.returncode == 0, done.stderr[-3000:].decode()
     for one, two in zip(want, numbers(tmp_path / "two"), strict=True):
         for name in ("staleness", "reward", "loss", "entropy", "step"):
-            assert two.get(name) == pytest.approx(one.get(name), rel=1e-3), (one, two)
+            if name in one:
+                assert two[name] == pytest.approx(one[name], rel=1e-3), (one, two)
 
 
 def test_another_number_of_ranks_finds_its_part_of_the_batch_ahead(tmp_path, server):
