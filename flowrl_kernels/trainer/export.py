@@ -201,8 +201,6 @@ def refuse_code_of(run: Path | None, config: Config) -> None:
     if run is None:
         return
     named = [("task.name", config.task.name), *(("task.reward", name) for name in listed(config.task.reward))]
-    if run is None:
-        return
     for key, name in named:
         module, colon, _ = name.partition(":")
         if not colon:

@@ -26,7 +26,7 @@ from flowrl_kernels.trainer import (
     shaping,
     stop,
 )
-from flowrl_kernels.trainer.batches import MicroBatch, pack, stand_in
+from flowrl_kernels.trainer.batches import MicroBatch, stand_in
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.parts import frozen_start
 from flowrl_kernels.trainer.plot import plot_runs
@@ -129,7 +129,7 @@ def _steps(run: Run, progress: Progress, watch: stop.Watch) -> None:
             score(run, run.policy, shown, "now")
         towards = batches  # where the KL to the reference is read off
         if config.log.kl and run.reference is None:
-            towards = a_few(run, rollouts, shaped)
+            towards = shown if shown is not batches else a_few(run, rollouts, shaped)
             score(run, frozen_start(run), towards, "ref")
         shaping.finish(config, batches, run.world)
         lap("score")
@@ -207,13 +207,7 @@ def ahead(run: Run, progress: Progress, lap: Lap) -> None:
 def collect(run: Run, progress: Progress, slots: list[int] | None = None, extra: int = 0) -> Rollouts:
     """`rollout.samples` responses to each of this rank's prompts of the next step, or of an extra round of it."""
     prompts = prompts_of(run, progress.step + 1, slots, extra)
-    if slots is None:
-        out = overlap.take(run, progress, prompts)
-    else:
-        out = run.engine.generate(
-            prompts.tokens, run.config.rollout.samples, run.sampling, prompts.seed, prompts.numbers
-        )
-        probe.check_version(out, run.pushed)
+    out = overlap.take(run, progress, prompts) if slots is None else overlap.now(run, prompts)
     if run.sampling.truncated and out.kept is None:
         engine = run.config.rollout.engine
         raise RuntimeError(f"rollout.engine: {engine!r} did not return the tokens that its draws were left with")
@@ -261,24 +255,15 @@ def score_rewards(run: Run, rollouts: Rollouts, step: int) -> list[float | None]
 def pack_updates(run: Run, rollouts: Rollouts, shaped: Shaped) -> list[Update]:
     """Packs each update's sequences; every rank ends up with the same number of micro-batches."""
     config, world = run.config, run.world
-    a, p = config.algorithm, config.parallel
+    a = config.algorithm
     count = config.rollout.prompts // (a.minibatch_prompts or config.rollout.prompts)
     size = len(rollouts.problems) // count
     packed = []
     for first in range(0, len(rollouts.problems), size):
         part = slice(first, first + size)
         keep = [i for i in range(size) if shaped.keep[first + i]]
-        batches = pack(
-            keep,
-            rollouts.prompts[part],
-            rollouts.responses[part],
-            max_tokens=p.max_tokens,
-            row_tokens=p.row_tokens,
-            device=world.device,
-            together=config.rollout.samples if objective.whole_groups(config) else 1,
-            alone=run.policy.packing == "alone",
-            share=run.policy.shares,
-        )
+        together = config.rollout.samples if objective.whole_groups(config) else 1
+        batches = run.packed(keep, rollouts.prompts[part], rollouts.responses[part], run.policy, together)
         for batch in batches:
             fill(batch, rollouts, shaped, batch.which.cpu() + first)
         packed.append(batches)
@@ -297,10 +282,7 @@ def pack_updates(run: Run, rollouts: Rollouts, shaped: Shaped) -> list[Update]:
 def a_few(run: Run, rollouts: Rollouts, shaped: Shaped) -> list[MicroBatch]:
     """One micro-batch of the first responses that take part, on every rank."""
     keep = [i for i, kept in enumerate(shaped.keep) if kept][:SHOWN]
-    p = run.config.parallel
-    batches = pack(keep, rollouts.prompts, rollouts.responses, max_tokens=p.max_tokens, row_tokens=p.row_tokens,
-                   device=run.world.device, alone=run.policy.packing == "alone",
-                   share=run.policy.shares)[:1]  # fmt: skip
+    batches = run.packed(keep, rollouts.prompts, rollouts.responses, run.policy)[:1]
     for batch in batches:
         fill(batch, rollouts, shaped, batch.which.cpu())
     return batches

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.trainer import mismatch, objective, parallel
-from flowrl_kernels.trainer.batches import MicroBatch, pack
+from flowrl_kernels.trainer.batches import MicroBatch
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.evaluate import LogProbs, Response, Sample, exact, sampled
 from flowrl_kernels.trainer.parallel import World
@@ -239,7 +239,7 @@ def summed_logp(run: Run, policy: Scored) -> LogProbs:
         tokens = run.text.tokenizer(texts, add_special_tokens=False)["input_ids"]
         answers = [np.asarray(ids + [run.text.tokenizer.eos_token_id]) for ids in tokens]
         out = torch.zeros(len(texts), dtype=torch.float64)
-        for batch in packed(run, policy, prompts, answers):
+        for batch in run.packed(range(len(prompts)), prompts, answers, policy):
             scored = policy(objective.score_head(run.config, batch), batch.ids, batch.positions, branch=batch.branch)
             total = scored.logp.new_zeros(batch.sequences, dtype=torch.float64)
             total.index_add_(0, batch.segment(), scored.logp.double())
@@ -259,7 +259,7 @@ def log_z_of(run: Run) -> Callable[[list[Problem]], Tensor]:
         out = torch.zeros(len(prompts))
         assert run.policy.log_z is not None
         run.policy.log_z.eval()
-        for batch in packed(run, run.policy, prompts, dummy):
+        for batch in run.packed(range(len(prompts)), prompts, dummy, run.policy):
             value = run.policy(
                 lambda actor, hidden, b=batch: objective.log_z(actor, hidden, b),
                 batch.ids,
@@ -271,12 +271,3 @@ def log_z_of(run: Run) -> Callable[[list[Problem]], Tensor]:
         return out
 
     return log_z
-
-
-def packed(run: Run, policy: Scored, prompts: list[np.ndarray], responses: list[np.ndarray]) -> list[MicroBatch]:
-    """All of them, as the policy wants them."""
-    p = run.config.parallel
-    return pack(
-        list(range(len(prompts))), prompts, responses, max_tokens=p.max_tokens, row_tokens=p.row_tokens,
-        device=run.world.device, alone=policy.packing == "alone", share=policy.shares,
-    )  # fmt: skip

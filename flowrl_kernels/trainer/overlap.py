@@ -75,15 +75,21 @@ def take(run: Run, progress: Progress, prompts: Prompts) -> Generated:
         probe.check_version(out, ahead.version)
     else:
         push(run, progress)
-        n = run.config.rollout.samples
-        out = run.engine.generate(prompts.tokens, n, run.sampling, prompts.seed, prompts.numbers)
-        probe.check_version(out, run.pushed)
+        out = now(run, prompts)
     run.staleness = progress.updates - out.version
     if not 0 <= run.staleness <= run.config.rollout.overlap:
         raise EngineError(
             f"rollout.overlap: responses of weights {out.version} came to be trained on at {progress.updates} updates; "
             f"they may be {run.config.rollout.overlap} behind"
         )
+    return out
+
+
+def now(run: Run, prompts: Prompts) -> Generated:
+    """The responses to `prompts` by the weights that the engine has. Raises EngineError: it failed, or has others."""
+    n = run.config.rollout.samples
+    out = run.engine.generate(prompts.tokens, n, run.sampling, prompts.seed, prompts.numbers)
+    probe.check_version(out, run.pushed)
     return out
 
 

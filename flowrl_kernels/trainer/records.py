@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.core.types import LossOutput
-from flowrl_kernels.trainer.batches import MicroBatch
+from flowrl_kernels.trainer.batches import MicroBatch, pack
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.log import Log
 from flowrl_kernels.trainer.objective import Loss
@@ -126,6 +126,21 @@ class Run:
         """What a step's line says of an engine that has weights of its own."""
         figures: dict[str, float] = {} if self.config.rollout.engine == "hf" else {"probe_gap": self.probe_gap}
         return figures | ({"staleness": self.staleness} if self.config.rollout.overlap else {})
+
+    def packed(
+        self,
+        keep: Sequence[int],
+        prompts: list[np.ndarray],
+        responses: list[np.ndarray],
+        policy: Scored,
+        together: int = 1,
+    ) -> list[MicroBatch]:
+        """`batches.pack` by the run's budgets, laid out as the policy wants it."""
+        p = self.config.parallel
+        return pack(
+            list(keep), prompts, responses, max_tokens=p.max_tokens, row_tokens=p.row_tokens, device=self.world.device,
+            together=together, alone=policy.packing == "alone", share=policy.shares,
+        )  # fmt: skip
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         return named_weights(self.policy)

@@ -11,10 +11,13 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from flowrl_kernels.trainer import config_file
 from flowrl_kernels.trainer import policy as policies
+from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.rollout import Sampling
 from flowrl_kernels.trainer.rollout.hf import HFEngine
+from flowrl_kernels.trainer.tasks import build_task, char_tokenizer
 
 
 class FakeVLLM:
@@ -118,6 +121,12 @@ class FakeVLLM:
             choices.append({"index": j, "token_ids": out.tokens[j, :length].tolist(), "logprobs": {"content": content},
                             "weight_versions": [span], "finish_reason": "stop"})  # fmt: skip
         return {"request_id": "1", "choices": choices}
+
+
+def of_sums():
+    """One whose model is that of `small`."""
+    config = config_file.override(Config(), small("http://a:1"))
+    return FakeVLLM(config, char_tokenizer(build_task(config.task).alphabet))
 
 
 def small(address, *more):

@@ -23,7 +23,6 @@ from flowrl_kernels.trainer.objective import score_head
 from flowrl_kernels.trainer.records import Progress
 from flowrl_kernels.trainer.rollout import faults
 from flowrl_kernels.trainer.rollout.faults import EngineError
-from flowrl_kernels.trainer.tasks import build_task, char_tokenizer
 
 CLOCK = ("time/", "tokens_per_s")
 WORKER = Path(worker.__file__)
@@ -38,8 +37,7 @@ def digits(monkeypatch):
 
 @pytest.fixture
 def server():
-    config = config_file.override(Config(), fake_vllm.small("http://a:1"))
-    fake = fake_vllm.FakeVLLM(config, char_tokenizer(build_task(config.task).alphabet))
+    fake = fake_vllm.of_sums()
     yield fake
     if fake.server is not None:
         fake.kill()

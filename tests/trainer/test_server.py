@@ -15,13 +15,11 @@ from flowrl_kernels.trainer.rollout import Sampling, faults
 from flowrl_kernels.trainer.rollout.faults import EngineError, Fault, again
 from flowrl_kernels.trainer.rollout.http import Http
 from flowrl_kernels.trainer.rollout.server import ServerEngine, write
-from flowrl_kernels.trainer.tasks import build_task, char_tokenizer
 
 
 @pytest.fixture
 def server():
-    config = config_file.override(Config(), fake_vllm.small("http://a:1"))
-    fake = fake_vllm.FakeVLLM(config, char_tokenizer(build_task(config.task).alphabet))
+    fake = fake_vllm.of_sums()
     yield fake
     if fake.server is not None:
         fake.kill()
@@ -29,8 +27,7 @@ def server():
 
 @pytest.fixture
 def second(server):
-    config = config_file.override(Config(), fake_vllm.small("http://a:1"))
-    fake = fake_vllm.FakeVLLM(config, char_tokenizer(build_task(config.task).alphabet))
+    fake = fake_vllm.of_sums()
     yield fake
     fake.kill()
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from flowrl_kernels.trainer import objective, parallel
-from flowrl_kernels.trainer.batches import pack
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.records import Run
 from flowrl_kernels.trainer.rollout.base import Generated, Sampling
@@ -56,11 +55,7 @@ def gap(run: Run, version: int) -> float:
     sampling = Sampling(min(TOKENS, config.rollout.max_new_tokens), config.rollout.temperature)
     out = run.engine.generate(prompts, 1, sampling, seed=version)
     check_version(out, run.pushed)
-    batches = pack(
-        list(range(len(prompts))), list(map(np.asarray, prompts)), list(out.tokens.numpy()),
-        max_tokens=config.parallel.max_tokens, row_tokens=config.parallel.row_tokens,
-        device=run.world.device, alone=policy.packing == "alone", share=policy.shares,
-    )  # fmt: skip
+    batches = run.packed(range(len(prompts)), list(map(np.asarray, prompts)), list(out.tokens.numpy()), policy)
     worst = torch.zeros((), dtype=torch.float64)
     for batch in batches:
         logp = policy(objective.score_head(config, batch), batch.ids, batch.positions, branch=batch.branch).logp

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,17 +48,11 @@ class FileTask:
         keys = (cfg.prompt_key, cfg.answer_key, cfg.system, read_answer)
         found: dict[str, list[Problem]] = {}
         sources: list[int] = []
-        for split, source in (("train", cfg.train), ("valid", cfg.valid), ("test", cfg.test)):
-            try:
-                parts = [read_problems(one, *keys) for one in listed(source) if one]
-            except (ValueError, FileNotFoundError) as error:
-                raise type(error)(f"task.{split}: {error}") from None
-            found[split] = [replace(p, id=i) for i, p in enumerate(itertools.chain.from_iterable(parts))]
+        for split, parts in read_splits(cfg, lambda source: read_problems(source, *keys)):
+            found[split] = one_behind_the_other(parts, cfg.suffix)
             sources += [len(part) for part in parts] if split == "train" else []
             for reward in listed(cfg.reward) if read_answer is None else ():
                 _comparable(found[split], split, reward)
-            if cfg.suffix:
-                found[split] = [replace(p, prompt=with_suffix(p.prompt, cfg.suffix)) for p in found[split]]
         solved = 1 - 1e-9 if listed(cfg.reward)[0] == "code" else 0.5
         return cls(found, solved=solved, sources=tuple(sources))
 
@@ -85,6 +79,22 @@ class FileTask:
 
     def warm_start(self, rng: np.random.Generator, n: int) -> None:
         return None
+
+
+def read_splits(cfg: TaskConfig, read: Callable[[str], list[Problem]]) -> Iterator[tuple[str, list[list[Problem]]]]:
+    """Each split and the problems of its files. Raises ValueError or FileNotFoundError, which name the setting."""
+    for split, source in (("train", cfg.train), ("valid", cfg.valid), ("test", cfg.test)):
+        try:
+            parts = [read(one) for one in listed(source) if one]
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"task.{split}: {error}") from None
+        yield split, parts
+
+
+def one_behind_the_other(parts: list[list[Problem]], suffix: str) -> list[Problem]:
+    """The problems of several files, numbered anew, `suffix` behind every prompt."""
+    problems = [replace(p, id=i) for i, p in enumerate(itertools.chain.from_iterable(parts))]
+    return [replace(p, prompt=with_suffix(p.prompt, suffix)) for p in problems] if suffix else problems
 
 
 def _comparable(problems: Sequence[Problem], split: str, reward: str) -> None:
@@ -136,7 +146,7 @@ def read_problems(
 def _value(row: Mapping[str, Any], key: str, where: str) -> Any:
     """The cell called `key`, or at the end of its dotted way; as plain Python."""
     found: Any = row.get(key)
-    if "." in key and (way := _walk(row, key.split("."))) is not None:
+    if "." in key and (way := walk(row, key.split("."))) is not None:
         if found is not None:
             raise ValueError(f"{where}: {key!r} is both a column and a way into one; rename the column")
         found = way
@@ -146,7 +156,7 @@ def _value(row: Mapping[str, Any], key: str, where: str) -> Any:
     return plain(found)
 
 
-def _walk(value: Any, way: list[str]) -> Any:
+def walk(value: Any, way: list[str]) -> Any:
     for key in way:
         if isinstance(value, Mapping):
             value = value.get(key)

@@ -5,14 +5,13 @@ AIME 2024 and 2025, AMC 2023, MATH-500, Minerva and OlympiadBench go round with 
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from flowrl_kernels.trainer.config import TaskConfig, listed
+from flowrl_kernels.trainer.config import TaskConfig
 from flowrl_kernels.trainer.tasks import dataset
 from flowrl_kernels.trainer.tasks.answers import read, read_gold
 from flowrl_kernels.trainer.tasks.base import Problem
@@ -39,15 +38,8 @@ class Maths(dataset.FileTask):
             raise ValueError('task.name = "maths" needs task.train, or task.test to evaluate; all are empty')
         if cfg.reward not in ("", "math"):
             raise ValueError(f"task.reward: wanted math, or nothing, for task.name = 'maths'; got {cfg.reward!r}")
-        found: dict[str, Sequence[Problem]] = {}
-        for split, source in (("train", cfg.train), ("valid", cfg.valid), ("test", cfg.test)):
-            try:
-                parts = [read_set(one, cfg.system) for one in listed(source) if one]
-            except (ValueError, FileNotFoundError) as error:
-                raise type(error)(f"task.{split}: {error}") from None
-            problems = [replace(p, id=i) for i, p in enumerate(itertools.chain.from_iterable(parts))]
-            found[split] = [replace(p, prompt=dataset.with_suffix(p.prompt, cfg.suffix)) for p in problems]
-        return cls(found)
+        splits = dataset.read_splits(cfg, lambda source: read_set(source, cfg.system))
+        return cls({split: dataset.one_behind_the_other(parts, cfg.suffix) for split, parts in splits})
 
     def verify(self, problem: Problem, response: str) -> float | None:
         return maths_reward(problem.prompt, response, problem.answer)
@@ -86,10 +78,7 @@ def column(row: Mapping[str, Any], names: Sequence[str]) -> Any:
     """What stands in the first of these columns that the row has and that is not empty."""
     lower = {str(key).casefold(): value for key, value in row.items()}
     for name in names:
-        first, *way = name.split(".")
-        found = lower.get(first)
-        for part in way:
-            found = found.get(part) if isinstance(found, Mapping) else None
+        found = dataset.walk(lower, name.split("."))
         if found is not None and found != "" and found != []:
             return found
     return None
