@@ -82,7 +82,7 @@ def linear_logprob(
             are global ids, `hidden` is the same on every rank, and its gradient is summed over the group.
         sampled: a `Sampled`, for a backward from a random part of the vocabulary whose expectation is the exact one;
             epsilon stays 0 beside it, and kept None. A softcap or an entropy gradient makes the backward exact, and
-            the report says so. "chunked" has it.
+            the report says so. "chunked" and "triton" have it.
         impl: "auto", "reference", "chunked", "triton". See `flowrl_kernels.backends()`.
 
     Returns:
