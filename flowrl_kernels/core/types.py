@@ -140,7 +140,7 @@ class Chunks(NamedTuple):
 class LogProb(NamedTuple):
     """Log-probabilities of the targets, in nats.
 
-    logp: [...] fp32 (float64 for float64 inputs); ignored rows hold 0.
+    logp: [...] fp32 (float64 for float64 inputs), [..., K] where K ids a row were given; ignored ids hold 0.
     entropy: [...] of the same dtype, or None where it was not asked for; ignored rows hold 0.
     """
 

@@ -16,7 +16,7 @@ STEM = "linear_logprob"
 
 
 def clean_target(target: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets as the launchers read them (-1 skip, V no target), and the masks of ignored and of wrong ones. [N]"""
+    """Targets as the launchers read them (-1 skip, V no target), and the masks of ignored and of wrong ones."""
     target = target.long()
     ignored = target == ignore_index
     wrong = ((target < 0) | (target >= vocab_size)) & ~ignored
@@ -31,17 +31,22 @@ def places(target: Tensor, order: Tensor) -> Tensor:
 
 
 def finish(logp: Tensor, ignored: Tensor, wrong: Tensor) -> Tensor:
-    """Ignored rows 0; a target outside the vocabulary NaN, which no later step can hide. [N]"""
+    """Ignored ids 0; a target outside the vocabulary NaN, which no later step can hide."""
     return logp.masked_fill(wrong, float("nan")).masked_fill(ignored, 0.0)
 
 
 def upstream(grad: Tensor | None, like: Tensor, ignored: Tensor) -> Tensor:
-    """A gradient [N] as the launchers read it: dtype of `like`, dense, 0 in ignored rows."""
+    """A gradient as the launchers read it: dtype of `like`, dense, 0 where ignored."""
     return torch.zeros_like(like) if grad is None else grad.to(like.dtype).masked_fill(ignored, 0.0).contiguous()
 
 
+def rows_ignored(ignored: Tensor) -> Tensor:
+    """Rows of which no id counts. [N] or [N, K] -> [N]"""
+    return ignored if ignored.dim() == 1 else ignored.all(1)
+
+
 def both_upstream(grad_logp: Tensor | None, grad_entropy: Tensor | None, like: Tensor, ignored: Tensor) -> Upstream:
-    entropy = None if grad_entropy is None else upstream(grad_entropy, like, ignored)
+    entropy = None if grad_entropy is None else upstream(grad_entropy, like, rows_ignored(ignored))
     return Upstream(upstream(grad_logp, like, ignored), entropy)
 
 
@@ -49,7 +54,7 @@ def both_upstream(grad_logp: Tensor | None, grad_entropy: Tensor | None, like: T
 def linear_logprob(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
-    target: Tensor,  # [N]
+    target: Tensor,  # [N] or [N, K]
     bias: Tensor | None,  # [V]
     temperature: Tensor,  # [N] or [1]
     logit_scale: float,
@@ -66,7 +71,7 @@ def linear_logprob(
     order: Tensor | None = None,  # [V] int64
     group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp [N], entropy [N] or [0], lse [2, N], tile statistics [ceil(V/128), N] or [0, 0].
+    """logp like target, entropy [N] or [0], lse [2, N], tile statistics [ceil(V/128), N] or [0, 0].
 
     lse is a row's log-sum-exp as its maximum and the log of the sum relative to it: of a confident row, the sum of the
     two keeps nothing of what is left to the other tokens.
@@ -88,7 +93,7 @@ def _(hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_in
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     runs = (vocab_size + TILE - 1) // TILE
     return (
-        hidden.new_empty(num_tokens, dtype=dtype),
+        hidden.new_empty(target.shape, dtype=dtype),
         hidden.new_empty(num_tokens if entropy else 0, dtype=dtype),
         hidden.new_empty((2, num_tokens), dtype=dtype),
         hidden.new_empty((runs, num_tokens) if epsilon > 0.0 or share > 0.0 else (0, 0), dtype=torch.float16),
@@ -97,7 +102,7 @@ def _(hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_in
 
 @operator("flowrl::linear_logprob_bwd", mutates_args=("report", "main_grad"))
 def linear_logprob_bwd(
-    grad_logp: Tensor | None,  # [N]
+    grad_logp: Tensor | None,  # [N] or [N, K], as target and logp
     grad_entropy: Tensor | None,  # [N]
     hidden: Tensor,
     weight: Tensor,

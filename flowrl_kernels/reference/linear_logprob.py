@@ -12,7 +12,7 @@ from flowrl_kernels.reference.logprob import logprob
 def linear_logprob(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
-    target: Tensor,  # [N]
+    target: Tensor,  # [N] or [N, K]
     bias: Tensor | None = None,  # [V]
     temperature: Tensor | float = 1.0,  # [N] or a number
     logit_scale: float = 1.0,
@@ -23,6 +23,7 @@ def linear_logprob(
     """z = softcap(logit_scale (hidden weight^T + bias)) / temperature; logp = log_softmax(z)[target]."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     ignored = target.long() == ignore_index
+    ignored = ignored if target.dim() == 1 else ignored.all(1)
     hidden = hidden.masked_fill(ignored[:, None], 0.0)  # such a row may hold anything, and 0 * NaN is NaN
     logits = hidden.to(dtype) @ weight.to(dtype).T  # [N, V]
     if bias is not None:

@@ -10,7 +10,7 @@ from flowrl_kernels.core.types import LogProb
 
 def logprob(
     logits: Tensor,  # [N, V]
-    target: Tensor,  # [N]
+    target: Tensor,  # [N] or [N, K]
     temperature: Tensor | float = 1.0,  # [N] or a number
     softcap: float | None = None,
     ignore_index: int = -100,
@@ -18,7 +18,8 @@ def logprob(
 ) -> LogProb:
     """logp = log_softmax(softcap(logits) / temperature)[target]; a target outside the vocabulary gives NaN."""
     target = target.long()
-    ignored = target == ignore_index  # [N]
+    skipped = target == ignore_index  # like target
+    ignored = skipped if target.dim() == 1 else skipped.all(1)  # [N]
     z = logits if logits.dtype == torch.float64 else logits.float()
     z = z.masked_fill(ignored[:, None], 0.0)  # such a row may hold anything, and 0 * NaN is NaN
     if softcap is not None:
@@ -31,8 +32,9 @@ def logprob(
         z = z / temperature
     known = (target >= 0) & (target < z.shape[-1])
     all_logp = torch.log_softmax(z, dim=-1)  # [N, V]
-    logp = all_logp.gather(-1, target.where(known, 0)[:, None])[:, 0]  # [N]
-    logp = logp.where(known, logp.new_tensor(float("nan"))).where(~ignored, logp.new_zeros(()))
+    ids = target.where(known, 0)
+    logp = all_logp.gather(-1, ids[:, None])[:, 0] if target.dim() == 1 else all_logp.gather(-1, ids)  # like target
+    logp = logp.where(known, logp.new_tensor(float("nan"))).where(~skipped, logp.new_zeros(()))
     if not entropy:
         return LogProb(logp, None)
     banned = all_logp == -torch.inf  # p log p -> 0, and its gradient with it
