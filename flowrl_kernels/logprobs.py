@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 
@@ -20,12 +20,40 @@ from flowrl_kernels.core.head import (
     targets_of,
     temperature_of,
 )
-from flowrl_kernels.core.types import LogProb, Sampled
+from flowrl_kernels.core.types import LogProb, LogProbStatistics, Sampled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["linear_logprob", "logprob"]
+
+
+class _Settings(TypedDict, total=False):
+    bias: Tensor | None
+    temperature: float | Tensor
+    logit_scale: float
+    softcap: float | None
+    ignore_index: int
+    entropy: bool
+    epsilon: float
+    report: Tensor | None
+    main_grad: Tensor | None
+    kept: tuple[Tensor, Tensor] | None
+    vocab_parallel: ProcessGroup | None
+    sampled: Sampled | None
+    impl: str
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, statistics: Literal[False] = False, **settings: Unpack[_Settings]
+) -> LogProb: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, statistics: Literal[True], **settings: Unpack[_Settings]
+) -> LogProbStatistics: ...
 
 
 def linear_logprob(
@@ -45,8 +73,9 @@ def linear_logprob(
     kept: tuple[Tensor, Tensor] | None = None,
     vocab_parallel: ProcessGroup | None = None,
     sampled: Sampled | None = None,
+    statistics: bool = False,
     impl: str = "auto",
-) -> LogProb:
+) -> LogProb | LogProbStatistics:
     """Log-probabilities of `target` under a language-model head, without a [N, V] tensor.
 
     ``z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature`` and ``logp = log_softmax(z)[target]``.
@@ -82,10 +111,14 @@ def linear_logprob(
         sampled: a `Sampled`, for a backward from a random part of the vocabulary whose expectation is the exact one;
             epsilon stays 0 beside it. A softcap or an entropy gradient makes the backward exact, and the report says
             so. "chunked" has it.
+        statistics: return a `LogProbStatistics`, which also has each row's argmax, whether the targets are it (token
+            accuracy) and the mean logit: from the same products, without gradient. Not beside `kept`, `vocab_parallel`
+            or `sampled.order`. The log-probs keep their bits.
         impl: "auto", "reference", "chunked", "triton". See `flowrl_kernels.backends()`.
 
     Returns:
-        LogProb(logp like target, entropy [...] or None), fp32 (float64 for float64 inputs).
+        LogProb(logp like target, entropy [...] or None), fp32 (float64 for float64 inputs); with `statistics` a
+        LogProbStatistics, which has three fields more.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -100,6 +133,14 @@ def linear_logprob(
     shape = tuple(target.shape)
     budget = checked_budget(flat, head, epsilon, report, main_grad, sampled_of(sampled, leading, head))
     chosen = dispatch.resolve(stem_of(budget), impl, flat)
+    if checks.flag("statistics", statistics):
+        for name, given in (
+            ("kept", kept is not None),
+            ("vocab_parallel", vocab_parallel is not None),
+            ("sampled.order", sampled is not None and sampled.order is not None),
+        ):
+            if given:
+                checks.fail("statistics", f"False beside {name}", statistics)
     if ids.dim() > 1:
         for name, given in (("kept", kept is not None), ("epsilon", epsilon > 0.0), ("sampled", sampled is not None)):
             if given:
@@ -133,7 +174,13 @@ def linear_logprob(
         refuse_reference(budget, main_grad)
     from flowrl_kernels.ops.linear_logprob import apply
 
-    return _shaped(apply(flat, ids, head, ignore_index, entropy, chosen, budget, main_grad), shape, leading)
+    out = apply(flat, ids, head, ignore_index, entropy, chosen, budget, main_grad, statistics)
+    made = _shaped(LogProb(out.logp, out.entropy), shape, leading)
+    if not isinstance(out, LogProbStatistics):
+        return made
+    return LogProbStatistics(
+        *made, out.argmax.reshape(leading), out.is_top1.reshape(shape), out.mean_logits.reshape(leading)
+    )
 
 
 def logprob(

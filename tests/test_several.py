@@ -152,6 +152,37 @@ def test_ignored_ids_and_rows_may_stand_on_anything_and_wrong_ids_are_nan(impl):
     assert logp.isnan().sum() == 1
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("k", [0, 3])
+def test_statistics_are_the_argmax_whether_an_id_is_it_and_the_mean_logit(impl, k):
+    hidden, weight, ids = several(41, 24, 2300, max(k, 1), impl=impl)
+    hidden[7] = 0.0  # every logit equal: the lowest id is the argmax
+    ids[7, 0] = 0
+    hidden[8], weight[2299] = weight[1100] * 3, weight[1100]  # two equal ones, tiles apart
+    ids = ids if k else ids[:, 0]
+    g = normal(*ids.shape).to(ids.device)
+    for softcap in (None, 5.0):
+        z = hidden.double() @ weight.double().T
+        z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / 0.7
+        live = (ids >= 0).view(len(ids), -1).any(1)
+        best = z.argmax(1)
+        assert best[7] == 0
+        x = hidden.clone().requires_grad_()
+        settings = {"softcap": softcap, "temperature": 0.7, "impl": impl}
+        out = linear_logprob(x, weight, ids, statistics=True, **settings)
+        plain = linear_logprob(x, weight, ids, **settings)
+        assert torch.equal(out.logp, plain.logp)
+        assert torch.equal(*(torch.autograd.grad(o.logp, x, g)[0] for o in (out, plain)))
+        assert torch.equal(out.argmax, torch.where(live, best, -1))
+        assert torch.equal(out.is_top1, ids == (best[:, None] if k else best))
+        assert out.is_top1.any()
+        mean = torch.where(live, z.mean(1), 0.0)
+        assert (out.mean_logits - mean).abs().max() < 1e-5
+        assert not out.mean_logits.requires_grad
+    logits = (hidden[:1] @ weight.T)[0]
+    assert torch.equal(linear_logprob(hidden[0], weight, ids[0], statistics=True, impl=impl).argmax, logits.argmax())
+
+
 def test_shapes_and_what_several_ids_do_not_go_with_are_refused_by_name():
     hidden, weight, ids = several(6, 16, 300, 3)
     out = linear_logprob(hidden.view(2, 3, 16), weight, ids.view(2, 3, 3), entropy=True)
@@ -164,6 +195,8 @@ def test_shapes_and_what_several_ids_do_not_go_with_are_refused_by_name():
     with pytest.raises(ValueError, match=r"target: .*300"):
         linear_logprob(hidden, weight, ids.masked_fill(ids < 0, 300))
     kept = (torch.zeros(6, dtype=torch.int64), torch.arange(7))
+    with pytest.raises(ValueError, match="statistics: wanted False beside kept"):
+        linear_logprob(hidden, weight, ids[:, 0], statistics=True, kept=kept)
     for name, value in (("epsilon", 0.1), ("kept", kept)):
         with pytest.raises(ValueError, match=f"target: wanted one id a row beside {name}; got 3 ids"):
             linear_logprob(hidden, weight, ids, **{name: value})

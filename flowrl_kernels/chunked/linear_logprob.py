@@ -13,8 +13,9 @@ from flowrl_kernels.chunked import tiles
 from flowrl_kernels.chunked.bounded import bounded_backward
 from flowrl_kernels.chunked.sampled import sampled_backward
 from flowrl_kernels.chunked.several import Several, as_one, pick, put_, rows_of
+from flowrl_kernels.chunked.statistics import Top
 from flowrl_kernels.chunked.tiles import Rows, Sinks
-from flowrl_kernels.core.types import EXACT, TILE, Budget, Head, Needs, Saved, Upstream
+from flowrl_kernels.core.types import EXACT, TILE, Budget, Head, Needs, RowStatistics, Saved, Upstream
 
 
 def kept_rows(keep: Tensor) -> Tensor | None:
@@ -48,6 +49,7 @@ def linear_logprob_fwd(
     entropy: bool,
     stats: bool,
     order: Tensor | None = None,  # [V] the id at each place; targets are places then
+    statistics: RowStatistics | None = None,  # written, where there is no order
 ) -> Saved:
     """logp like target (-inf without one here), log-sum-exp [2, N] as maximum and log of the sum, entropy [N] or [0],
     tile log-sum-exp [ceil(V/128), N] fp16 or [0, 0]; all 0 in skipped rows."""
@@ -72,6 +74,7 @@ def linear_logprob_fwd(
     blocks = [slice(start, start + block) for start in range(0, padded, block)]
     like = hidden.new_empty(0, dtype=dtype)
     sums = [tiles.Sums(block, like, entropy) for _ in blocks]
+    tops = [] if statistics is None else [Top(block, like) for _ in blocks]
     target_logit = like.new_zeros(target.shape)
     num_runs = -(-vocab_size // TILE)
     tile_lse = like.new_empty((num_runs, padded) if stats else (0, 0), dtype=torch.float16)
@@ -80,19 +83,26 @@ def linear_logprob_fwd(
             own_columns = slice(start, stop) if order is None else order[start:stop]
             columns = tiles.operand(weight[own_columns])
             tile_bias = None if bias is None else bias[own_columns]
-            for own, running in zip(blocks, sums):
+            for i, (own, running) in enumerate(zip(blocks, sums)):
                 z = tiles.logits_tile(hidden[own], columns, tile_bias, logit_scale, softcap)
                 tiles.divide_by_temperature(z, temperature if temperature.numel() == 1 else temperature[own])
                 local = target[own] - start
                 picked = pick(z, local)
                 mine = (local >= 0) & (local < stop - start)
                 target_logit[own] = torch.where(mine, picked, target_logit[own])
+                if tops:
+                    tops[i].add(z, start)
                 runs = running.add(z)
                 if stats:
                     first = start // TILE
                     tile_lse[first : first + runs.shape[1], own] = tiles.round_up_to_half(runs).T
     lse = torch.cat([s.lse() for s in sums], 1)[:, :num_rows] if sums else like.new_zeros((2, 0))
     ent = torch.cat([s.entropy() for s in sums])[:num_rows] if entropy and sums else like
+    if statistics is not None:
+        best = torch.cat([t.argmax for t in tops]) if tops else target.new_empty(0)
+        mean = torch.cat([t.total for t in tops]) / vocab_size if tops else like
+        statistics.argmax.copy_(put(rows, best[:num_rows] + 1, num_tokens).masked_fill(~live, 0) - 1)
+        statistics.mean_logits.copy_(put(rows, mean[:num_rows], num_tokens).masked_fill(~live, 0.0))
     target, tile_lse = target[:num_rows], tile_lse[:, :num_rows]
     own_lse = lse if target.dim() == 1 else lse[..., None]
     logp = tiles.log_softmax(target_logit[:num_rows], own_lse).masked_fill(target == vocab_size, -torch.inf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowrl_kernels.core.types import LogProb
+from flowrl_kernels.core.types import LogProb, LogProbStatistics
 from flowrl_kernels.reference.logprob import logprob
 
 
@@ -19,7 +19,8 @@ def linear_logprob(
     softcap: float | None = None,
     ignore_index: int = -100,
     entropy: bool = False,
-) -> LogProb:
+    statistics: bool = False,
+) -> LogProb | LogProbStatistics:
     """z = softcap(logit_scale (hidden weight^T + bias)) / temperature; logp = log_softmax(z)[target]."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     ignored = target.long() == ignore_index
@@ -28,4 +29,4 @@ def linear_logprob(
     logits = hidden.to(dtype) @ weight.to(dtype).T  # [N, V]
     if bias is not None:
         logits = logits + bias.to(dtype)
-    return logprob(logits * logit_scale, target, temperature, softcap, ignore_index, entropy)
+    return logprob(logits * logit_scale, target, temperature, softcap, ignore_index, entropy, statistics)
