@@ -1,5 +1,8 @@
 """Several ids a row: log-probs over the whole vocabulary and gradients of all, against a plain float64 log-softmax."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -230,3 +233,21 @@ def worker(rank, world):
 @pytest.mark.distributed
 def test_a_head_split_over_ranks_gives_each_id_s_log_prob():
     on_ranks(worker, 2)
+
+
+def test_the_distillation_example_is_the_kl_over_the_listed_ids_and_the_rest_and_learns():
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "topk_distillation.py"))
+    student, teacher = (torch.log_softmax(2 * normal(6, 50, seed=s).double(), 1) for s in (1, 2))
+    ids = teacher.topk(5).indices
+    ids[2, 3:] = -100
+    outcomes = []
+    for every in (student, teacher):
+        p = every.exp().gather(1, ids.clamp_min(0)) * (ids >= 0)
+        outcomes.append(torch.cat([p, 1.0 - p.sum(1, keepdim=True)], 1))
+    p, q = outcomes
+    wanted = torch.xlogy(q, q).sum(1) - torch.xlogy(q, p).sum(1)
+    got = example["topk_distillation_loss"](*(t.gather(1, ids.clamp_min(0)) for t in (student, teacher)), ids)
+    assert (got - wanted).abs().max() < 1e-12
+    assert (wanted > 0.05).all()
+    first, *_, last = example["main"](steps=60)
+    assert last < 0.5 * first

@@ -420,5 +420,18 @@ ROWS = [
     ("a question in two splits", "trainer/tasks/gym.py", 'if entry["question"] not in seen:', "if True:",
      of("trainer/test_tasks_gym.py",
         "test_no_question_stands_in_two_splits_though_neighbouring_seeds_share_their_entries")),
+    # --- several ids a row
+    ("an id that is listed twice counts once", "chunked/several.py",
+     "same = target[rows, :, None] == target[rows, None, :]",
+     "same = torch.eye(target.shape[1], dtype=torch.bool, device=target.device)[None]",
+     of("test_several.py", "test_log_probs_entropy_and_gradients_are_those_of_a_float64_log_softmax[7-chunked]")),
+    ("ids of other tiles go to the first column", "chunked/several.py", "torch.where(mine, local, other)",
+     "local.clamp(0, dz.shape[1] - 1)",
+     of("test_several.py", "test_log_probs_entropy_and_gradients_are_those_of_a_float64_log_softmax[7-chunked]")),
+    ("gradients that sum to 0 are none", "chunked/several.py",
+     "live = ((target >= 0) & (grad.logp != 0)).any(1)", "live = (target >= 0).any(1) & (total != 0)",
+     of("test_several.py", "test_log_probs_entropy_and_gradients_are_those_of_a_float64_log_softmax[2-chunked]")),
+    ("the last of equal logits is the argmax", "chunked/statistics.py", "top > self.maximum", "top >= self.maximum",
+     of("test_several.py", "test_statistics_are_the_argmax_whether_an_id_is_it_and_the_mean_logit[3-chunked]")),
 ]  # fmt: skip
 MUTANTS = [Mutant(*row) for row in ROWS]
