@@ -56,6 +56,12 @@ def linear_logprob(
 ) -> LogProbStatistics: ...
 
 
+@overload
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, statistics: bool, **settings: Unpack[_Settings]
+) -> LogProb | LogProbStatistics: ...
+
+
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,

@@ -65,7 +65,8 @@ def as_one(grad: Upstream, target: Tensor, logp: Tensor, entropy: Tensor) -> AsO
 
 def pick(z: Tensor, local: Tensor) -> Tensor:
     """z at the columns `local` [R] or [R, K], anything where that is no column. Like local."""
-    return z.gather(1, local.clamp(0, z.shape[1] - 1).view(len(local), -1)).view_as(local)
+    places = local.clamp(0, z.shape[1] - 1)
+    return z.gather(1, places[:, None])[:, 0] if local.dim() == 1 else z.gather(1, places)
 
 
 def put_(dz: Tensor, several: Several, start: int) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowrl_kernels.core.types import LogProbStatistics
 from flowrl_kernels.hf.head import HeadScales, check_head, head_scales, refuse_adapter
 from flowrl_kernels.log_partition import LOG_Z_FILE, LogPartition
 from flowrl_kernels.logprobs import linear_logprob
@@ -99,8 +100,11 @@ class _Head:
                 _, _, sum_squares, _, _ = self.theirs.apply(
                     hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, ("log_sum_sq_probs",)
                 )
-        mean_logits = out.mean_logits if "mean_logits" in outputs else None
-        return out.logp, out.entropy, sum_squares, mean_logits, out.is_top1 if "is_top1" in outputs else None
+        mean_logits = is_top1 = None
+        if isinstance(out, LogProbStatistics):
+            mean_logits = out.mean_logits if "mean_logits" in outputs else None
+            is_top1 = out.is_top1 if "is_top1" in outputs else None
+        return out.logp, out.entropy, sum_squares, mean_logits, is_top1
 
 
 @contextmanager

@@ -130,7 +130,8 @@ def apply(
 ) -> LogProb:  # fmt: skip
     """The operator; the reference without it, in plain autograd."""
     if impl == "reference":
-        return reference.logprob(logits, target, temperature, softcap, ignore_index, entropy)
+        out = reference.logprob(logits, target, temperature, softcap, ignore_index, entropy)
+        return LogProb(out.logp, out.entropy)
     logp, ent, _ = logprob(
         logits.contiguous(), target.contiguous(), temperature, softcap, ignore_index, entropy, inplace, impl
     )

@@ -64,7 +64,7 @@ class VocabParallel(OnceDifferentiable):
         moment = torch.zeros_like(mass)
         if entropy:
             moment = (mass * (ent - own_log_sum - shift)).masked_fill(mass == 0, 0.0)  # no mass, no part: 0 * -inf
-        parts = torch.cat([mass[None], moment[None], picked.view(len(mass), -1).T])  # [2 + K, N]
+        parts = torch.cat([mass[None], moment[None], picked[None] if target.dim() == 1 else picked.T])  # [2 + K, N]
         dist.all_reduce(parts, group=group)
         (total, moment), target_shifted = parts[:2], parts[2:].T.reshape(target.shape)
         nothing = rows_ignored(ignored)

@@ -8,7 +8,7 @@ from flowrl_kernels.reference.linear_logprob import linear_logprob as reference
 from flowrl_kernels.testing import assert_grad_close, poisoned_memory
 from tests.test_several import normal, several
 
-N, H, V = 19, 24, 517
+N, H, V = 13, 16, 389
 
 
 def call(hidden, weight, ids, bias=None, **settings):
@@ -16,12 +16,12 @@ def call(hidden, weight, ids, bias=None, **settings):
     return leaves, linear_logprob(*leaves[:2], ids, bias=leaves[2], impl="triton", **settings)
 
 
-@pytest.mark.parametrize("k", [2, 5, 67])
+@pytest.mark.parametrize("k", [2, 37])
 def test_log_probs_and_gradients_are_those_of_float64(dtype, within, k):
     hidden, weight, ids = several(N, H, V, k, dtype)
     bias, temperature, g, ge = normal(V).to(dtype), normal(N, seed=2).abs() + 0.5, normal(N, k, seed=3), normal(N)
     g[5] = torch.tensor([1.0, -1.0] + [0.0] * (k - 2))
-    for softcap, scale in ((None, 0.7), (15.0, 1.0)):
+    for softcap, scale in ((None, 0.7), (15.0, 1.0))[k > 2 :]:
         leaves = [t.double().requires_grad_() for t in (hidden, weight, bias)]
         exact = reference(
             leaves[0], leaves[1], ids, leaves[2], temperature.double(), scale, softcap, entropy=True
@@ -39,13 +39,13 @@ def test_log_probs_and_gradients_are_those_of_float64(dtype, within, k):
 
 
 def test_each_id_has_the_bits_it_has_alone_whatever_the_flags(dtype):
-    hidden, weight, ids = several(N, H, 1300, 4, dtype)
+    hidden, weight, ids = several(N, H, 900, 3, dtype)
     plain = linear_logprob(hidden, weight, ids, impl="triton").logp
     more = linear_logprob(hidden, weight, ids, entropy=True, statistics=True, impl="triton")
     assert torch.equal(more.logp, plain)
     some = linear_logprob(hidden[3:9], weight, ids[3:9], impl="triton").logp
     assert torch.equal(some, plain[3:9])
-    for k in range(4):
+    for k in range(3):
         alone = linear_logprob(hidden, weight, ids[:, k], statistics=k == 0, impl="triton")
         assert torch.equal(plain[:, k], alone.logp)
 
@@ -60,13 +60,13 @@ def test_the_weight_gradient_goes_into_main_grad(dtype, within):
     out.logp.backward(g)
     assert w.grad is None
     assert_grad_close(main - 1.0, wanted[1], rel=within, row=50 * within)
-    assert_grad_close(x.grad, wanted[0], rel=within)
+    assert_grad_close(x.grad, wanted[0], rel=2 * within)  # of 13 rows few count
 
 
 def test_statistics_are_the_argmax_whether_an_id_is_it_and_the_mean_logit(dtype):
-    hidden, weight, ids = several(N, H, 1300, 3, dtype)
+    hidden, weight, ids = several(N, H, 900, 3, dtype)
     hidden[7] = 0.0  # every logit equal: the lowest id is the argmax
-    hidden[8], weight[1290] = weight[400] * 3, weight[400]  # two equal ones, splits apart
+    hidden[8], weight[890] = weight[300] * 3, weight[300]  # two equal ones, splits apart
     z = hidden.double() @ weight.double().T / 0.7
     live, best = (ids >= 0).any(1), z.argmax(1)
     out = linear_logprob(hidden, weight, ids, temperature=0.7, statistics=True, impl="triton")
@@ -77,7 +77,7 @@ def test_statistics_are_the_argmax_whether_an_id_is_it_and_the_mean_logit(dtype)
 
 
 def test_logits_take_several_ids_too(dtype, within):
-    hidden, weight, ids = several(N, H, 5000, 35)
+    hidden, weight, ids = several(N, H, 4100, 35)
     logits, g, ge = (hidden @ weight.T).to(dtype), normal(N, 35, seed=3), normal(N)
     for softcap in (None, 20.0):
         z = logits.double().requires_grad_()
