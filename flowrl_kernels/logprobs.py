@@ -116,7 +116,7 @@ def linear_logprob(
             are global ids, `hidden` is the same on every rank, and its gradient is summed over the group.
         sampled: a `Sampled`, for a backward from a random part of the vocabulary whose expectation is the exact one;
             epsilon stays 0 beside it. A softcap or an entropy gradient makes the backward exact, and the report says
-            so. "chunked" has it.
+            so. "chunked" and "triton" have it.
         statistics: return a `LogProbStatistics`, which also has each row's argmax, whether the targets are it (token
             accuracy) and the mean logit: from the same products, without gradient. Not beside `kept`, `vocab_parallel`
             or `sampled.order`. The log-probs keep their bits.

@@ -176,7 +176,8 @@ def linear_logprob_bwd(
     into = Sinks(dhidden, dweight, main_grad if need.weight else None, dbias)
     exact_only = softcap is not None or grad_entropy is not None
     done, partial = False, budget.epsilon > 0.0 or budget.draw is not None
-    if partial and not exact_only and hidden.shape[0] > 0:
+    shared = budget.draw is not None and bool(budget.draw.group)  # other ranks wait for this one's part of tau
+    if partial and not exact_only and (hidden.shape[0] > 0 or shared):
         stats = tile_lse if rows is None else tile_lse.index_select(1, rows)
         if budget.draw is not None:
             ids = budget.draw.rows

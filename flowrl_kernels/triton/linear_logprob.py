@@ -33,6 +33,7 @@ from flowrl_kernels.triton.linear_logprob_kernels import (
 )
 from flowrl_kernels.triton.matmul import exact_matmul, matmul_into
 from flowrl_kernels.triton.primitives import compact, gather_rows, scatter_rows
+from flowrl_kernels.triton.sampled import by_id, in_order, sampled_backward
 from flowrl_kernels.triton.several_kernels import put_ids_kernel
 
 
@@ -118,7 +119,13 @@ class Sinks(NamedTuple):
 
 
 def linear_logprob_fwd(
-    hidden: Tensor, target: Tensor, head: Head, entropy: bool, stats: bool, statistics: RowStatistics | None = None
+    hidden: Tensor,
+    target: Tensor,
+    head: Head,
+    entropy: bool,
+    stats: bool,
+    order: Tensor | None = None,
+    statistics: RowStatistics | None = None,
 ) -> Saved:
     """Log p of the target, log-sum-exp, entropy and tile statistics.
 
@@ -126,8 +133,10 @@ def linear_logprob_fwd(
     bias [V] or None; temperature [N] or [1] fp32. Returns logp [N] (-inf without a target here), lse [2, N] as
     maximum and log of the sum relative to it, entropy [N] or [0] (all fp32) and tile_lse [ceil(V/128), N] fp16, an
     upper bound of the log-sum-exp over 128 columns, or [0, 0]. Skipped rows hold 0 everywhere; row blocks of nothing
-    but skipped rows cost nothing. Of targets [N, K] -1 skips the id, and logp is [N, K].
+    but skipped rows cost nothing. Of targets [N, K] -1 skips the id, and logp is [N, K]. With an order [V] of the
+    ids, targets are places in it and so are the statistics'.
     """
+    head = head if order is None else in_order(head, order)
     n, v = hidden.shape[0], head.weight.shape[0]
     new = {"dtype": torch.float32, "device": hidden.device}
     logp, lse = torch.zeros(n, **new), torch.empty(2, n, **new)
@@ -224,19 +233,35 @@ def linear_logprob_bwd(
     dtype; sums run in fp32. Bits are the same from run to run.
 
     epsilon > 0 takes the bounded backward (bounded.py) where it pays, there is no softcap and no entropy gradient;
-    `report` [3] gets the bound reached, the share of tiles computed, and 1 where it fell back to the exact one.
+    `report` [3] gets the bound reached, the share of tiles computed, and 1 where it fell back to the exact one. A draw
+    takes the sampled one (sampled.py) on the same terms, and has a fourth number for the estimated error.
     """
-    (grad_logp, grad_entropy), (logp, lse, entropy, _), (epsilon, report, _) = grad, saved, budget
+    order = None if budget.draw is None else budget.draw.order
+    if order is None:
+        return _backward(grad, hidden, target, head, saved, need, budget, main_grad, wide_hidden)
+    into = None if main_grad is None else torch.zeros_like(main_grad)
+    made = _backward(grad, hidden, target, in_order(head, order), saved, need, budget, into, wide_hidden)
+    if main_grad is not None and into is not None:
+        main_grad.index_add_(0, order, into)
+    return made[0], by_id(made[1], order), by_id(made[2], order)
+
+
+def _backward(
+    grad: Upstream, hidden: Tensor, target: Tensor, head: Head, saved: Saved, need: Needs, budget: Budget,
+    main_grad: Tensor | None, wide_hidden: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    (grad_logp, grad_entropy), (logp, lse, entropy, _), (epsilon, report, draw) = grad, saved, budget
     weight, _, temperature, logit_scale, softcap = head
     if report is not None:
         report.zero_()
-        report[1:].fill_(1.0)
-        report[2].fill_(float(epsilon > 0.0))
+        report[1].fill_(1.0)
+        report[2].fill_(float(epsilon > 0.0 or draw is not None))
     n, h = hidden.shape
     v = weight.shape[0]
     device, dtype = hidden.device, hidden.dtype
     if not any(need):
         return None, None, None
+    shared = draw is not None and bool(draw.group)  # other ranks wait for this one, also without a row
     with exact_matmul(hidden):
         one, ids = None, target
         if target.dim() == 2:
@@ -256,13 +281,16 @@ def linear_logprob_bwd(
             size = grad_logp if one is None else one.size
             factor = fp16_factor(size, grad_entropy, entropy, temperature, logit_scale, live)
             inverse = 1.0 / factor
-        if epsilon > 0.0 and softcap is None and grad_entropy is None and n > 0:
+        if (epsilon > 0.0 or draw is not None) and softcap is None and grad_entropy is None and (n > 0 or shared):
             made = torch.empty(v, h, dtype=dtype, device=device) if need.weight and main_grad is None else None
             tile = tiles.tile_for(tiles.arch_of(device), dtype, h * weight.element_size() % 16 == 0)
             wanted = Wanted(
                 main_grad if need.weight and made is None else made, main_grad is not None, need.hidden, need.bias
             )
-            done = bounded_backward(grad_logp, hidden, target, head, saved, budget, tile, factor, wanted)
+            if draw is not None and draw.rows is None:
+                budget = budget._replace(draw=draw._replace(rows=torch.arange(n, device=device)))
+            backward = bounded_backward if draw is None else sampled_backward
+            done = backward(grad_logp, hidden, target, head, saved, budget, tile, factor, wanted)
             if done is not None:
                 return done[0], made, done[1]
             del made
