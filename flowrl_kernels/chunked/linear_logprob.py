@@ -12,8 +12,10 @@ from torch import Tensor
 from flowrl_kernels.chunked import tiles
 from flowrl_kernels.chunked.bounded import bounded_backward
 from flowrl_kernels.chunked.sampled import sampled_backward
+from flowrl_kernels.chunked.several import Several, as_one, pick, put_, rows_of
+from flowrl_kernels.chunked.statistics import Top
 from flowrl_kernels.chunked.tiles import Rows, Sinks
-from flowrl_kernels.core.types import EXACT, TILE, Budget, Head, Needs, Saved, Upstream
+from flowrl_kernels.core.types import EXACT, TILE, Budget, Head, Needs, RowStatistics, Saved, Upstream
 
 
 def kept_rows(keep: Tensor) -> Tensor | None:
@@ -42,19 +44,20 @@ def clean(keep: Tensor, hidden: Tensor, temperature: Tensor) -> tuple[Tensor, Te
 
 def linear_logprob_fwd(
     hidden: Tensor,  # [N, H]
-    target: Tensor,  # [N] int64; -1 skips the row, V means no target here
+    target: Tensor,  # [N] or [N, K] int64; -1 skips the id, V means no target here
     head: Head,
     entropy: bool,
     stats: bool,
     order: Tensor | None = None,  # [V] the id at each place; targets are places then
     bits: Tensor | None = None,  # [N, ceil(V/8)] uint8: the columns that count, of rows that all take part
+    statistics: RowStatistics | None = None,  # written, where there is no order
 ) -> Saved:
-    """logp [N] (-inf without a target here), log-sum-exp [2, N] as maximum and log of the sum, entropy [N] or [0],
+    """logp like target (-inf without one here), log-sum-exp [2, N] as maximum and log of the sum, entropy [N] or [0],
     tile log-sum-exp [ceil(V/128), N] fp16 or [0, 0]; all 0 in skipped rows."""
     weight, bias, temperature, logit_scale, softcap = head
     num_tokens, hidden_size = hidden.shape
     vocab_size = weight.shape[0]
-    live = target >= 0
+    live = rows_of(target) >= 0
     rows = kept_rows(live)
     if rows is None and not tiles.host_knows(hidden):
         hidden, temperature = clean(live, hidden, temperature)
@@ -65,7 +68,7 @@ def linear_logprob_fwd(
     padded = -(-num_rows // block) * block
     dtype = tiles.accumulator_dtype(hidden.dtype)
     hidden = torch.nn.functional.pad(tiles.operand(hidden), (0, 0, 0, padded - num_rows))
-    target = torch.nn.functional.pad(target, (0, padded - num_rows), value=vocab_size)
+    target = torch.cat([target, target.new_full((padded - num_rows, *target.shape[1:]), vocab_size)])
     if temperature.numel() > 1:
         temperature = torch.nn.functional.pad(temperature, (0, padded - num_rows), value=1.0)
     bits = None if bits is None else torch.nn.functional.pad(bits, (0, 0, 0, padded - num_rows))
@@ -73,7 +76,8 @@ def linear_logprob_fwd(
     blocks = [slice(start, start + block) for start in range(0, padded, block)]
     like = hidden.new_empty(0, dtype=dtype)
     sums = [tiles.Sums(block, like, entropy) for _ in blocks]
-    target_logit = like.new_zeros(padded)
+    tops = [] if statistics is None else [Top(block, like) for _ in blocks]
+    target_logit = like.new_zeros(target.shape)
     num_runs = -(-vocab_size // TILE)
     tile_lse = like.new_empty((num_runs, padded) if stats else (0, 0), dtype=torch.float16)
     with tiles.exact_products():
@@ -81,25 +85,33 @@ def linear_logprob_fwd(
             own_columns = slice(start, stop) if order is None else order[start:stop]
             columns = tiles.operand(weight[own_columns])
             tile_bias = None if bias is None else bias[own_columns]
-            for own, running in zip(blocks, sums):
+            for i, (own, running) in enumerate(zip(blocks, sums)):
                 z = tiles.logits_tile(hidden[own], columns, tile_bias, logit_scale, softcap)
                 tiles.divide_by_temperature(z, temperature if temperature.numel() == 1 else temperature[own])
                 tiles.keep_(z, None if bits is None else bits[own], start)
                 local = target[own] - start
-                picked = z.gather(1, local.clamp(0, stop - start - 1)[:, None])[:, 0]
+                picked = pick(z, local)
                 mine = (local >= 0) & (local < stop - start)
                 target_logit[own] = torch.where(mine, picked, target_logit[own])
+                if tops:
+                    tops[i].add(z, start)
                 runs = running.add(z)
                 if stats:
                     first = start // TILE
                     tile_lse[first : first + runs.shape[1], own] = tiles.round_up_to_half(runs).T
     lse = torch.cat([s.lse() for s in sums], 1)[:, :num_rows] if sums else like.new_zeros((2, 0))
     ent = torch.cat([s.entropy() for s in sums])[:num_rows] if entropy and sums else like
+    if statistics is not None:
+        best = torch.cat([t.argmax for t in tops]) if tops else target.new_empty(0)
+        mean = torch.cat([t.total for t in tops]) / vocab_size if tops else like
+        statistics.argmax.copy_(put(rows, best[:num_rows] + 1, num_tokens).masked_fill(~live, 0) - 1)
+        statistics.mean_logits.copy_(put(rows, mean[:num_rows], num_tokens).masked_fill(~live, 0.0))
     target, tile_lse = target[:num_rows], tile_lse[:, :num_rows]
-    logp = tiles.log_softmax(target_logit[:num_rows], lse).masked_fill(target == vocab_size, -torch.inf)
+    own_lse = lse if target.dim() == 1 else lse[..., None]
+    logp = tiles.log_softmax(target_logit[:num_rows], own_lse).masked_fill(target == vocab_size, -torch.inf)
     if rows is None:
-        skipped = target < 0
-        logp, lse = logp.masked_fill(skipped, 0.0), lse.masked_fill(skipped, 0.0)
+        skipped = rows_of(target) < 0
+        logp, lse = logp.masked_fill(target < 0, 0.0), lse.masked_fill(skipped, 0.0)
         ent = ent.masked_fill(skipped, 0.0) if entropy else ent
         return Saved(logp, lse, ent, (tile_lse.masked_fill(skipped, 0.0) if stats else tile_lse).contiguous())
     stats_out = put(rows, tile_lse.T, num_tokens).T.contiguous() if stats else tile_lse
@@ -110,7 +122,7 @@ def linear_logprob_fwd(
 def linear_logprob_bwd(
     grad: Upstream,
     hidden: Tensor,  # [N, H]
-    target: Tensor,  # [N]
+    target: Tensor,  # [N] or [N, K]: as grad.logp and saved.logp; several ids without a partial budget
     head: Head,
     saved: Saved,
     need: Needs,
@@ -125,9 +137,15 @@ def linear_logprob_bwd(
     order = None if budget.draw is None else budget.draw.order
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
     dtype, out_dtype = tiles.accumulator_dtype(hidden.dtype), hidden.dtype
-    active = (target >= 0) & (grad_logp != 0)
-    if grad_entropy is not None:
-        active |= (target >= 0) & (grad_entropy != 0)
+    one, several = None if target.dim() == 1 else as_one(grad, target, logp, entropy), None
+    if one is None:
+        active = (target >= 0) & (grad_logp != 0)
+        if grad_entropy is not None:
+            active |= (target >= 0) & (grad_entropy != 0)
+    else:
+        active, grad_logp = one.live, one.total
+        several = Several(target.masked_fill(~active[:, None], vocab_size), one.value)
+        target, logp = torch.full_like(target[:, 0], vocab_size), torch.zeros_like(one.total)
     rows = kept_rows(active)
     if rows is None and not tiles.host_knows(hidden):
         hidden, temperature = clean(active, hidden, temperature)
@@ -138,6 +156,9 @@ def linear_logprob_bwd(
     temperature = temperature.to(dtype)[:, None]
     if grad_entropy is not None:
         grad_entropy, entropy = take(rows, grad_entropy, entropy)
+    if several is not None:
+        several = Several(*take(rows, *several))
+        several = several._replace(value=several.value.to(dtype) * logit_scale / temperature)
     x = tiles.operand(hidden)
     scale = (grad_logp * logit_scale)[:, None].to(dtype) / temperature  # [R, 1]
     entropy_scale = None
@@ -145,9 +166,11 @@ def linear_logprob_bwd(
         entropy_scale = (grad_entropy * logit_scale)[:, None].to(dtype) / temperature
     inverse = None
     if x.dtype == torch.float16 and len(x) > 0:  # off the CPU, where dz is rounded to it
-        factor = tiles.fp16_factor(grad_logp, grad_entropy, entropy, temperature[:, 0], logit_scale)
+        size = grad_logp if one is None else take(rows, one.size)[0]
+        factor = tiles.fp16_factor(size, grad_entropy, entropy, temperature[:, 0], logit_scale)
         scale, inverse = scale * factor, 1.0 / factor
         entropy_scale = None if entropy_scale is None else entropy_scale * factor
+        several = None if several is None else several._replace(value=several.value * factor)
     dhidden = x.new_zeros(hidden.shape, dtype=dtype) if need.hidden else None
     dweight = torch.empty_like(weight) if need.weight and main_grad is None else None
     dbias = x.new_zeros(vocab_size, dtype=dtype) if need.bias else None
@@ -173,7 +196,7 @@ def linear_logprob_bwd(
         if order is not None:  # nothing of it depends on an order
             ids = torch.nn.functional.pad(order, (0, 1), value=vocab_size)[rows_in.target]
             rows_in = rows_in._replace(target=ids)
-        _exact_backward(rows_in, head, into, None if bits is None else take(rows, bits)[0])
+        _exact_backward(rows_in, head, into, several, None if bits is None else take(rows, bits)[0])
     if inverse is not None:
         dbias = None if dbias is None else dbias.mul_(inverse)
         dhidden = None if dhidden is None else dhidden.mul_(inverse)
@@ -203,7 +226,9 @@ def store(dweight: Tensor | None, main_grad: Tensor | None, start: int, stop: in
             dweight[start:stop] = part
 
 
-def _exact_backward(rows: Rows, head: Head, into: Sinks, bits: Tensor | None = None) -> None:
+def _exact_backward(
+    rows: Rows, head: Head, into: Sinks, several: Several | None = None, bits: Tensor | None = None
+) -> None:
     """Fills the gradients, a tile of the vocabulary and a block of rows at a time."""
     dhidden, dweight, main_grad, dbias = into
     num_rows = len(rows.x)
@@ -217,7 +242,8 @@ def _exact_backward(rows: Rows, head: Head, into: Sinks, bits: Tensor | None = N
             for low in range(0, num_rows, row_step):
                 own = slice(low, low + row_step)
                 part = rows.part(own)
-                dz = _dlogits(part, columns, start, None if bits is None else bits[own])
+                at_ids = None if several is None else several.part(own)
+                dz = _dlogits(part, columns, start, at_ids, None if bits is None else bits[own])
                 if dbias is not None:
                     dbias[start:stop] += dz.sum(0)
                 dz = dz.to(part.x.dtype)
@@ -231,13 +257,15 @@ def _exact_backward(rows: Rows, head: Head, into: Sinks, bits: Tensor | None = N
             store(dweight, main_grad, start, stop, tile_grad)
 
 
-def _dlogits(rows: Rows, columns: Head, start: int, bits: Tensor | None) -> Tensor:
+def _dlogits(rows: Rows, columns: Head, start: int, several: Several | None, bits: Tensor | None) -> Tensor:
     """Gradient of the product hidden weight^T in the columns from `start` on, fp32. [R, C]"""
     z = tiles.logits_tile(rows.x, columns.weight, columns.bias, columns.logit_scale, columns.softcap)
     slope = None if columns.softcap is None else (z / columns.softcap).square_().neg_().add_(1.0)
     z = tiles.keep_(tiles.divide_by_temperature(z, rows.temperature), bits, start)
     local, entropy = (rows.target - start)[:, None], None if rows.entropy is None else rows.entropy[:, None]
     dz = dlogits_(z, local, rows.logp[:, None], rows.lse, rows.scale, rows.entropy_scale, entropy)
+    if several is not None:
+        put_(dz, several, start)
     return dz if slope is None else dz.mul_(slope)
 
 

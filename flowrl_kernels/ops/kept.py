@@ -193,8 +193,7 @@ def apply(hidden: Tensor, target: Tensor, head: Head, settings: Settings) -> Log
     weight, bias, temperature, *_ = head
     with torch.autocast(hidden.device.type, enabled=False):
         if settings.impl == "reference":
-            return reference.linear_logprob(
-                hidden, weight, target, *head[1:], ignore_index=settings.ignore_index, entropy=settings.entropy,
-                kept=settings.kept,
-            )  # fmt: skip
+            return reference.linear_logprob_kept(
+                hidden, weight, target, settings.kept, *head[1:], settings.ignore_index, settings.entropy
+            )
         return LogProb(*KeptLogProb.call(hidden, weight, bias, target, temperature, settings))

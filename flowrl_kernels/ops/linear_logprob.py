@@ -9,14 +9,27 @@ from torch import Tensor
 
 from flowrl_kernels import reference
 from flowrl_kernels.core.dispatch import launchers
-from flowrl_kernels.core.types import EXACT, TILE, Budget, Draw, Head, LogProb, Needs, Saved, Upstream
+from flowrl_kernels.core.types import (
+    EXACT,
+    TILE,
+    Budget,
+    Draw,
+    Head,
+    LogProb,
+    LogProbStatistics,
+    Needs,
+    RowStatistics,
+    Saved,
+    Upstream,
+)
 from flowrl_kernels.ops.operator import operator
 
 STEM = "linear_logprob"
+NO_DRAW = (0.0, 0, None, None, "")
 
 
 def clean_target(target: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets as the launchers read them (-1 skip, V no target), and the masks of ignored and of wrong ones. [N]"""
+    """Targets as the launchers read them (-1 skip, V no target), and the masks of ignored and of wrong ones."""
     target = target.long()
     ignored = target == ignore_index
     wrong = ((target < 0) | (target >= vocab_size)) & ~ignored
@@ -31,17 +44,22 @@ def places(target: Tensor, order: Tensor) -> Tensor:
 
 
 def finish(logp: Tensor, ignored: Tensor, wrong: Tensor) -> Tensor:
-    """Ignored rows 0; a target outside the vocabulary NaN, which no later step can hide. [N]"""
+    """Ignored ids 0; a target outside the vocabulary NaN, which no later step can hide."""
     return logp.masked_fill(wrong, float("nan")).masked_fill(ignored, 0.0)
 
 
 def upstream(grad: Tensor | None, like: Tensor, ignored: Tensor) -> Tensor:
-    """A gradient [N] as the launchers read it: dtype of `like`, dense, 0 in ignored rows."""
+    """A gradient as the launchers read it: dtype of `like`, dense, 0 where ignored."""
     return torch.zeros_like(like) if grad is None else grad.to(like.dtype).masked_fill(ignored, 0.0).contiguous()
 
 
+def rows_ignored(ignored: Tensor) -> Tensor:
+    """Rows of which no id counts. [N] or [N, K] -> [N]"""
+    return ignored if ignored.dim() == 1 else ignored.all(1)
+
+
 def both_upstream(grad_logp: Tensor | None, grad_entropy: Tensor | None, like: Tensor, ignored: Tensor) -> Upstream:
-    entropy = None if grad_entropy is None else upstream(grad_entropy, like, ignored)
+    entropy = None if grad_entropy is None else upstream(grad_entropy, like, rows_ignored(ignored))
     return Upstream(upstream(grad_logp, like, ignored), entropy)
 
 
@@ -49,7 +67,7 @@ def both_upstream(grad_logp: Tensor | None, grad_entropy: Tensor | None, like: T
 def linear_logprob(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
-    target: Tensor,  # [N]
+    target: Tensor,  # [N] or [N, K]
     bias: Tensor | None,  # [V]
     temperature: Tensor,  # [N] or [1]
     logit_scale: float,
@@ -65,8 +83,10 @@ def linear_logprob(
     rows: Tensor | None = None,  # [N] int64
     order: Tensor | None = None,  # [V] int64
     group: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp [N], entropy [N] or [0], lse [2, N], tile statistics [ceil(V/128), N] or [0, 0].
+    statistics: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logp like target, entropy [N] or [0], lse [2, N], tile statistics [ceil(V/128), N] or [0, 0], argmax and
+    mean logit [N] or [0] each.
 
     lse is a row's log-sum-exp as its maximum and the log of the sum relative to it: of a confident row, the sum of the
     two keeps nothing of what is left to the other tokens.
@@ -74,30 +94,36 @@ def linear_logprob(
     clean, ignored, wrong = clean_target(target, weight.shape[0], ignore_index)
     head = Head(weight, bias, temperature, logit_scale, softcap)
     room, partial = launchers(STEM, impl), epsilon > 0.0 or share > 0.0
-    if order is None:
+    count, dtype = len(hidden) if statistics else 0, torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    into = RowStatistics(hidden.new_empty(count, dtype=torch.int64), hidden.new_empty(count, dtype=dtype))
+    if statistics:
+        logp, lse, ent, stats = room.linear_logprob_fwd(hidden, clean, head, entropy, partial, statistics=into)
+    elif order is None:
         logp, lse, ent, stats = room.linear_logprob_fwd(hidden, clean, head, entropy, partial)
     else:
         logp, lse, ent, stats = room.linear_logprob_fwd(hidden, places(clean, order), head, entropy, partial, order)
-    return finish(logp, ignored, wrong), ent, lse, stats
+    return finish(logp, ignored, wrong), ent, lse, stats, *into
 
 
 @linear_logprob.register_fake
 def _(hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_index, entropy, epsilon, report,
-      main_grad, impl, share=0.0, *_, **__):  # fmt: skip
+      main_grad, impl, share=0.0, draw=0, rows=None, order=None, group="", statistics=False):  # fmt: skip
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     runs = (vocab_size + TILE - 1) // TILE
     return (
-        hidden.new_empty(num_tokens, dtype=dtype),
+        hidden.new_empty(target.shape, dtype=dtype),
         hidden.new_empty(num_tokens if entropy else 0, dtype=dtype),
         hidden.new_empty((2, num_tokens), dtype=dtype),
         hidden.new_empty((runs, num_tokens) if epsilon > 0.0 or share > 0.0 else (0, 0), dtype=torch.float16),
+        hidden.new_empty(num_tokens if statistics else 0, dtype=torch.int64),
+        hidden.new_empty(num_tokens if statistics else 0, dtype=dtype),
     )
 
 
 @operator("flowrl::linear_logprob_bwd", mutates_args=("report", "main_grad"))
 def linear_logprob_bwd(
-    grad_logp: Tensor | None,  # [N]
+    grad_logp: Tensor | None,  # [N] or [N, K], as target and logp
     grad_entropy: Tensor | None,  # [N]
     hidden: Tensor,
     weight: Tensor,
@@ -155,10 +181,10 @@ def _(grad_logp, grad_entropy, hidden, weight, target, bias, temperature, logp, 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, target, bias, temperature, *settings = inputs
     logit_scale, softcap, ignore_index, ctx.entropy, epsilon, report, main_grad, impl, *draw = settings
-    share, key, rows, order, group = draw or (0.0, 0, None, None, "")
-    logp, ent, lse, stats = output
+    share, key, rows, order, group = draw[:5] or NO_DRAW
+    logp, ent, lse, stats, *statistics = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, stats)
+    ctx.mark_non_differentiable(lse, stats, *statistics)
     ctx.save_for_backward(hidden, weight, target, bias, temperature, logp, lse, ent, stats, rows, order)
     ctx.draw = share, key, group
     # what the backward writes, so no saved value: it may change between forward and backward, and twice
@@ -170,7 +196,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple:
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     report, main_grad = ctx.written
-    nothing = (None,) * 18
+    nothing = (None,) * 19
     *saved, rows, order = ctx.saved_tensors
     share, key, group = ctx.draw
     grad_entropy = grad_entropy if ctx.entropy else None
@@ -191,20 +217,21 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
 
 def apply(
     hidden: Tensor, target: Tensor, head: Head, ignore_index: int, entropy: bool, impl: str, budget: Budget = EXACT,
-    main_grad: Tensor | None = None,
-) -> LogProb:  # fmt: skip
+    main_grad: Tensor | None = None, statistics: bool = False,
+) -> LogProb | LogProbStatistics:  # fmt: skip
     """The operator on structs, where autocast has had its say; the reference without it, in plain autograd."""
     # inside, autocast would round the very products that must stay in fp32
     with torch.autocast(hidden.device.type, enabled=False):
         if impl == "reference":
-            return reference.linear_logprob(
-                hidden, head.weight, target, *head[1:], ignore_index=ignore_index, entropy=entropy
-            )
-        logp, ent, _, _ = linear_logprob(
+            return reference.linear_logprob(hidden, head.weight, target, *head[1:], ignore_index, entropy, statistics)
+        logp, ent, _, _, argmax, mean_logits = linear_logprob(
             hidden, head.weight, target, head.bias, head.temperature, head.logit_scale, head.softcap, ignore_index,
-            entropy, budget.epsilon, budget.report, main_grad, impl, *(budget.draw or ()),
+            entropy, budget.epsilon, budget.report, main_grad, impl, *(budget.draw or NO_DRAW), statistics,
         )  # fmt: skip
-    return LogProb(logp, ent if entropy else None)
+    if not statistics:
+        return LogProb(logp, ent if entropy else None)
+    is_top1 = (target == (argmax if target.dim() == 1 else argmax[:, None])) & (target != ignore_index)
+    return LogProbStatistics(logp, ent if entropy else None, argmax, is_top1, mean_logits)
 
 
 linear_logprob.register_autograd(_backward, setup_context=_setup_context)
