@@ -255,6 +255,15 @@ def test_no_recorded_ids_mean_no_replay_where_a_format_says_so():
     assert (one == exact).tolist() == [True, False, True]
 
 
+def test_rows_are_counted_over_all_leading_dimensions_and_one_id_may_have_a_dimension_of_its_own():
+    hidden, weight, target = peaked_inputs(6, 8, 40)
+    kept = rows_of(ragged(6, 40))
+    flat = linear_logprob(hidden, weight, target, kept=kept, entropy=True)
+    out = linear_logprob(hidden.view(2, 3, 8), weight, target.view(2, 3, 1), kept=kept, entropy=True)
+    assert torch.equal(out.logp, flat.logp.view(2, 3, 1))
+    assert torch.equal(out.entropy, flat.entropy.view(2, 3))
+
+
 @pytest.mark.parametrize(
     ("kept", "error", "message"),
     [

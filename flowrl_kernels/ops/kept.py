@@ -127,7 +127,7 @@ def _forward(hidden: Tensor, target: Tensor, head: Head, kept: Kept, settings: S
     """Of one shard: logp (-inf without a target here), log-sum-exp, entropy; 0 in skipped rows, which hold anything."""
     lists, wide = make_lists(kept, target, len(head.weight))
     saved, z = launchers(STEM, settings.impl).linear_logprob_kept_fwd(hidden, lists, head, settings.entropy)
-    logp, lse, ent, nothing = saved
+    logp, lse, ent, nothing, *_ = saved
     tile_lse = nothing
     if kept.whole is not None:
         alone = torch.where(kept.whole, target, -1)

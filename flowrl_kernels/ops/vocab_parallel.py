@@ -36,7 +36,7 @@ def across(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """logp like target, log-sum-exp [2, N] and entropy [N] of all shards from one's own. Bool like target each: it is
     in another shard, it does not count, it is no id."""
-    own_logp, (own_top, own_log_sum), ent, _ = own
+    own_logp, (own_top, own_log_sum), ent, *_ = own
     one = own_logp.dim() == 1
     # a MAX may lose a NaN: +inf cannot be lost, and makes the other ranks' masses 0 or NaN; the SUM spreads it
     top = own_top.masked_fill(own_top.isnan(), torch.inf)
