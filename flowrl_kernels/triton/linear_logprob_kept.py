@@ -23,8 +23,8 @@ from flowrl_kernels.triton.kept_kernels import (
 
 PART = 32  # entries of a row that one program takes
 BLOCK = 128  # logits of a row at a time
-WIDE_H, LONG_H = 128, 256  # columns of H at a time: of PART entries, and of the 16 that are summed together
-TOGETHER = 16
+BLOCK_H = 128  # columns of H at a time: at 256 the sums of bfloat16 spill on sm_100
+TOGETHER = 16  # entries that are summed together
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -48,7 +48,7 @@ def linear_logprob_kept_fwd(hidden: Tensor, lists: Lists, head: Head, entropy: b
         dots_kernel[(len(programs),)](
             hidden, weight, bias, temperature, part_row, first_part, edges, columns, z,
             n, h, hidden.stride(0), weight.stride(0), int(temperature.shape[0] > 1), logit_scale, softcap,
-            PART=PART, BLOCK_H=WIDE_H, **OPTIONS,
+            PART=PART, BLOCK_H=BLOCK_H, **OPTIONS,
         )  # fmt: skip
         softmax_kernel[(n,)](z, edges, of_target, logp, lse, ent if entropy else None, n, BLOCK=BLOCK, **OPTIONS)
     return Saved(logp, lse, ent, nothing), z
@@ -84,18 +84,18 @@ def linear_logprob_kept_bwd(
             n, int(temperature.shape[0] > 1), logit_scale, softcap, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
         if dhidden is not None:
-            dhidden_kernel[(n * triton.cdiv(h, LONG_H),)](
-                weight, edges, columns, dz, dhidden, h, weight.stride(0), BLOCK=TOGETHER, BLOCK_H=LONG_H, **OPTIONS
+            dhidden_kernel[(n * triton.cdiv(h, BLOCK_H),)](
+                weight, edges, columns, dz, dhidden, h, weight.stride(0), BLOCK=TOGETHER, BLOCK_H=BLOCK_H, **OPTIONS
             )
         if need.weight or need.bias:
             order, sorted_columns = by_column(columns)
             first_entry = segments(sorted_columns, v)
             into = (main_grad if main_grad is not None else dweight) if need.weight else None
-            heights = triton.cdiv(h, LONG_H) if need.weight else 1
+            heights = triton.cdiv(h, BLOCK_H) if need.weight else 1
             dweight_kernel[((len(first_entry) - 1) * heights,)](
                 hidden, first_entry, order, sorted_columns, rows, dz, dbias, into,
                 len(columns), v, h if need.weight else 1, hidden.stride(0), ADD=main_grad is not None,
-                BLOCK=TOGETHER, BLOCK_H=LONG_H, **OPTIONS,
+                BLOCK=TOGETHER, BLOCK_H=BLOCK_H, **OPTIONS,
             )  # fmt: skip
     return dhidden, dweight, dbias
 
