@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from flowrl_kernels.trainer import fingerprint, parallel, safe_reading
 from flowrl_kernels.trainer.parallel import World, barrier, gather
 
-
 COUNTS = "token_order.safetensors"
 
 

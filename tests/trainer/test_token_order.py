@@ -1,4 +1,4 @@
-"""The order that a sampled backward cuts the vocabulary in: counted from responses, the same everywhere, and worth it."""
+"""The order that a sampled backward cuts the vocabulary in: counted from responses, one for all, and worth it."""
 
 import json
 
@@ -134,14 +134,6 @@ def test_old_log_probs_and_those_of_the_first_update_are_summed_in_one_order(tmp
 
 def test_an_exact_run_counts_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(TokenOrder, "add", None)
-    run_exact = [
-        *tiny.SMALL,
-        "--run.dir",
-        str(tmp_path / "run"),
-        "--run.cache",
-        str(tmp_path / "c"),
-        "--run.steps",
-        "1",
-    ]
-    worker.record(run_exact)
+    where = tiny.flags(f"run.dir {tmp_path / 'run'}  run.cache {tmp_path / 'cache'}  run.steps 1")
+    worker.record([*tiny.SMALL, *where])
     assert checkpoint.counts(checkpoint.latest(tmp_path / "run")) is None
