@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from flowrl_kernels import Sampled, linear_logprob
 from flowrl_kernels.testing import rl_like_inputs
-from flowrl_kernels.trainer import checkpoint
+from flowrl_kernels.trainer import checkpoint, objective
 from flowrl_kernels.trainer import run as run_module
 from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.token_order import ONE, TokenOrder
@@ -125,11 +125,19 @@ def test_a_resumed_run_cuts_the_vocabulary_as_one_that_was_never_stopped(tmp_pat
 
 
 @pytest.mark.parametrize("algorithm", ["flowrl", "grpo"])
-def test_old_log_probs_and_those_of_the_first_update_are_summed_in_one_order(tmp_path, algorithm, everything_earns):
+def test_old_log_probs_and_those_of_the_first_update_are_summed_in_one_order(
+    tmp_path, algorithm, everything_earns, monkeypatch
+):
+    partial_of, seen = objective.partial_of, []
+    monkeypatch.setattr(objective, "partial_of", lambda *given: seen.append(partial_of(*given)) or seen[-1])
     several = tiny.flags(f"algorithm.name {algorithm}  algorithm.minibatch_prompts 2  optim.warmup 0")
     first, second = run(tmp_path, algorithm, 1, *several)[0]["weights"]
     assert first.eq(1.0).all()
     assert not second.eq(1.0).all()
+    wanted = TokenOrder(512, checkpoint.counts(checkpoint.latest(tmp_path / algorithm))).order()
+    assert len(seen) >= 2
+    assert all(torch.equal(partial.sampled.order, wanted) for partial in seen)
+    assert not torch.equal(wanted, torch.arange(512))
 
 
 def test_an_exact_run_counts_nothing(tmp_path, monkeypatch):
