@@ -514,7 +514,8 @@ ROWS = [
      of("trainer/test_overlap.py", "test_the_ratio_is_to_the_weights_that_sampled_or_with_a_correction_to_those_of_the_"
         "steps_start[flowrl-]")),
     # --- the order of a sampled backward
-    ("tokens sampled least come first", "trainer/token_order.py", "argsort(descending=True,", "argsort(descending=False,",
+    ("tokens sampled least come first", "trainer/token_order.py", "argsort(descending=True,",
+     "argsort(descending=False,",
      of("trainer/test_token_order.py",
         "test_at_an_equal_share_a_draw_errs_far_less_in_the_order_of_what_was_sampled")),
     ("each rank counts its own", "trainer/token_order.py", "+ whole * ONE", "+ torch.from_numpy(new) * ONE",
