@@ -516,8 +516,7 @@ ROWS = [
     # --- the order of a sampled backward
     ("tokens sampled least come first", "trainer/token_order.py", "argsort(descending=True,",
      "argsort(descending=False,",
-     of("trainer/test_token_order.py",
-        "test_at_an_equal_share_a_draw_errs_far_less_in_the_order_of_what_was_sampled")),
+     of("trainer/test_token_order.py", "test_ids_sampled_most_come_first_and_those_as_often_by_id")),
     ("each rank counts its own", "trainer/token_order.py", "+ whole * ONE", "+ torch.from_numpy(new) * ONE",
      of("trainer/test_token_order.py", "test_every_rank_has_the_counts_of_all")),
     ("nothing is forgotten", "trainer/token_order.py", " - (self.counts >> SHIFT)", "",
