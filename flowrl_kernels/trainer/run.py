@@ -157,6 +157,8 @@ def prepare(config: Config, world: World) -> Run:
             saved=saved,
             token_order=token_order(config, actor, found.checkpoint),
         )
+        if found.checkpoint and run.token_order is not None and not run.token_order.counts.any():
+            log.note(f"{found.checkpoint.name} has no counts of sampled tokens: their order starts anew", found.step)
         # before the first step, where a broken path should show
         probe.push(run, saved["updates"] if saved else 0)
         parallel.first(lambda: run_folder.commit(folder), world)

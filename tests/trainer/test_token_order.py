@@ -112,7 +112,7 @@ def run(tmp_path, name, steps, *args):
     return seen, [row["dlogits_error_estimate"] for row in rows if row["kind"] == "train"]
 
 
-def test_a_resumed_run_cuts_the_vocabulary_as_one_that_was_never_stopped(tmp_path, everything_earns):
+def test_a_resumed_run_cuts_the_vocabulary_as_one_that_was_never_stopped(tmp_path, everything_earns, monkeypatch):
     whole, errors = run(tmp_path, "whole", 3)
     run(tmp_path, "parts", 2)
     path = checkpoint.latest(tmp_path / "parts")
@@ -122,6 +122,11 @@ def test_a_resumed_run_cuts_the_vocabulary_as_one_that_was_never_stopped(tmp_pat
     assert more == errors
     assert torch.equal(rest["gradients"][0], whole["gradients"][2])
     assert load_file(path / checkpoint.COUNTS).keys() == {"counts"}
+    log = tmp_path / "parts" / "metrics.jsonl"
+    assert "no counts" not in log.read_text()
+    monkeypatch.setattr(checkpoint, "counts", lambda path: None)  # as an older version's checkpoint
+    run(tmp_path, "parts", 4, "--run.resume", "True")
+    assert "step_3 has no counts of sampled tokens: their order starts anew" in log.read_text()
 
 
 @pytest.mark.parametrize("algorithm", ["flowrl", "grpo"])
