@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels import reference
+from flowrl_kernels.chunked.recompute import kept_shape
 from flowrl_kernels.core.dispatch import launchers
 from flowrl_kernels.core.types import EXACT, TILE, Budget, Draw, Head, LogProb, Needs, Saved, Upstream
 from flowrl_kernels.ops.operator import operator
 
 STEM = "linear_logprob"
+NO_DRAW = (0.0, 0, None, None, "")
 
 
 def clean_target(target: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,8 +67,9 @@ def linear_logprob(
     rows: Tensor | None = None,  # [N] int64
     order: Tensor | None = None,  # [V] int64
     group: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp [N], entropy [N] or [0], lse [2, N], tile statistics [ceil(V/128), N] or [0, 0].
+    keep: bool = False,  # logits for the backward, as chunked/recompute.py says
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logp [N], entropy [N] or [0], lse [2, N], tile statistics [ceil(V/128), N] or [0, 0], kept logits [R, C].
 
     lse is a row's log-sum-exp as its maximum and the log of the sum relative to it: of a confident row, the sum of the
     two keeps nothing of what is left to the other tokens.
@@ -74,16 +77,22 @@ def linear_logprob(
     clean, ignored, wrong = clean_target(target, weight.shape[0], ignore_index)
     head = Head(weight, bias, temperature, logit_scale, softcap)
     room, partial = launchers(STEM, impl), epsilon > 0.0 or share > 0.0
-    if order is None:
-        logp, lse, ent, stats = room.linear_logprob_fwd(hidden, clean, head, entropy, partial)
-    else:
-        logp, lse, ent, stats = room.linear_logprob_fwd(hidden, places(clean, order), head, entropy, partial, order)
-    return finish(logp, ignored, wrong), ent, lse, stats
+    kept = logits_to_keep(hidden, weight, keep)
+    more = (order, kept if keep else None) if order is not None or keep else ()
+    clean = clean if order is None else places(clean, order)
+    logp, lse, ent, stats, *_ = room.linear_logprob_fwd(hidden, clean, head, entropy, partial, *more)
+    return finish(logp, ignored, wrong), ent, lse, stats, kept
+
+
+def logits_to_keep(hidden: Tensor, weight: Tensor, keep: bool) -> Tensor:
+    """Room for them. [R, C]"""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return hidden.new_empty(kept_shape(hidden.shape[0], weight.shape[0]) if keep else (0, 0), dtype=dtype)
 
 
 @linear_logprob.register_fake
 def _(hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_index, entropy, epsilon, report,
-      main_grad, impl, share=0.0, *_, **__):  # fmt: skip
+      main_grad, impl, share=0.0, draw=0, rows=None, order=None, group="", keep=False):  # fmt: skip
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     runs = (vocab_size + TILE - 1) // TILE
@@ -92,6 +101,7 @@ def _(hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_in
         hidden.new_empty(num_tokens if entropy else 0, dtype=dtype),
         hidden.new_empty((2, num_tokens), dtype=dtype),
         hidden.new_empty((runs, num_tokens) if epsilon > 0.0 or share > 0.0 else (0, 0), dtype=torch.float16),
+        logits_to_keep(hidden, weight, keep),
     )
 
 
@@ -123,10 +133,11 @@ def linear_logprob_bwd(
     rows: Tensor | None = None,  # [N]
     order: Tensor | None = None,  # [V]
     group: str = "",
+    kept: Tensor | None = None,  # [R, C]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden [N, H], weight [V, H], bias [V]; [0] where not needed or kept in main_grad."""
     clean, ignored, _ = clean_target(target, weight.shape[0], ignore_index)
-    head, saved = Head(weight, bias, temperature, logit_scale, softcap), Saved(logp, lse, ent, stats)
+    head, saved = Head(weight, bias, temperature, logit_scale, softcap), Saved(logp, lse, ent, stats, kept)
     clean = clean if order is None else places(clean, order)
     budget = Budget(epsilon, report, Draw(share, draw, rows, order, group) if share > 0.0 else None)
     dhidden, dweight, dbias = launchers(STEM, impl).linear_logprob_bwd(
@@ -155,11 +166,12 @@ def _(grad_logp, grad_entropy, hidden, weight, target, bias, temperature, logp, 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, target, bias, temperature, *settings = inputs
     logit_scale, softcap, ignore_index, ctx.entropy, epsilon, report, main_grad, impl, *draw = settings
-    share, key, rows, order, group = draw or (0.0, 0, None, None, "")
-    logp, ent, lse, stats = output
+    share, key, rows, order, group, keep = (*draw, *(*NO_DRAW, False)[len(draw) :])
+    logp, ent, lse, stats, kept = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, stats)
-    ctx.save_for_backward(hidden, weight, target, bias, temperature, logp, lse, ent, stats, rows, order)
+    ctx.mark_non_differentiable(lse, stats, kept)
+    kept = kept if keep else None
+    ctx.save_for_backward(hidden, weight, target, bias, temperature, logp, lse, ent, stats, rows, order, kept)
     ctx.draw = share, key, group
     # what the backward writes, so no saved value: it may change between forward and backward, and twice
     ctx.written = report, main_grad
@@ -170,15 +182,15 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple:
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     report, main_grad = ctx.written
-    nothing = (None,) * 18
-    *saved, rows, order = ctx.saved_tensors
+    nothing = (None,) * 19
+    *saved, rows, order, kept = ctx.saved_tensors
     share, key, group = ctx.draw
     grad_entropy = grad_entropy if ctx.entropy else None
     if grad_logp is None and grad_entropy is None:
         return nothing
     dhidden, dweight, dbias = linear_logprob_bwd(
         grad_logp, grad_entropy, *saved, report, main_grad, *ctx.settings,
-        need_hidden, need_weight, need_bias, ctx.impl, share, key, rows, order, group,
+        need_hidden, need_weight, need_bias, ctx.impl, share, key, rows, order, group, kept,
     )  # fmt: skip
     return (
         dhidden if need_hidden else None,
@@ -187,6 +199,16 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
         dbias if need_bias else None,
         *nothing[4:],
     )
+
+
+def keeps(hidden: Tensor, head: Head, budget: Budget, impl: str) -> bool:
+    """Whether the forward leaves logits for an exact backward: on a CPU, where a product costs more than its memory."""
+    exact = budget.epsilon == 0.0 and budget.draw is None and head.softcap is None
+    wanted = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)
+    )
+    sizes = hidden.shape[0], head.weight.shape[0]
+    return impl == "chunked" and hidden.device.type == "cpu" and exact and wanted and kept_shape(*sizes) != (0, 0)
 
 
 def apply(
@@ -200,9 +222,10 @@ def apply(
             return reference.linear_logprob(
                 hidden, head.weight, target, *head[1:], ignore_index=ignore_index, entropy=entropy
             )
-        logp, ent, _, _ = linear_logprob(
+        logp, ent, *_ = linear_logprob(
             hidden, head.weight, target, head.bias, head.temperature, head.logit_scale, head.softcap, ignore_index,
-            entropy, budget.epsilon, budget.report, main_grad, impl, *(budget.draw or ()),
+            entropy, budget.epsilon, budget.report, main_grad, impl, *(budget.draw or NO_DRAW),
+            keeps(hidden, head, budget, impl),
         )  # fmt: skip
     return LogProb(logp, ent if entropy else None)
 

@@ -305,6 +305,11 @@ ROWS = [
     ("any setting is held", "core/settle.py", "if name not in SETTINGS:", "if False:",
      of(KINDS, "test_a_constructor_refuses_what_its_call_would")),
     # --- library: primitives by kind of fault
+    ("kept logits are overwritten", "chunked/linear_logprob.py", "rows.entropy_scale, entropy, kept is not None)",
+     "rows.entropy_scale, entropy)", of("test_kept_logits.py", "test_a_retained_graph_gives_the_same_bits_again")),
+    ("kept logits of other rows", "chunked/linear_logprob.py",
+     "if kept is not None and not torch.equal(active, target >= 0):",
+     "if kept is not None and False:", of("test_kept_logits.py", "test_rows_that_are_ignored_or_weigh_nothing_do_not_shift_what_was_kept")),
     ("ignored rows are computed", "chunked/linear_logprob.py", "rows = kept_rows(live)", "rows = None",
      of("test_ignored_rows.py", "test_ignored_rows_are_not_computed")),
     ("rows without a gradient are active", "chunked/linear_logprob.py",
