@@ -41,6 +41,11 @@ def clean(keep: Tensor, hidden: Tensor, temperature: Tensor) -> tuple[Tensor, Te
     return hidden, temperature if temperature.numel() == 1 else temperature.masked_fill(~keep, 1.0)
 
 
+def room_for(kept: Tensor, own: slice, start: int, stop: int) -> Tensor | None:
+    """Where a block's logits of one tile are kept, fewer rows than it has at the end; None if they are not."""
+    return kept[own, start:stop] if stop <= kept.shape[1] and own.start < len(kept) else None
+
+
 def linear_logprob_fwd(
     hidden: Tensor,  # [N, H]
     target: Tensor,  # [N] int64; -1 skips the row, V means no target here
@@ -48,7 +53,7 @@ def linear_logprob_fwd(
     entropy: bool,
     stats: bool,
     order: Tensor | None = None,  # [V] the id at each place; targets are places then
-    kept: Tensor | None = None,  # [R, C] filled with logits for the backward
+    kept: Tensor | None = None,  # [N, C] filled with logits for the backward
 ) -> Saved:
     """logp [N] (-inf without a target here), log-sum-exp [2, N] as maximum and log of the sum, entropy [N] or [0],
     tile log-sum-exp [ceil(V/128), N] fp16 or [0, 0]; all 0 in skipped rows."""
@@ -82,10 +87,12 @@ def linear_logprob_fwd(
             columns = tiles.operand(weight[own_columns])
             tile_bias = None if bias is None else bias[own_columns]
             for own, running in zip(blocks, sums):
-                keep = kept is not None and stop <= kept.shape[1]
-                into = kept[own, start:stop] if keep and kept is not None else None
-                z = tiles.logits_tile(hidden[own], columns, tile_bias, logit_scale, softcap, into)
+                into = None if kept is None else room_for(kept, own, start, stop)
+                keep = into is not None and len(into) == block
+                z = tiles.logits_tile(hidden[own], columns, tile_bias, logit_scale, softcap, into if keep else None)
                 tiles.divide_by_temperature(z, temperature if temperature.numel() == 1 else temperature[own])
+                if into is not None and not keep:
+                    into.copy_(z[: len(into)])
                 local = target[own] - start
                 picked = z.gather(1, local.clamp(0, stop - start - 1)[:, None])[:, 0]
                 mine = (local >= 0) & (local < stop - start)
@@ -125,13 +132,14 @@ def linear_logprob_bwd(
     order = None if budget.draw is None else budget.draw.order
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
     dtype, out_dtype = tiles.accumulator_dtype(hidden.dtype), hidden.dtype
-    active = (target >= 0) & (grad_logp != 0)
+    live = target >= 0
+    active = live & (grad_logp != 0)
     if grad_entropy is not None:
-        active |= (target >= 0) & (grad_entropy != 0)
+        active |= live & (grad_entropy != 0)
     rows = kept_rows(active)
     place = None  # of each row among the kept ones
-    if kept is not None and not torch.equal(active, target >= 0):
-        place = ((target >= 0).cumsum(0) - 1)[active]
+    if kept is not None and not torch.equal(active, live):
+        place = (live.cumsum(0) - 1)[active]
     if rows is None and not tiles.host_knows(hidden):
         hidden, temperature = clean(active, hidden, temperature)
         target, lse = target.masked_fill(~active, vocab_size), lse.masked_fill(~active, torch.inf)  # p = 0 there
@@ -211,22 +219,22 @@ def _exact_backward(
     """Fills the gradients, a tile of the vocabulary and a block of rows at a time."""
     dhidden, dweight, main_grad, dbias = into
     num_rows, end = len(rows.x), 0 if kept is None else kept.shape[1]
-    width = max(tiles.COLUMNS, min(8 * tiles.COLUMNS, tiles.BUFFER // max(1, num_rows) // TILE * TILE))
+    most = (8 if kept is None else 2) * tiles.COLUMNS  # a buffer adds to what is kept
+    width = max(tiles.COLUMNS, min(most, tiles.BUFFER // max(1, num_rows) // TILE * TILE))
     row_step = max(1, tiles.BUFFER // width)
     with tiles.exact_products():
         for start, stop in (*tiles.column_tiles(end, width), *tiles.column_tiles(len(head.weight), width, end)):
             w = tiles.operand(head.weight[start:stop])
             columns = head._replace(weight=w, bias=None if head.bias is None else head.bias[start:stop])
-            target_grad = tile_grad = None
-            if dweight is not None and rows.inverse is None and dweight.dtype == rows.x.dtype and num_rows > 0:
+            tile_grad = target_grad = None  # in a buffer, or where it belongs
+            if dweight is not None and dweight.dtype == rows.x.dtype == rows.scale.dtype and num_rows > 0:
                 target_grad = dweight[start:stop]
             for low in range(0, num_rows, row_step):
                 own = slice(low, low + row_step)
                 part = rows.part(own)
                 z = None
                 if kept is not None and stop <= end:
-                    z = kept[own, start:stop] if place is None else kept[:, start:stop].index_select(0, place[own])
-                    z = z[: len(part.x)]
+                    z = kept[:num_rows, start:stop][own] if place is None else kept[place[own], start:stop]
                 dz = _dlogits(part, columns, start, z)
                 if dbias is not None:
                     dbias[start:stop] += dz.sum(0)
@@ -234,12 +242,13 @@ def _exact_backward(
                 if dhidden is not None:
                     accumulate(dhidden[own], dz, w)
                 if dweight is not None or main_grad is not None:
-                    if tile_grad is None:
-                        tile_grad = tiles.product(dz.T, part.x, target_grad)
-                    elif target_grad is not None:
-                        tile_grad.addmm_(dz.T, part.x)
+                    if target_grad is None:
+                        product = tiles.product(dz.T, part.x)
+                        tile_grad = product if tile_grad is None else tile_grad.add_(product)
+                    elif low == 0:
+                        torch.mm(dz.T, part.x, out=target_grad)
                     else:
-                        tile_grad.add_(tiles.product(dz.T, part.x))
+                        target_grad.addmm_(dz.T, part.x)
             if tile_grad is not None and rows.inverse is not None:
                 tile_grad.mul_(rows.inverse)
             if target_grad is None:

@@ -97,12 +97,11 @@ def operand(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.device.type == "cpu" and tensor.dtype.itemsize == 2 else tensor
 
 
-def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """left @ right with fp32 accumulation and fp32 result (float64 for float64), in `out` if given."""
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right with fp32 accumulation and fp32 result (float64 for float64)."""
     if left.dtype.itemsize == 2:
-        assert out is None  # a CPU multiplies no 16-bit operands
         return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left, right, out=out)
+    return torch.mm(left, right)
 
 
 def logits_tile(
@@ -111,10 +110,10 @@ def logits_tile(
     bias: Tensor | None,  # [C]
     logit_scale: float,
     softcap: float | None,
-    out: Tensor | None = None,
+    out: Tensor | None = None,  # [R, C]
 ) -> Tensor:
-    """softcap(logit_scale (hidden weight^T + bias)), fp32, before the temperature. [R, C]"""
-    z = product(hidden, weight.T, out)
+    """softcap(logit_scale (hidden weight^T + bias)), fp32, before the temperature; in `out` if given. [R, C]"""
+    z = product(hidden, weight.T) if out is None else torch.mm(hidden, weight.T, out=out)
     if bias is not None:
         z.add_(bias.to(z.dtype))
     if logit_scale != 1.0:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels import reference
+from flowrl_kernels.chunked import sampled, tiles
 from flowrl_kernels.chunked.recompute import kept_shape
 from flowrl_kernels.core.dispatch import launchers
 from flowrl_kernels.core.types import EXACT, TILE, Budget, Draw, Head, LogProb, Needs, Saved, Upstream
@@ -69,7 +70,8 @@ def linear_logprob(
     group: str = "",
     keep: bool = False,  # logits for the backward, as chunked/recompute.py says
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logp [N], entropy [N] or [0], lse [2, N], tile statistics [ceil(V/128), N] or [0, 0], kept logits [R, C].
+    """logp [N], entropy [N] or [0], lse [2, N], tile statistics [ceil(V/128), N] or [0, 0], kept logits [N, C]
+    or [0, 0].
 
     lse is a row's log-sum-exp as its maximum and the log of the sum relative to it: of a confident row, the sum of the
     two keeps nothing of what is left to the other tokens.
@@ -85,9 +87,10 @@ def linear_logprob(
 
 
 def logits_to_keep(hidden: Tensor, weight: Tensor, keep: bool) -> Tensor:
-    """Room for them. [R, C]"""
+    """Room for them. [N, C] or [0, 0]"""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return hidden.new_empty(kept_shape(hidden.shape[0], weight.shape[0]) if keep else (0, 0), dtype=dtype)
+    shape = kept_shape(hidden.shape[0], weight.shape[0], hidden.dtype.itemsize) if keep else (0, 0)
+    return hidden.new_empty(shape, dtype=dtype)
 
 
 @linear_logprob.register_fake
@@ -133,7 +136,7 @@ def linear_logprob_bwd(
     rows: Tensor | None = None,  # [N]
     order: Tensor | None = None,  # [V]
     group: str = "",
-    kept: Tensor | None = None,  # [R, C]
+    kept: Tensor | None = None,  # [N, C]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden [N, H], weight [V, H], bias [V]; [0] where not needed or kept in main_grad."""
     clean, ignored, _ = clean_target(target, weight.shape[0], ignore_index)
@@ -202,13 +205,19 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
 
 
 def keeps(hidden: Tensor, head: Head, budget: Budget, impl: str) -> bool:
-    """Whether the forward leaves logits for an exact backward: on a CPU, where a product costs more than its memory."""
-    exact = budget.epsilon == 0.0 and budget.draw is None and head.softcap is None
+    """Whether the forward leaves logits for an exact backward: on a CPU, where a product costs more than its memory.
+
+    A sampled backward that is known to be the exact one has that one's bits.
+    """
+    draw = budget.draw
+    exact = budget.epsilon == 0.0 and (draw is None or (draw.share >= sampled.FALL_BACK and draw.order is None))
     wanted = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)
     )
-    sizes = hidden.shape[0], head.weight.shape[0]
-    return impl == "chunked" and hidden.device.type == "cpu" and exact and wanted and kept_shape(*sizes) != (0, 0)
+    return (
+        impl == "chunked" and tiles.host_knows(hidden) and exact and wanted and head.softcap is None
+        and kept_shape(hidden.shape[0], head.weight.shape[0], hidden.dtype.itemsize) != (0, 0)
+    )  # fmt: skip
 
 
 def apply(

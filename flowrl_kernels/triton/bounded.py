@@ -160,7 +160,7 @@ def bounded_backward(
 
     N is at least 1. `report` is written where the bounded path is taken.
     """
-    (logp, lse_parts, _, tile_lse), (epsilon, report, _) = saved, budget
+    (logp, lse_parts, _, tile_lse, _), (epsilon, report, _) = saved, budget
     temperature, logit_scale = head.temperature, head.logit_scale
     v, device = head.weight.shape[0], hidden.device
     live = (target >= 0) & (grad_logp != 0)

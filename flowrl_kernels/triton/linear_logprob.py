@@ -203,7 +203,7 @@ def linear_logprob_bwd(
     epsilon > 0 takes the bounded backward (bounded.py) where it pays, there is no softcap and no entropy gradient;
     `report` [3] gets the bound reached, the share of tiles computed, and 1 where it fell back to the exact one.
     """
-    (grad_logp, grad_entropy), (logp, lse, entropy, _), (epsilon, report, _) = grad, saved, budget
+    (grad_logp, grad_entropy), (logp, lse, entropy, *_), (epsilon, report, _) = grad, saved, budget
     weight, _, temperature, logit_scale, softcap = head
     if report is not None:
         report.zero_()
