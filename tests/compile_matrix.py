@@ -163,16 +163,20 @@ def active_blocks(plan) -> list[int]:
     return [rows // 256 * tile for tile in range(num_tiles + 1)]
 
 
-def linear_logprob(dtype, h=3584, v=152064, bias=False, softcap=None, entropy=True, stats=True) -> None:
+def linear_logprob(
+    dtype, h=3584, v=152064, bias=False, softcap=None, entropy=True, stats=True, ids=0, statistics=False
+) -> None:
+    from flowrl_kernels.core.types import RowStatistics
     from flowrl_kernels.triton import linear_logprob as op
 
     n = 8192
     hidden, weight = torch.empty(n, h, dtype=dtype), torch.empty(v, h, dtype=dtype)
-    target, temperature = torch.empty(n, dtype=torch.int64), torch.empty(1)
+    target, temperature = torch.empty((n, ids) if ids else n, dtype=torch.int64), torch.empty(1)
     head = Head(weight, torch.empty(v, dtype=dtype) if bias else None, temperature, 1.0, softcap)
-    out = op.linear_logprob_fwd(hidden, target, head, entropy, stats)
+    into = RowStatistics(torch.empty(n, dtype=torch.int64), torch.empty(n)) if statistics else None
+    out = op.linear_logprob_fwd(hidden, target, head, entropy, stats, into)
     op.linear_logprob_bwd(
-        Upstream(out[0], out[0] if entropy else None), hidden, target, head, Saved(*out), Needs(True, True, bias)
+        Upstream(out[0], out[2] if entropy else None), hidden, target, head, Saved(*out), Needs(True, True, bias)
     )
 
 

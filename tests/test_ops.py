@@ -10,20 +10,24 @@ from flowrl_kernels.testing import peaked_inputs
 
 
 @pytest.mark.parametrize("entropy", [False, True])
-@pytest.mark.parametrize("epsilon", [0.0, 0.01])
-def test_linear_logprob_passes_opcheck(entropy, epsilon):
+@pytest.mark.parametrize(("epsilon", "several"), [(0.0, False), (0.01, False), (0.0, True)])
+def test_linear_logprob_passes_opcheck(entropy, epsilon, several):
     hidden, weight, target = peaked_inputs(7, 8, 130)
+    more: tuple = ()
+    if several:
+        target, more = torch.stack([target, target * 0 - 100, target // 2], 1), (0.0, 0, None, None, "", True)
     bias = torch.zeros(130, requires_grad=True)
     arguments = (
         hidden.requires_grad_(), weight.requires_grad_(), target, bias, torch.ones(1), 1.0, None, -100, entropy,
-        epsilon, None, None, "chunked",
+        epsilon, None, None, "chunked", *more,
     )  # fmt: skip
     torch.library.opcheck(linear_op.overload, arguments)
 
 
 def test_logprob_passes_opcheck():
     logits, target = torch.randn(5, 40, requires_grad=True), torch.arange(5)
-    torch.library.opcheck(logits_op.overload, (logits, target, torch.ones(5), 20.0, -100, True, False, "chunked"))
+    for ids in (target, torch.stack([target, target], 1)):
+        torch.library.opcheck(logits_op.overload, (logits, ids, torch.ones(5), 20.0, -100, True, False, "chunked"))
 
 
 def test_both_primitives_compile_without_a_graph_break():
@@ -32,7 +36,8 @@ def test_both_primitives_compile_without_a_graph_break():
     def loss(x, w, y):
         a = linear_logprob(x, w, y, entropy=True)
         b = logprob(x @ w.T, y, temperature=0.7)
-        return (a.logp + a.entropy + b.logp).sum()
+        c = linear_logprob(x, w, torch.stack([y, y // 2], 1), statistics=True)
+        return (a.logp + a.entropy + b.logp).sum() + (c.logp.sum(1) * c.is_top1.any(1)).sum()
 
     grads = []
     for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):

@@ -172,7 +172,6 @@ def test_a_share_at_which_it_does_not_pay_is_the_exact_backward():
 def test_it_is_refused_by_name_where_there_is_none():
     hidden, weight, target, _ = DATA
     for settings, kind, message in (
-        ({"impl": "triton"}, RuntimeError, "no triton implementation of linear_logprob_sampled"),
         ({"impl": "reference"}, RuntimeError, "sampled"),
         ({"epsilon": 0.1}, ValueError, "epsilon: wanted 0 beside sampled"),
         ({"kept": (torch.zeros(0), torch.zeros(49))}, ValueError, "kept: "),

@@ -1,44 +1,24 @@
 """The methods that are compared, one row each: its dial, its loss on a batch, and the optimum it states.
 
 A row's loss is the library's own, called as a trainer would. `own` is the distribution at which the row's expected
-gradient is zero (checked by enumeration in tests/test_evidence.py), or None where there is no single one.
+gradient is zero, on samples of the policy (checked by enumeration in tests/test_evidence.py), or None where there is
+no single one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.evidence import tasks
+from benchmarks.evidence import gradients, optima
+from benchmarks.evidence.batch import Batch
 from benchmarks.evidence.tasks import Task
-from flowrl_kernels import advantages, flowrl_loss, group_normalize, policy_gradient_loss
+from flowrl_kernels import advantages, flowrl_loss, group_normalize
 
-
-class Batch(NamedTuple):
-    """B sampled responses of at most T tokens."""
-
-    logp: Tensor  # [B, T] float64, with a gradient
-    entropy: Tensor  # [B, T] of the policy where each token was chosen, with a gradient
-    ref: Tensor  # [B, T]
-    old: Tensor | None  # [B, T] of the policy that sampled; None: it is this one
-    mask: Tensor  # [B, T] bool
-    reward: Tensor  # [B]
-    right: Tensor  # [B] bool
-    answer: Tensor  # [B] int64: which string
-    groups: Tensor  # [B] int64
-    log_z: Tensor  # [B] learned, with a gradient
-
-    @property
-    def gap(self) -> Tensor:
-        """log pi - log pi_ref of each whole response, detached. [B]"""
-        return torch.where(self.mask, self.logp.detach() - self.ref, 0.0).sum(-1)
-
-
-Loss = Callable[[Batch, float], Tensor]
+Loss = Callable[[Batch, Tensor], Tensor]  # (batch, dial [B])
 Optimum = Callable[[Task, Tensor, float], Tensor]  # (task, log_ref [R], dial) -> [P, R]
 
 
@@ -52,148 +32,122 @@ class Row:
     default: float
     loss: Loss
     own: Optimum | None
-    learns_log_z: bool = False
+    log_z: Optimum | None = None  # the true one at `own`, [P], of a row that learns it
+    log_z_rate: float = 1.0  # of its learning rate, beside the other rows'
+    rollouts: int = 1  # that one response costs
+    mixes: bool = True  # whether cells of different dials may train side by side
 
 
-def _flow(preset: str, **settings: float | str) -> Loss:
-    def loss(batch: Batch, beta: float) -> Tensor:
-        return flowrl_loss(
-            batch.logp, batch.ref, batch.reward, batch.log_z, logp_old=batch.old, mask=batch.mask, preset=preset,
-            beta=beta, **settings,
-        ).loss  # fmt: skip
-
-    return loss
-
-
-def _paper_normalised(batch: Batch, beta: float) -> Tensor:
-    reward = group_normalize(batch.reward, batch.groups)
-    return flowrl_loss(
-        batch.logp, batch.ref, reward, batch.log_z, logp_old=batch.old, mask=batch.mask, beta=beta
-    ).loss  # fmt: skip
-
-
-def _power(beta: float) -> Callable[[Batch, float], Tensor]:
-    def loss(batch: Batch, power: float) -> Tensor:
-        return flowrl_loss(
-            batch.logp, batch.ref, batch.reward, batch.log_z, logp_old=batch.old, mask=batch.mask,
-            preset="length_true", beta=beta, length_power=power,
-        ).loss  # fmt: skip
+def _flow(preset: str | None, **settings: float | str | bool | None) -> Loss:
+    def loss(batch: Batch, beta: Tensor) -> Tensor:
+        return _residual(batch, beta * batch.reward, preset=preset, **settings)
 
     return loss
 
 
-def _mara(batch: Batch, beta: float) -> Tensor:
+def _residual(batch: Batch, reward: Tensor, **settings: float | str | bool | None) -> Tensor:
+    """flowrl_loss of beta times the reward [B]; log Z is the batch's, unless `settings` or the preset have another."""
+    if settings.get("preset") in ("group", "tba"):
+        settings["groups"] = batch.groups
+    else:
+        settings.setdefault("log_z", batch.log_z)
+    settings.setdefault("beta", 1.0)
+    ref = batch.ref if settings.get("anchor", "ref") else None
+    return flowrl_loss(batch.logp, ref, reward, logp_old=batch.old, mask=batch.mask, **settings).loss
+
+
+def _paper_normalised(batch: Batch, beta: Tensor) -> Tensor:
+    return _residual(batch, beta * group_normalize(batch.reward, batch.groups), preset="paper")
+
+
+def _power(batch: Batch, power: Tensor) -> Tensor:
+    return _residual(batch, batch.reward, preset="length_true", beta=5.0, length_power=float(power[0]))
+
+
+def _alpha(batch: Batch, alpha: Tensor) -> Tensor:
+    return _residual(batch, batch.reward, preset="tb", beta=5.0, phi=float(alpha[0]))
+
+
+def _mara(batch: Batch, beta: Tensor) -> Tensor:
+    """Of beta times the reward, whose likeliest right answer lifts the others by log pi_ref alone."""
     whole = torch.where(batch.mask, batch.ref, 0.0).sum(-1)
-    least = float(batch.reward[batch.right].min()) if batch.right.any() else 1.0
-    reward = advantages.mara_reward(batch.reward, whole, batch.groups, beta=beta, threshold=least)
-    return _flow("length_true")(batch._replace(reward=reward), beta)
-
-
-def _mara_optimum(task: Task, log_ref: Tensor, beta: float) -> Tensor:
-    """Every right answer gets the mass of the likeliest right one of the whole prompt."""
-    rows = []
-    for reward, right in zip(task.reward, task.right):
-        mode = torch.where(right, log_ref, -torch.inf).argmax()
-        rows.append(torch.where(right, log_ref[mode] + beta * reward[mode], log_ref + beta * reward))
-    return torch.stack(rows).log_softmax(-1)
-
-
-def _gradient(
-    batch: Batch, advantage: Tensor, *, clip: tuple[float | None, float | None] = (0.8, 1.2),
-    aggregate: str = "seq-mean-token-sum", kl: float | None = None, kl_kind: str = "k3", ratio: str = "token",
-) -> Tensor:  # fmt: skip
-    extra = {"kl": kl, "kl_kind": kl_kind, "logp_ref": batch.ref} if kl else {}
-    bounds = {} if ratio == "none" else {"clip": clip}
-    return policy_gradient_loss(
-        batch.logp, batch.old, advantage, mask=batch.mask, aggregate=aggregate, ratio=ratio, **bounds, **extra
-    ).loss  # fmt: skip
-
-
-def _kl_in_reward(batch: Batch, weight: float) -> Tensor:
-    """RLOO on r - weight (log pi - log pi_ref), sums over tokens, no deviation: reverse KL's own gradient."""
-    return _gradient(batch, advantages.leave_one_out(batch.reward - weight * batch.gap, batch.groups), ratio="none")
-
-
-def _entropy_in_reward(batch: Batch, weight: float) -> Tensor:
-    whole = torch.where(batch.mask, batch.logp.detach(), 0.0).sum(-1)
-    return _gradient(batch, advantages.leave_one_out(batch.reward - weight * whole, batch.groups), ratio="none")
-
-
-def _kl_in_loss(batch: Batch, weight: float) -> Tensor:
-    """RLOO with k2 on each token in the loss."""
-    a = advantages.leave_one_out(batch.reward, batch.groups)
-    return _gradient(batch, a, kl=weight, kl_kind="k2")
-
-
-def _grpo(batch: Batch, weight: float) -> Tensor:
-    a = group_normalize(batch.reward, batch.groups)
-    return _gradient(batch, a, aggregate="seq-mean-token-mean", kl=weight)
-
-
-def _grpo_kl_in_reward(batch: Batch, weight: float) -> Tensor:
-    a = group_normalize(batch.reward - weight * batch.gap, batch.groups)
-    return _gradient(batch, a, aggregate="seq-mean-token-mean")
-
-
-def _dapo(batch: Batch, entropy: float) -> Tensor:
-    """Clip-higher, token mean, no KL; the dial is an entropy bonus, for DAPO has none of its own."""
-    a = group_normalize(batch.reward, batch.groups)
-    loss = _gradient(batch, a, clip=(0.8, 1.28), aggregate="token-mean")
-    return loss - entropy * torch.where(batch.mask, batch.entropy, 0.0).sum() / batch.mask.sum()
-
-
-def _distinct(credit: str) -> Loss:
-    def loss(batch: Batch, weight: float) -> Tensor:
-        a = advantages.distinct_advantage(batch.right.double(), batch.answer, batch.groups, credit=credit)
-        if weight:
-            a = a - weight * advantages.leave_one_out(batch.gap, batch.groups)
-        return _gradient(batch, a, ratio="none")
-
-    return loss
-
-
-def _tilt(task: Task, log_ref: Tensor, beta: float) -> Tensor:
-    return tasks.tilted(log_ref, task.reward, beta)
-
-
-def _tilt_inverse(task: Task, log_ref: Tensor, weight: float) -> Tensor:
-    return tasks.tilted(log_ref, task.reward, 1.0 / weight)
-
-
-def _tilt_length(task: Task, log_ref: Tensor, beta: float) -> Tensor:
-    return tasks.tilted_by_length(log_ref, task.reward, task.tree.length.double(), beta)
-
-
-def _of_entropy(task: Task, log_ref: Tensor, weight: float) -> Tensor:
-    return (task.reward / weight).log_softmax(-1)
+    scaled = beta * batch.reward
+    if not bool((batch.right == (batch.reward > 0)).all()):
+        raise ValueError(f"task: wanted rewards of 0 where an answer is wrong; got {batch.reward.unique().tolist()}")
+    least = float(scaled[batch.right].min()) if batch.right.any() else 1.0
+    reward = advantages.mara_reward(scaled, whole, batch.groups, beta=1.0, threshold=least)
+    return _residual(batch, reward, preset="length_true")
 
 
 BETAS = (1.0, 2.0, 5.0, 10.0, 20.0)
 WEIGHTS = (1.0, 0.5, 0.2, 0.1, 0.05)  # the same targets, paid as KL
+PAPER = (0.2, 0.5, 1.0, 2.0, 5.0, 15.0)
+TOKEN = (0.3, 0.1, 0.03, 0.01, 0.003, 0.0)  # of a penalty that is averaged over tokens, beside deviations of 1
+BONUS = (0.0, 0.01, 0.03, 0.1, 0.3)
+FEW = (0.0, 0.02, 0.05, 0.1, 0.2)
+g, o = gradients, optima
 
 # fmt: off
 ROWS: dict[str, Row] = {
-    "tb": Row("trajectory balance, arXiv 2201.13259", "beta", BETAS, 5.0, _flow("tb"), _tilt, True),
-    "length_true": Row("its penalty weighted by 1/|y|", "beta", BETAS, 5.0, _flow("length_true"), _tilt, True),
-    "length_true_p": Row("its penalty weighted by |y|^-p, beta 5", "p", (0.5, 1.0, 2.0), 1.0, _power(5.0),
-                         lambda task, ref, p: _tilt(task, ref, 5.0), True),
-    "paper": Row("arXiv 2509.15207, eq. 6, raw rewards", "beta", (0.2, 0.5, 1.0, 2.0, 5.0, 15.0), 15.0,
-                 _flow("paper"), _tilt_length, True),
+    "tb": Row("trajectory balance, arXiv 2201.13259", "beta", BETAS, 5.0, _flow("tb"), o.tilt, o.log_z),
+    "length_true": Row("its penalty weighted by 1/|y|", "beta", BETAS, 5.0, _flow("length_true"), o.tilt, o.log_z),
+    "length_true_p": Row("its penalty weighted by |y|^-p, beta 5", "p", (0.0, 0.5, 1.0, 2.0), 1.0, _power,
+                         o.at(o.tilt, 5.0), o.at(o.log_z, 5.0), mixes=False),
+    "alpha": Row("f-trajectory balance, arXiv 2605.15417, beta 5", "alpha", (0.0, 0.5, 1.0, 1.5, 2.0), 1.0, _alpha,
+                 o.at(o.tilt, 5.0), o.at(o.log_z, 5.0), mixes=False),
+    "tba": Row("arXiv 2503.18929: log Z is the group's mean", "beta", BETAS, 5.0, _flow("tba"), o.tilt),
+    "mara": Row("arXiv 2510.20817 on length_true", "beta", BETAS, 5.0, _mara, o.mara, o.log_z_mara),
+    # the paper and what its parts do
+    "paper": Row("arXiv 2509.15207, eq. 6, raw rewards", "beta", PAPER, 15.0, _flow("paper"), o.tilt_length,
+                 o.log_z_length),
     "paper_normalised": Row("arXiv 2509.15207, eq. 6, rewards normalised in the group", "beta",
-                            (0.2, 0.5, 1.0, 2.0, 5.0, 15.0), 15.0, _paper_normalised, None, True),
-    "mara": Row("arXiv 2510.20817 on length_true", "beta", BETAS, 5.0, _mara, _mara_optimum, True),
-    "rloo_kl_in_reward": Row("arXiv 2402.14740, KL paid in the reward", "weight", WEIGHTS, 0.2, _kl_in_reward,
-                             _tilt_inverse),
-    "rloo_k2_in_loss": Row("the same, k2 of each token in the loss", "weight", WEIGHTS, 0.2, _kl_in_loss, None),
-    "rloo_entropy": Row("the same, entropy instead of KL", "weight", WEIGHTS, 0.2, _entropy_in_reward, _of_entropy),
-    "grpo": Row("arXiv 2402.03300, k3 of each token in the loss", "weight", (1.0, 0.3, 0.1, 0.03, 0.001, 0.0), 0.001,
-                _grpo, None),
-    "grpo_kl_in_reward": Row("the same, KL paid in the reward", "weight", WEIGHTS, 0.05, _grpo_kl_in_reward, None),
-    "dapo": Row("arXiv 2503.14476; its dial here is an entropy bonus", "entropy", (0.0, 0.003, 0.01, 0.03, 0.1), 0.0,
-                _dapo, None),
-    "distinct_shapley": Row("credit 1 / right answers of its class; the dial is KL paid in the reward", "weight",
-                            (0.0, 0.02, 0.05, 0.1, 0.2), 0.0, _distinct("shapley"), None),
-    "distinct_alone": Row("credit for being the only one of its class; the same dial", "weight",
-                          (0.0, 0.02, 0.05, 0.1, 0.2), 0.0, _distinct("alone"), None),
+                            (0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 15.0, 30.0), 15.0, _paper_normalised, None),
+    "paper_no_weight": Row("the same without importance weight (raw rewards)", "beta", PAPER, 1.0, _flow("no_is"),
+                           o.tilt_length, o.log_z_length),
+    "paper_release": Row("the same, weight capped at 10", "beta", PAPER, 1.0, _flow("release"), o.tilt_length,
+                         o.log_z_length),
+    "paper_unclipped": Row("the same, weight not bounded", "beta", PAPER, 1.0, _flow("unclipped"), o.tilt_length,
+                           o.log_z_length),
+    "paper_group_log_z": Row("the same, log Z the group's mean", "beta", PAPER, 1.0, _flow("group"), None),
+    "paper_slow_log_z": Row("the same, log Z learns at an eighth of the rate", "beta", PAPER, 1.0, _flow("paper"),
+                            o.tilt_length, o.log_z_length, log_z_rate=0.125),
+    "paper_no_log_z": Row("the same, log Z left out", "beta", PAPER, 1.0, _flow(None, log_z=None), None),
+    "paper_sums": Row("the same without length normalisation", "beta", BETAS, 5.0,
+                      _flow("paper", length_normalize=False), o.tilt, o.log_z),
+    "paper_no_reference": Row("the same without the reference's term", "beta", PAPER, 1.0, _flow(None, anchor=None),
+                              o.no_reference, o.log_z_no_reference),
+    # policy gradients
+    "rloo_kl_in_reward": Row("arXiv 2402.14740, KL paid in the reward", "weight", WEIGHTS, 0.2, g.rloo_kl_in_reward,
+                             o.inverse(o.tilt)),
+    "rloo_k1_in_loss": Row("the same, k1 of each token in the loss: no expected gradient", "weight", WEIGHTS, 0.2,
+                           g.rloo_kl_in_loss("k1"), None),
+    "rloo_k2_in_loss": Row("the same, k2 of each token in the loss", "weight", WEIGHTS, 0.2, g.rloo_kl_in_loss("k2"),
+                           o.token_reverse),
+    "rloo_k3_in_loss": Row("the same, k3 of each token in the loss", "weight", WEIGHTS, 0.2, g.rloo_kl_in_loss("k3"),
+                           o.token_forward),
+    "rloo_ratio_times_k3": Row("the same, k3 times the ratio (DeepSeek-V3.2)", "weight", WEIGHTS, 0.2,
+                               g.rloo_ratio_times_k3, o.token_reverse),
+    "rloo_straight_through_k3": Row("the same, k3 with k2's gradient (verl: k3+)", "weight", WEIGHTS, 0.2,
+                                    g.rloo_straight_through_k3, o.token_reverse),
+    "rloo_entropy_in_reward": Row("the same, entropy instead of KL", "weight", WEIGHTS, 0.2, g.rloo_entropy_in_reward,
+                                  o.of_entropy),
+    "vine": Row("VinePPO, arXiv 2410.01679, 3 completions a step, KL in the reward", "weight", WEIGHTS, 0.2, g.vine(3),
+                o.inverse(o.tilt), rollouts=10),
+    "ppo_kl_in_reward": Row("arXiv 1707.06347, KL paid in the reward", "weight", WEIGHTS, 0.05, g.ppo_kl_in_reward,
+                            o.inverse(o.tilt)),
+    "ppo_kl_in_loss": Row("the same, k3 of each token in the loss", "weight", WEIGHTS, 0.05, g.ppo_kl_in_loss,
+                          o.token_forward),
+    "grpo": Row("arXiv 2402.03300, k3 of each token in the loss", "weight", TOKEN, 0.003, g.grpo, None),
+    "grpo_kl_in_reward": Row("the same, KL paid in the reward", "weight", WEIGHTS, 0.05, g.grpo_kl_in_reward, None),
+    "grpo_entropy_bonus": Row("the same, an entropy bonus instead of KL", "weight", BONUS, 0.01, g.grpo_entropy_bonus,
+                              None),
+    "dapo": Row("arXiv 2503.14476; its dial here is an entropy bonus", "weight", BONUS, 0.0, g.dapo, None),
+    "top_entropy": Row("arXiv 2506.01939 on DAPO", "share", (1.0, 0.5, 0.2, 0.1), 0.2, g.top_entropy, None),
+    "sapo": Row("arXiv 2511.20347, k3 in the loss", "weight", TOKEN, 0.003, g.sapo, None),
+    "gmpo": Row("arXiv 2507.20673, k3 in the loss", "weight", TOKEN, 0.003, g.gmpo, None),
+    "distinct_shapley": Row("credit 1 / right answers of its class; the dial is KL paid in the reward", "weight", FEW,
+                            0.0, g.distinct("shapley"), None),
+    "distinct_alone": Row("credit for being the only one of its class; the same dial", "weight", FEW, 0.0,
+                          g.distinct("alone"), None),
 }
 # fmt: on

@@ -6,6 +6,7 @@ string is a sum over the string's path, so every figure here is exact, none is s
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,14 +18,18 @@ END = -1  # of a path: no token here
 
 
 class Tree(NamedTuple):
-    """All strings as paths from place 0. S places, A tokens, R strings of at most T tokens, end token included."""
+    """All strings as paths of choices from place 0. S places, A choices at most, R strings of at most T tokens.
 
-    child: Tensor  # [S, A] int64: the place a token leads to; 0 for the end token
+    A token without an alternative is no choice: those are all at the last place, whose one choice is certain. They
+    count in a string's length and nowhere else.
+    """
+
+    child: Tensor  # [S, A] int64: the place that a choice leads to, or -1 - (the string that it completes)
     allowed: Tensor  # [S, A] bool
     place: Tensor  # [R, T] int64: where each token is chosen; 0 after the end
-    token: Tensor  # [R, T] int64: END after the end
+    token: Tensor  # [R, T] int64: which of its place's choices it is; END after the end
     length: Tensor  # [R] int64: tokens, end token included
-    end: int  # the end token
+    depth: int  # most choices of a string
 
 
 class Task(NamedTuple):
@@ -35,40 +40,45 @@ class Task(NamedTuple):
     texts: list[str]  # [R]
     reward: Tensor  # [P, R] float64
     right: Tensor  # [P, R] bool
-    reference: Tensor  # [S, A] float64: logits of the reference, the same for every prompt
     beta: float  # of the stated target pi_ref exp(beta r) / Z
+    spread: float  # deviation of the reference's logits
+
+    def reference(self, seed: int) -> Tensor:
+        """Seeded normal logits: right answers differ in what the reference gives them, as a model's do. [S, A]"""
+        draw = torch.Generator().manual_seed(1000 + seed)
+        return self.spread * torch.randn(self.tree.child.shape, generator=draw, dtype=torch.float64)
 
 
 def tree_of(texts: Sequence[str]) -> Tree:
     """The tree of prefixes of `texts`, whose letters are the tokens; an end token closes each."""
-    letters = sorted({letter for text in texts for letter in text})
-    number = {letter: i for i, letter in enumerate(letters)}
-    end = len(letters)
-    places: dict[str, int] = {"": 0}
-    steps: list[dict[int, int]] = [{}]
-    paths = []
+    end = "\n"
+    following: dict[str, list[str]] = {}  # of each prefix: the letters that come next
     for text in texts:
-        at, path = 0, []
-        for i, letter in enumerate(text):
-            path.append((at, number[letter]))
-            prefix = text[: i + 1]
-            if prefix not in places:
-                places[prefix] = len(steps)
-                steps.append({})
-            steps[at][number[letter]] = places[prefix]
-            at = places[prefix]
-        path.append((at, end))
-        steps[at][end] = 0
-        paths.append(path)
+        for i, letter in enumerate(text + end):
+            known = following.setdefault(text[:i], [])
+            if letter not in known:
+                known.append(letter)
+    number = {prefix: i for i, prefix in enumerate(p for p, letters in following.items() if len(letters) > 1)}
+    forced = len(number)
+    paths = [
+        [
+            (number[text[:i]], following[text[:i]].index(letter)) if text[:i] in number else (forced, 0)
+            for i, letter in enumerate(text + end)
+        ]
+        for text in texts
+    ]
     width = max(map(len, paths))
-    child = torch.zeros(len(steps), end + 1, dtype=torch.int64)
-    allowed = torch.zeros(len(steps), end + 1, dtype=torch.bool)
-    for at, choices in enumerate(steps):
-        for token, to in choices.items():
-            child[at, token], allowed[at, token] = to, True
+    child = torch.zeros(forced + 1, max(map(len, following.values())), dtype=torch.int64)
+    allowed = torch.zeros(child.shape, dtype=torch.bool)
+    allowed[forced, 0] = True
+    for which, path in enumerate(paths):
+        choices = [step for step in path if step[0] != forced]
+        for (at, choice), to in zip(choices, [at for at, _ in choices[1:]] + [-1 - which]):
+            child[at, choice], allowed[at, choice] = to, True
     place = torch.tensor([[at for at, _ in path] + [0] * (width - len(path)) for path in paths])
-    token = torch.tensor([[token for _, token in path] + [END] * (width - len(path)) for path in paths])
-    return Tree(child, allowed, place, token, torch.tensor([len(path) for path in paths]), end)
+    token = torch.tensor([[choice for _, choice in path] + [END] * (width - len(path)) for path in paths])
+    depth = int(((place != forced) & (token != END)).sum(-1).max())
+    return Tree(child, allowed, place, token, torch.tensor([len(path) for path in paths]), depth)
 
 
 def log_table(tree: Tree, logits: Tensor) -> Tensor:
@@ -95,30 +105,26 @@ def table_of(tree: Tree, log_p: Tensor) -> Tensor:
     return passes.log()
 
 
-def _reference(tree: Tree, spread: float, seed: int) -> Tensor:
-    """Seeded normal logits: right answers differ in what the reference gives them, as a model's do."""
-    draw = torch.Generator().manual_seed(seed)
-    return spread * torch.randn(tree.child.shape, generator=draw, dtype=torch.float64)
-
-
 def sums_of(name: str, digits: str, terms: Sequence[int], totals: Sequence[int], beta: float) -> Task:
     texts = ["+".join(ds) for n in terms for ds in itertools.product(digits, repeat=n)]
     sums = torch.tensor([sum(map(int, text.split("+"))) for text in texts])
     right = torch.stack([sums == total for total in totals])
-    tree = tree_of(texts)
-    return Task(name, tree, texts, right.double(), right, _reference(tree, 0.5, 11), beta)
+    return Task(name, tree_of(texts), texts, right.double(), right, beta, 0.5)
 
 
+@functools.cache
 def sums() -> Task:
     """Three digits that add up to 9, 13 or 16: 1,000 strings, all of six tokens."""
     return sums_of("sums", "0123456789", (3,), (9, 13, 16), 5.0)
 
 
+@functools.cache
 def sums_of_any_length() -> Task:
     """Two to five digits of 1 to 5 that add up to 8, 10 or 12: 3,900 strings of 4 to 10 tokens."""
     return sums_of("sums of any length", "12345", (2, 3, 4, 5), (8, 10, 12), 5.0)
 
 
+@functools.cache
 def modes() -> Task:
     """Strings of four letters of six; reward peaks of heights 1, .8, .6 and .4, three letters wide: graded rewards.
 
@@ -133,8 +139,7 @@ def modes() -> Task:
         for text in texts
     ]
     reward = torch.tensor([near], dtype=torch.float64)
-    tree = tree_of(texts)
-    return Task("modes", tree, texts, reward, reward >= 0.4, _reference(tree, 0.5, 12), 10.0)
+    return Task("modes", tree_of(texts), texts, reward, reward >= 0.4, 10.0, 0.5)
 
 
 TASKS = {"sums": sums, "sums_of_any_length": sums_of_any_length, "modes": modes}
@@ -145,15 +150,18 @@ def tilted(log_ref: Tensor, reward: Tensor, beta: float) -> Tensor:
     return (log_ref + beta * reward).log_softmax(-1)
 
 
-def tilted_by_length(log_ref: Tensor, reward: Tensor, length: Tensor, beta: float) -> Tensor:
-    """log of pi_ref exp(|y| (beta r - log Z)), whose log Z makes it add up to one: the zero of the paper's residual."""
+def log_z_by_length(log_ref: Tensor, reward: Tensor, length: Tensor, beta: float) -> Tensor:
+    """The log Z [P] that makes pi_ref exp(|y| (beta r - log Z)) add up to one."""
     from flowrl_kernels.trainer.evaluate import log_partition
 
-    rows = []
-    for ref, r in zip(log_ref.expand_as(reward), reward):
-        partition = log_partition(ref, length, r, beta)
-        rows.append(ref + length * (beta * r - partition))
-    return torch.stack(rows).log_softmax(-1)
+    rows = [log_partition(ref, length, r, beta) for ref, r in zip(log_ref.expand_as(reward), reward)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def tilted_by_length(log_ref: Tensor, reward: Tensor, length: Tensor, beta: float) -> Tensor:
+    """log of pi_ref exp(|y| (beta r - log Z)): the zero of the paper's residual. [P, R]"""
+    partition = log_z_by_length(log_ref, reward, length, beta)
+    return (log_ref + length * (beta * reward - partition[:, None])).log_softmax(-1)
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from flowrl_kernels.chunked.tiles import Rows, Sinks
 from flowrl_kernels.core.types import TILE, Budget, Draw, Head
 
 ROWS = 256  # rows whose random numbers are in memory at once
-FALL_BACK = 0.5  # share from which the exact path is as fast on a CPU
+FALL_BACK = 0.65  # share from which the exact path is as fast on a CPU, measured (docs/benchmarks/sampled.md)
 
 
 class Plan(NamedTuple):
@@ -87,7 +87,7 @@ def sampled_backward(
     live = None if tiles.host_knows(rows.x) else rows.scale[:, 0] != 0
     plan = make_plan(rows.scale[:, 0].abs(), lse, tile_lse, target, target_logp, draw, live)
     tally = _compute(plan, rows._replace(logp=target_logp), head, draw.order, into)
-    pairs = plan.factor.numel() if live is None else (live.sum() * len(tile_lse)).clamp_min(1)
+    pairs = max(plan.factor.numel(), 1) if live is None else (live.sum() * len(tile_lse)).clamp_min(1)
     share = (plan.factor > 0.0).sum(dtype=torch.float64) / pairs
     budget.tell(torch.nan, share, False, tally.relative())
     return True

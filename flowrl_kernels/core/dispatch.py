@@ -30,7 +30,7 @@ STEMS = {
         "residual",
         "context_parallel",
     ),
-    "triton": ("linear_logprob", "linear_residual", "logprob", "residual"),
+    "triton": ("linear_logprob", "linear_logprob_sampled", "linear_residual", "logprob", "residual"),
 }
 # Triton's interpreter reads the bits of bfloat16 as integers; a test that mends it says so here
 interpreter_multiplies_bfloat16 = False

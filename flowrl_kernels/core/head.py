@@ -17,7 +17,7 @@ class Tokens(NamedTuple):
     """Hidden states and targets against their contract, flattened, with the head that reads them."""
 
     hidden: Tensor  # [N, H] contiguous
-    target: Tensor  # [N] int64
+    target: Tensor  # [N] or [N, K] int64
     head: Head
     leading: tuple[int, ...]
 
@@ -32,8 +32,9 @@ def checked_head(
     softcap: float | None,
     ignore_index: int = -100,
     whole: bool = True,
+    several: bool = False,
 ) -> Tokens:
-    """The arguments of `linear_logprob` against their contract, after autocast."""
+    """The arguments of `linear_logprob` against their contract, after autocast; `several` ids a row where allowed."""
     hidden, weight = _autocast(checks.plain("hidden", hidden), checks.plain("weight", weight))
     checks.floating("hidden", hidden)
     if weight.numel() == 0:
@@ -50,7 +51,7 @@ def checked_head(
         raise TypeError(f"weight: wanted the dtype of hidden, {hidden.dtype}; got {weight.dtype}")
     checks.same_device("weight", weight, "hidden", hidden)
     leading = tuple(hidden.shape[:-1])
-    target = checks.integers("target", target, leading).long()  # narrow integers cannot hold every id nor -100
+    target = targets_of(target, leading) if several else checks.integers("target", target, leading).long()
     checks.same_device("target", target, "hidden", hidden)
     vocab_size = weight.shape[0]
     if bias is not None:
@@ -58,7 +59,9 @@ def checked_head(
         if bias.shape[0] != vocab_size:
             checks.fail("bias", f"shape ({vocab_size},) as weight has rows", checks.shape(bias))
         checks.same_device("bias", bias, "hidden", hidden)
-    rows_temperature = temperature_of(temperature, leading, hidden, target != ignore_index)
+    counted = target != ignore_index
+    counted = counted if target.dim() == len(leading) else counted.any(-1)
+    rows_temperature = temperature_of(temperature, leading, hidden, counted)
     dtype = rows_temperature.dtype
     softcap = None if softcap is None else fitting("softcap", checks.positive("softcap", softcap), dtype)
     logit_scale = checks.number("logit_scale", logit_scale)
@@ -68,7 +71,22 @@ def checked_head(
         check_targets(target, vocab_size, ignore_index)
     flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     head = Head(weight.contiguous(), bias, rows_temperature, logit_scale, softcap)
-    return Tokens(flat, target.reshape(-1).contiguous(), head, leading)
+    return Tokens(flat, flat_targets(target, leading), head, leading)
+
+
+def targets_of(target: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """Ids [...] or [..., K] as int64: narrow integers cannot hold every id nor -100."""
+    target = checks.integers("target", target)
+    shape = tuple(target.shape)
+    if shape != leading and (shape[:-1] != leading or shape[-1] == 0):
+        checks.fail("target", f"shape {leading}, or {(*leading, 'K')} for K of at least 1 ids a row", shape)
+    return target.long()
+
+
+def flat_targets(target: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """[N], also of one id a row; or [N, K]. Contiguous."""
+    several = target.dim() > len(leading) and target.shape[-1] > 1
+    return (target.reshape(-1, target.shape[-1]) if several else target.reshape(-1)).contiguous()
 
 
 def checked_budget(

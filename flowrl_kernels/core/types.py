@@ -141,12 +141,37 @@ class Chunks(NamedTuple):
 class LogProb(NamedTuple):
     """Log-probabilities of the targets, in nats.
 
-    logp: [...] fp32 (float64 for float64 inputs); ignored rows hold 0.
+    logp: [...] fp32 (float64 for float64 inputs), [..., K] where K ids a row were given; ignored ids hold 0.
     entropy: [...] of the same dtype, or None where it was not asked for; ignored rows hold 0.
     """
 
     logp: Tensor
     entropy: Tensor | None
+
+
+class LogProbStatistics(NamedTuple):
+    """`LogProb`, with what trainers log of each row's logits, from the same products; the latter without gradient.
+
+    logp, entropy: as in `LogProb`.
+    argmax: [...] int64, the likeliest id, the lowest of equal ones; -1 in ignored rows.
+    is_top1: like target, bool: whether the id is the argmax; False where ignored. Its mean over the ids that count is
+        the token accuracy.
+    mean_logits: [...] as logp, the mean of the logits over the vocabulary, after scale, soft cap and temperature; 0 in
+        ignored rows, -inf where a token is banned.
+    """
+
+    logp: Tensor
+    entropy: Tensor | None
+    argmax: Tensor
+    is_top1: Tensor
+    mean_logits: Tensor
+
+
+class RowStatistics(NamedTuple):
+    """Where a forward writes them."""
+
+    argmax: Tensor  # [N] int64
+    mean_logits: Tensor  # [N]
 
 
 class LossOutput(NamedTuple):

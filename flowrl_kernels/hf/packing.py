@@ -18,11 +18,17 @@ Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(ids [R, L], positions [R, L], mask [R, 1, L, L] or None) -> features of each slot, [R, L, ...]."""
 
 
-def block_mask(positions: Tensor, *, boolean: bool) -> Tensor:
-    """[R, 1, L, L] causal within each sequence of a row; bool (True: attends), or fp32 to be added to scores."""
+def block_mask(positions: Tensor, branch: Tensor | None = None, *, boolean: bool) -> Tensor:
+    """[R, 1, L, L] causal within each sequence of a row; bool (True: attends), or fp32 to be added to scores.
+
+    branch: [R, L] int64, for sequences that share a prompt laid out once: 0 for the prompt's slots, which every
+        response of it sees, and a number for each response, whose slots see the prompt and themselves alone.
+    """
     sequence = (positions == 0).cumsum(-1)  # [R, L]
     order = torch.arange(positions.shape[1], device=positions.device)
     allowed = (sequence[:, :, None] == sequence[:, None, :]) & (order[:, None] >= order)
+    if branch is not None:
+        allowed &= (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
     if boolean:
         return allowed[:, None]
     least = torch.finfo(torch.float32).min
@@ -91,6 +97,22 @@ class Probe:
         errors = [relative(out[r, span], self.wanted[i]) for i, (r, span) in places.items()]
         return max(errors, key=lambda e: float("inf") if e != e else e)
 
+    def shared_error(self, boolean: bool = True) -> float:
+        """As `error`, of the first two sequences and a third as responses to one prompt that stands in the row once."""
+        prompt, *answers = self.sequences[1], self.sequences[0], self.sequences[2], self.sequences[3]
+        p, device = len(prompt), prompt.device
+        ids = torch.cat([prompt, *answers])[None]
+        parts = [torch.arange(p), *(torch.arange(len(answer)) + p for answer in answers)]
+        positions = torch.cat(parts)[None].to(device)
+        branch = torch.cat([torch.full_like(part, i) for i, part in enumerate(parts)])[None].to(device)
+        out = self.forward(ids, positions, block_mask(positions, branch, boolean=boolean))[0]
+        errors, at = [relative(out[:p], self.wanted[1])], p
+        for answer in answers:
+            own = self._alone(torch.cat([prompt, answer]))[p:]
+            errors.append(relative(out[at : at + len(answer)], own))
+            at += len(answer)
+        return max(errors, key=lambda e: float("inf") if e != e else e)
+
     def tolerance(self, dtype: torch.dtype) -> float:
         """What rounding explains: 1e-5 in float32, more only where leaks would be larger still."""
         return max(1e-5 if dtype == torch.float32 else 1e-2, 1e-4 * self.context)
@@ -147,3 +169,26 @@ def find_packing(
         f"{field}: {name} gives a sequence in a padded row of its own other hidden states than alone (relative "
         f"difference {found['alone']:.2g}, tolerated {tolerance:.0e}), so no batch of it can be trained on{reason}"
     )
+
+
+@torch.no_grad()
+def shares_prompts(
+    forward: Forward, config: Any, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> bool:
+    """Whether responses may stand behind one copy of their prompt: under a mask by branch each is what it is alone.
+
+    Arguments as for `find_packing`, which has said that the model runs on ids and positions.
+    """
+    if not takes_masks(config):
+        return False
+    text = config.get_text_config()
+    probe = Probe(forward, text.vocab_size, getattr(text, "max_position_embeddings", None), device)
+    if not probe.context > 2 * probe.tolerance(dtype):  # no leak could be seen
+        return False
+    try:
+        error = probe.shared_error(getattr(config, "_attn_implementation", "") != "eager")
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError):
+        return False
+    return error <= probe.tolerance(dtype)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowrl_kernels.core.types import LogProbStatistics
 from flowrl_kernels.hf.head import HeadScales, check_head, head_scales, refuse_adapter
 from flowrl_kernels.log_partition import LOG_Z_FILE, LogPartition
 from flowrl_kernels.logprobs import linear_logprob
@@ -87,19 +88,23 @@ class _Head:
         """
         self.used = True
         logit_scale, softcap = self.scales
-        logp, entropy = linear_logprob(
+        # for the metrics of SFT, DPO and KTO, from the same products
+        logged = "mean_logits" in outputs or "is_top1" in outputs
+        out = linear_logprob(
             hidden, weight.to(hidden.dtype), targets, bias=bias, temperature=temperature, logit_scale=logit_scale,
-            softcap=softcap, entropy="entropy" in outputs, impl=self.impl,
+            softcap=softcap, entropy="entropy" in outputs, statistics=logged, impl=self.impl,
         )  # fmt: skip
-        # statistics without gradient, for the metrics of SFT, DPO and KTO: a second forward, TRL's own
-        others = tuple(name for name in outputs if name not in ("log_probs", "entropy"))
-        stats: tuple = (None, None, None)
-        if others:
+        sum_squares = None
+        if "log_sum_sq_probs" in outputs:  # of DPO's use_weighting alone: a second forward, TRL's own
             with torch.no_grad():
-                _, _, *stats = self.theirs.apply(
-                    hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, others
+                _, _, sum_squares, _, _ = self.theirs.apply(
+                    hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, ("log_sum_sq_probs",)
                 )
-        return (logp, entropy, *stats)
+        mean_logits = is_top1 = None
+        if isinstance(out, LogProbStatistics):
+            mean_logits = out.mean_logits if "mean_logits" in outputs else None
+            is_top1 = out.is_top1 if "is_top1" in outputs else None
+        return out.logp, out.entropy, sum_squares, mean_logits, is_top1
 
 
 @contextmanager
@@ -153,8 +158,8 @@ def patch_logprobs(trainer: Any, *, impl: str = "auto") -> Any:
     """Compute a TRL trainer's log-probs (policy and reference) by `linear_logprob`. Its loss stays its own.
 
     Call it once, right after the trainer is made. Works for trainers that use TRL's fused head: GRPO, RLOO, SFT, DPO,
-    KTO and async GRPO. (SFT, DPO and KTO also log statistics that `linear_logprob` does not compute; these take a
-    second forward of TRL's head, without gradient.)
+    KTO and async GRPO. The token accuracy and mean logits that SFT, DPO and KTO log come from the same pass; only
+    DPO's `use_weighting` takes a second forward of TRL's head, without gradient.
 
     Args:
         trainer: a trainer of TRL 1.16 with `model` and, perhaps, `ref_model`.

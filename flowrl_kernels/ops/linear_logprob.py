@@ -11,7 +11,19 @@ from flowrl_kernels import reference
 from flowrl_kernels.chunked import sampled, tiles
 from flowrl_kernels.chunked.recompute import kept_shape
 from flowrl_kernels.core.dispatch import launchers
-from flowrl_kernels.core.types import EXACT, TILE, Budget, Draw, Head, LogProb, Needs, Saved, Upstream
+from flowrl_kernels.core.types import (
+    EXACT,
+    TILE,
+    Budget,
+    Draw,
+    Head,
+    LogProb,
+    LogProbStatistics,
+    Needs,
+    RowStatistics,
+    Saved,
+    Upstream,
+)
 from flowrl_kernels.ops.operator import operator
 
 STEM = "linear_logprob"
@@ -19,7 +31,7 @@ NO_DRAW = (0.0, 0, None, None, "")
 
 
 def clean_target(target: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets as the launchers read them (-1 skip, V no target), and the masks of ignored and of wrong ones. [N]"""
+    """Targets as the launchers read them (-1 skip, V no target), and the masks of ignored and of wrong ones."""
     target = target.long()
     ignored = target == ignore_index
     wrong = ((target < 0) | (target >= vocab_size)) & ~ignored
@@ -34,17 +46,22 @@ def places(target: Tensor, order: Tensor) -> Tensor:
 
 
 def finish(logp: Tensor, ignored: Tensor, wrong: Tensor) -> Tensor:
-    """Ignored rows 0; a target outside the vocabulary NaN, which no later step can hide. [N]"""
+    """Ignored ids 0; a target outside the vocabulary NaN, which no later step can hide."""
     return logp.masked_fill(wrong, float("nan")).masked_fill(ignored, 0.0)
 
 
 def upstream(grad: Tensor | None, like: Tensor, ignored: Tensor) -> Tensor:
-    """A gradient [N] as the launchers read it: dtype of `like`, dense, 0 in ignored rows."""
+    """A gradient as the launchers read it: dtype of `like`, dense, 0 where ignored."""
     return torch.zeros_like(like) if grad is None else grad.to(like.dtype).masked_fill(ignored, 0.0).contiguous()
 
 
+def rows_ignored(ignored: Tensor) -> Tensor:
+    """Rows of which no id counts. [N] or [N, K] -> [N]"""
+    return ignored if ignored.dim() == 1 else ignored.all(1)
+
+
 def both_upstream(grad_logp: Tensor | None, grad_entropy: Tensor | None, like: Tensor, ignored: Tensor) -> Upstream:
-    entropy = None if grad_entropy is None else upstream(grad_entropy, like, ignored)
+    entropy = None if grad_entropy is None else upstream(grad_entropy, like, rows_ignored(ignored))
     return Upstream(upstream(grad_logp, like, ignored), entropy)
 
 
@@ -52,7 +69,7 @@ def both_upstream(grad_logp: Tensor | None, grad_entropy: Tensor | None, like: T
 def linear_logprob(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
-    target: Tensor,  # [N]
+    target: Tensor,  # [N] or [N, K]
     bias: Tensor | None,  # [V]
     temperature: Tensor,  # [N] or [1]
     logit_scale: float,
@@ -68,10 +85,11 @@ def linear_logprob(
     rows: Tensor | None = None,  # [N] int64
     order: Tensor | None = None,  # [V] int64
     group: str = "",
+    statistics: bool = False,
     keep: bool = False,  # logits for the backward, as chunked/recompute.py says
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logp [N], entropy [N] or [0], lse [2, N], tile statistics [ceil(V/128), N] or [0, 0], kept logits [N, C]
-    or [0, 0].
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logp like target, entropy [N] or [0], lse [2, N], tile statistics [ceil(V/128), N] or [0, 0], argmax and
+    mean logit [N] or [0] each, kept logits [N, C] or [0, 0].
 
     lse is a row's log-sum-exp as its maximum and the log of the sum relative to it: of a confident row, the sum of the
     two keeps nothing of what is left to the other tokens.
@@ -79,11 +97,17 @@ def linear_logprob(
     clean, ignored, wrong = clean_target(target, weight.shape[0], ignore_index)
     head = Head(weight, bias, temperature, logit_scale, softcap)
     room, partial = launchers(STEM, impl), epsilon > 0.0 or share > 0.0
-    kept = logits_to_keep(hidden, weight, keep)
-    more = (order, kept if keep else None) if order is not None or keep else ()
-    clean = clean if order is None else places(clean, order)
-    logp, lse, ent, stats, *_ = room.linear_logprob_fwd(hidden, clean, head, entropy, partial, *more)
-    return finish(logp, ignored, wrong), ent, lse, stats, kept
+    count, dtype = len(hidden) if statistics else 0, torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    into = RowStatistics(hidden.new_empty(count, dtype=torch.int64), hidden.new_empty(count, dtype=dtype))
+    kept, more = logits_to_keep(hidden, weight, keep), dict[str, Any]()
+    if statistics:
+        more["statistics"] = into
+    elif order is not None:
+        more["order"], clean = order, places(clean, order)
+    if keep:
+        more["kept"] = kept
+    logp, lse, ent, stats, _ = room.linear_logprob_fwd(hidden, clean, head, entropy, partial, **more)
+    return finish(logp, ignored, wrong), ent, lse, stats, *into, kept
 
 
 def logits_to_keep(hidden: Tensor, weight: Tensor, keep: bool) -> Tensor:
@@ -95,22 +119,24 @@ def logits_to_keep(hidden: Tensor, weight: Tensor, keep: bool) -> Tensor:
 
 @linear_logprob.register_fake
 def _(hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_index, entropy, epsilon, report,
-      main_grad, impl, share=0.0, draw=0, rows=None, order=None, group="", keep=False):  # fmt: skip
+      main_grad, impl, share=0.0, draw=0, rows=None, order=None, group="", statistics=False, keep=False):  # fmt: skip
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     runs = (vocab_size + TILE - 1) // TILE
     return (
-        hidden.new_empty(num_tokens, dtype=dtype),
+        hidden.new_empty(target.shape, dtype=dtype),
         hidden.new_empty(num_tokens if entropy else 0, dtype=dtype),
         hidden.new_empty((2, num_tokens), dtype=dtype),
         hidden.new_empty((runs, num_tokens) if epsilon > 0.0 or share > 0.0 else (0, 0), dtype=torch.float16),
+        hidden.new_empty(num_tokens if statistics else 0, dtype=torch.int64),
+        hidden.new_empty(num_tokens if statistics else 0, dtype=dtype),
         logits_to_keep(hidden, weight, keep),
     )
 
 
 @operator("flowrl::linear_logprob_bwd", mutates_args=("report", "main_grad"))
 def linear_logprob_bwd(
-    grad_logp: Tensor | None,  # [N]
+    grad_logp: Tensor | None,  # [N] or [N, K], as target and logp
     grad_entropy: Tensor | None,  # [N]
     hidden: Tensor,
     weight: Tensor,
@@ -169,10 +195,11 @@ def _(grad_logp, grad_entropy, hidden, weight, target, bias, temperature, logp, 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, target, bias, temperature, *settings = inputs
     logit_scale, softcap, ignore_index, ctx.entropy, epsilon, report, main_grad, impl, *draw = settings
-    share, key, rows, order, group, keep = (*draw, *(*NO_DRAW, False)[len(draw) :])
-    logp, ent, lse, stats, kept = output
+    share, key, rows, order, group = draw[:5] or NO_DRAW
+    keep = len(draw) > 6 and draw[6]  # a call may leave out what stands at the end
+    logp, ent, lse, stats, *statistics, kept = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, stats, kept)
+    ctx.mark_non_differentiable(lse, stats, *statistics, kept)
     kept = kept if keep else None
     ctx.save_for_backward(hidden, weight, target, bias, temperature, logp, lse, ent, stats, rows, order, kept)
     ctx.draw = share, key, group
@@ -185,7 +212,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple:
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     report, main_grad = ctx.written
-    nothing = (None,) * 19
+    nothing = (None,) * 20
     *saved, rows, order, kept = ctx.saved_tensors
     share, key, group = ctx.draw
     grad_entropy = grad_entropy if ctx.entropy else None
@@ -222,21 +249,22 @@ def keeps(hidden: Tensor, head: Head, budget: Budget, impl: str) -> bool:
 
 def apply(
     hidden: Tensor, target: Tensor, head: Head, ignore_index: int, entropy: bool, impl: str, budget: Budget = EXACT,
-    main_grad: Tensor | None = None,
-) -> LogProb:  # fmt: skip
+    main_grad: Tensor | None = None, statistics: bool = False,
+) -> LogProb | LogProbStatistics:  # fmt: skip
     """The operator on structs, where autocast has had its say; the reference without it, in plain autograd."""
     # inside, autocast would round the very products that must stay in fp32
     with torch.autocast(hidden.device.type, enabled=False):
         if impl == "reference":
-            return reference.linear_logprob(
-                hidden, head.weight, target, *head[1:], ignore_index=ignore_index, entropy=entropy
-            )
-        logp, ent, *_ = linear_logprob(
+            return reference.linear_logprob(hidden, head.weight, target, *head[1:], ignore_index, entropy, statistics)
+        logp, ent, _, _, argmax, mean_logits, _ = linear_logprob(
             hidden, head.weight, target, head.bias, head.temperature, head.logit_scale, head.softcap, ignore_index,
-            entropy, budget.epsilon, budget.report, main_grad, impl, *(budget.draw or NO_DRAW),
+            entropy, budget.epsilon, budget.report, main_grad, impl, *(budget.draw or NO_DRAW), statistics,
             keeps(hidden, head, budget, impl),
         )  # fmt: skip
-    return LogProb(logp, ent if entropy else None)
+    if not statistics:
+        return LogProb(logp, ent if entropy else None)
+    is_top1 = (target == (argmax if target.dim() == 1 else argmax[:, None])) & (target != ignore_index)
+    return LogProbStatistics(logp, ent if entropy else None, argmax, is_top1, mean_logits)
 
 
 linear_logprob.register_autograd(_backward, setup_context=_setup_context)

@@ -19,7 +19,7 @@ STEM = "logprob"
 @operator("flowrl::logprob", mutates_args=())
 def logprob(
     logits: Tensor,  # [N, V]
-    target: Tensor,  # [N]
+    target: Tensor,  # [N] or [N, K]
     temperature: Tensor,  # [N] or [1]
     softcap: float | None,
     ignore_index: int,
@@ -27,7 +27,7 @@ def logprob(
     inplace_backward: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logp [N], entropy [N] or [0], lse [2, N]: maximum and log of the sum."""
+    """logp like target, entropy [N] or [0], lse [2, N]: maximum and log of the sum."""
     clean, ignored, wrong = clean_target(target, logits.shape[1], ignore_index)
     logp, lse, ent = launchers(STEM, impl).logprob_fwd(logits, clean, temperature, softcap, entropy)
     return finish(logp, ignored, wrong), ent, lse
@@ -38,7 +38,7 @@ def _(logits, target, temperature, softcap, ignore_index, entropy, *_):
     num_tokens = logits.shape[0]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return (
-        logits.new_empty(num_tokens, dtype=dtype),
+        logits.new_empty(target.shape, dtype=dtype),
         logits.new_empty(num_tokens if entropy else 0, dtype=dtype),
         logits.new_empty((2, num_tokens), dtype=dtype),
     )
@@ -130,7 +130,8 @@ def apply(
 ) -> LogProb:  # fmt: skip
     """The operator; the reference without it, in plain autograd."""
     if impl == "reference":
-        return reference.logprob(logits, target, temperature, softcap, ignore_index, entropy)
+        out = reference.logprob(logits, target, temperature, softcap, ignore_index, entropy)
+        return LogProb(out.logp, out.entropy)
     logp, ent, _ = logprob(
         logits.contiguous(), target.contiguous(), temperature, softcap, ignore_index, entropy, inplace, impl
     )

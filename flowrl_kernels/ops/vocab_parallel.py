@@ -1,4 +1,4 @@
-"""`linear_logprob` over a vocabulary split across ranks: one MAX and one packed SUM all-reduce of [N, 3].
+"""`linear_logprob` over a vocabulary split across ranks: one MAX and one packed SUM all-reduce of [2 + K, N].
 
 Every rank holds rows [start, start + V_local) of the head and all hidden states. Shards may differ in size, and heads
 of different splits may share a group: the sizes are gathered in every forward (8 bytes a rank), for a rank cannot know
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowrl_kernels.core.dispatch import launchers
 from flowrl_kernels.core.types import Head, LogProb, Needs, Saved
-from flowrl_kernels.ops.linear_logprob import STEM, both_upstream, finish
+from flowrl_kernels.ops.linear_logprob import STEM, both_upstream, finish, rows_ignored
 from flowrl_kernels.ops.operator import OnceDifferentiable, first_backward_only, without_autocast
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def shard(group: dist.ProcessGroup, rows: int, device: torch.device) -> tuple[Te
 
 
 class VocabParallel(OnceDifferentiable):
-    """logp [N], entropy [N] or None; gradients: own rows of the weight, hidden summed over the group."""
+    """logp like target, entropy [N] or None; gradients: own rows of the weight, hidden summed over the group."""
 
     name = "linear_logprob with vocab_parallel"
 
@@ -57,17 +57,20 @@ class VocabParallel(OnceDifferentiable):
         shift = own_top - top.clamp_min(torch.finfo(top.dtype).min)  # -inf in a shard that is all -inf
         shift = shift.masked_fill(own_top.isnan(), torch.nan)
         mass = (shift + own_log_sum).exp()
-        picked = (own_logp + own_log_sum + shift).masked_fill(own_top == -torch.inf, -torch.inf)  # z_y minus top
+        back = (own_log_sum, shift, own_top)
+        log_sum, up, own_top = back if target.dim() == 1 else (part[:, None] for part in back)
+        picked = (own_logp + log_sum + up).masked_fill(own_top == -torch.inf, -torch.inf)  # z_y minus top
         picked = torch.where(elsewhere | ignored, 0.0, picked)
         moment = torch.zeros_like(mass)
         if entropy:
             moment = (mass * (ent - own_log_sum - shift)).masked_fill(mass == 0, 0.0)  # no mass, no part: 0 * -inf
-        parts = torch.stack([mass, picked, moment])  # [3, N]
+        parts = torch.cat([mass[None], moment[None], picked[None] if target.dim() == 1 else picked.T])  # [2 + K, N]
         dist.all_reduce(parts, group=group)
-        total, target_shifted, moment = parts
-        lse = torch.stack([top, total.log()]).masked_fill(ignored, 0.0)
-        logp = finish(target_shifted - lse[1], ignored, wrong)
-        whole = (moment / total + total.log()).masked_fill(ignored, 0.0) if entropy else None
+        (total, moment), target_shifted = parts[:2], parts[2:].T.reshape(target.shape)
+        nothing = rows_ignored(ignored)
+        lse = torch.stack([top, total.log()]).masked_fill(nothing, 0.0)
+        logp = finish(target_shifted - (lse[1] if target.dim() == 1 else lse[1, :, None]), ignored, wrong)
+        whole = (moment / total + total.log()).masked_fill(nothing, 0.0) if entropy else None
         ctx.save_for_backward(hidden, weight, local, bias, temperature, logp, lse, whole, ignored)
         ctx.settings, ctx.group, ctx.impl = (logit_scale, softcap), group, impl
         ctx.set_materialize_grads(False)

@@ -5,26 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowrl_kernels.core.types import LogProb
+from flowrl_kernels.core.types import LogProb, LogProbStatistics
 from flowrl_kernels.reference.logprob import logprob
 
 
 def linear_logprob(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
-    target: Tensor,  # [N]
+    target: Tensor,  # [N] or [N, K]
     bias: Tensor | None = None,  # [V]
     temperature: Tensor | float = 1.0,  # [N] or a number
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
     entropy: bool = False,
-) -> LogProb:
+    statistics: bool = False,
+) -> LogProb | LogProbStatistics:
     """z = softcap(logit_scale (hidden weight^T + bias)) / temperature; logp = log_softmax(z)[target]."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     ignored = target.long() == ignore_index
+    ignored = ignored if target.dim() == 1 else ignored.all(1)
     hidden = hidden.masked_fill(ignored[:, None], 0.0)  # such a row may hold anything, and 0 * NaN is NaN
     logits = hidden.to(dtype) @ weight.to(dtype).T  # [N, V]
     if bias is not None:
         logits = logits + bias.to(dtype)
-    return logprob(logits * logit_scale, target, temperature, softcap, ignore_index, entropy)
+    return logprob(logits * logit_scale, target, temperature, softcap, ignore_index, entropy, statistics)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 USAGE = """usage: flowrl train FILE.toml [--section.field value ...] [--resume]
        flowrl eval RUN_OR_FOLDER [--split NAME] [--config FILE.toml] [--out FILE.json] [--section.field value ...]
+       flowrl eval RUN_OR_FOLDER --suite FILE.toml --out FOLDER [--overwrite] [--section.field value ...]
+       flowrl eval --compare FOLDER FOLDER
        flowrl plot RUN [RUN ...] [--out FOLDER]
        flowrl export RUN FOLDER [--dtype float32|bfloat16|float16]
        flowrl doctor RUN_OR_FOLDER [--config FILE.toml] [--prompts N] [--samples N] [--out FILE.json] [--section...]
@@ -151,9 +153,12 @@ def from_gguf(args: list[str]) -> int:
 
 
 def evaluate(args: list[str]) -> int:
-    """Evaluates a run's policy, or a Hugging Face folder, on a split."""
+    """Evaluates a run's policy, or a Hugging Face folder, on a split or on the suites of a file."""
     from flowrl_kernels.trainer import config_file
     from flowrl_kernels.trainer.export import evaluate_run
+
+    if "--compare" in args:
+        return compare_results(args)
 
     parser = config_file.Parser(
         prog="flowrl eval",
@@ -164,9 +169,36 @@ def evaluate(args: list[str]) -> int:
     parser.add_argument("source", metavar="RUN_OR_FOLDER", help="run folder, Hugging Face folder, or TOML file")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
     parser.add_argument("--config", metavar="FILE.toml", help="the task of a Hugging Face folder")
-    parser.add_argument("--out", metavar="FILE.json", help="also write the figures there")
+    parser.add_argument("--out", metavar="FILE.json", help="also write the figures there; with --suite a folder")
+    parser.add_argument("--suite", metavar="FILE.toml", help="evaluate on every [suite.NAME] of this file")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --out holds of another evaluation")
     given, overrides = parser.parse_known_args(args)
+    if given.suite is not None:
+        from flowrl_kernels.trainer.suites.run import run_suites
+
+        if given.out is None or given.config is not None or given.split != parser.get_default("split"):
+            raise ValueError("--suite: wanted with --out FOLDER and without --config and --split, which the file says")
+        run_suites(given.source, given.suite, given.out, overrides, given.overwrite)
+        return 0
+    if given.overwrite:
+        raise ValueError("--overwrite: goes with --suite")
     evaluate_run(given.source, overrides, given.split, given.config, given.out)
+    return 0
+
+
+def compare_results(args: list[str]) -> int:
+    """Compares two results of `flowrl eval --suite` problem by problem."""
+    from flowrl_kernels.trainer import config_file
+    from flowrl_kernels.trainer.suites.contrast import contrast
+
+    parser = config_file.Parser(prog="flowrl eval", description=compare_results.__doc__)
+    parser.add_argument(
+        "--compare", nargs=2, metavar="FOLDER", required=True, help="what --out named, the first before"
+    )
+    parser.add_argument("--out", metavar="FILE.json", help="also write the differences there")
+    given = parser.parse_args(args)
+    first, second = given.compare
+    contrast(first, second, given.out)
     return 0
 
 

@@ -1,7 +1,8 @@
 """From sequences of different lengths to a few dense micro-batches by token budget.
 
 A micro-batch is `[R, L]`: rows of whole sequences laid end to end, `position_ids` restarting at each. Of a
-sequence only what predicts something is fed: prompt and response without its last token.
+sequence only what predicts something is fed: prompt and response without its last token. Where prompts are shared, a
+prompt stands once before several responses to it, each of which is a branch: it sees the prompt and itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from flowrl_kernels.trainer.rollout.base import Kept
 
 SHORT_ROW = 128
+SHARED_ROW = 512  # a longer row repeats fewer prompts, and its dense mask still costs little beside the layers
 
 
 @dataclass
@@ -25,6 +27,7 @@ class MicroBatch:
 
     ids: Tensor  # [R, L] int64
     positions: Tensor  # [R, L] int64, restarting at 0 with each sequence (and with the padding at a row's end)
+    branch: Tensor | None  # [R, L] int64, 0 for a prompt, else the response's number behind it; None: no shared prompts
     predict: Tensor  # [N] int64, flat slot whose hidden state predicts the response token
     target: Tensor  # [N] int64, that response token
     cu_seqlens: Tensor  # [B + 1] int32, where each response starts in the N tokens
@@ -35,6 +38,7 @@ class MicroBatch:
     per_sequence: dict[str, Tensor] = field(default_factory=dict)  # [B] each: reward, group, log_z
     per_token: dict[str, Tensor] = field(default_factory=dict)  # [N] each: sampler, old, ref, value, advantage, returns
     kept: Kept | None = None  # what each response token was drawn from, where that was not everything
+    rows: Tensor | None = None  # [N] int64, names each response token among those of all ranks
 
     @property
     def sequences(self) -> int:
@@ -43,6 +47,11 @@ class MicroBatch:
     @property
     def tokens(self) -> int:
         return len(self.target)
+
+    def take(self, hidden: Tensor, slots: Tensor) -> Tensor:
+        """The states [R, L, H] at flat slots [N], as [N, H]; gradients of a slot taken twice add up in fixed order."""
+        flat = hidden.flatten(0, 1)
+        return flat[slots] if self.branch is None else torch.nn.functional.embedding(slots, flat)
 
     def segment(self) -> Tensor:
         """[N] int64: the sequence each response token belongs to."""
@@ -91,8 +100,20 @@ def plan(lengths: list[int], *, max_tokens: int, row_tokens: int = 0, alone: boo
     return micro
 
 
+def trees(row: list[int], prompts: list[np.ndarray], *, share: bool) -> list[list[int]]:
+    """A row's sequences in runs behind one copy of their prompt; each by itself where prompts are not shared."""
+    if not share:
+        return [[i] for i in row]
+    return [list(run) for _, run in itertools.groupby(row, lambda i: prompts[i].tobytes())]
+
+
 def build(
-    rows: list[list[int]], prompts: list[np.ndarray], responses: list[np.ndarray], device: torch.device | str
+    rows: list[list[int]],
+    prompts: list[np.ndarray],
+    responses: list[np.ndarray],
+    device: torch.device | str,
+    *,
+    share: bool = False,
 ) -> MicroBatch:
     """The tensors of one micro-batch.
 
@@ -100,25 +121,32 @@ def build(
         rows: sequence indices row by row, one element of `plan`'s answer.
         prompts: [] int64 token ids per sequence, at least one token each.
         responses: [] int64 token ids per sequence with the end token, at least one token each.
+        share: neighbours in a row with the same prompt stand behind one copy of it.
     """
-    width = max(sum(len(prompts[i]) + len(responses[i]) - 1 for i in row) for row in rows)
+    runs = [trees(row, prompts, share=share) for row in rows]
+    width = max(sum(occupied(run, prompts, responses) for run in row) for row in runs)
     ids = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.zeros((len(rows), width), dtype=np.int64)
+    branch = np.zeros((len(rows), width), dtype=np.int64)
     count = np.arange(width)
     predict, prompt = [], []
     order = [i for row in rows for i in row]
-    for r, row in enumerate(rows):
-        start = 0
-        for i in row:
-            p, n = len(prompts[i]), len(responses[i])
-            end = start + p + n - 1
-            ids[r, start : start + p] = prompts[i]
-            ids[r, start + p : end] = responses[i][:-1]
-            positions[r, start:end] = count[: end - start]
-            prompt.append(count[start : start + p] + r * width)
-            predict.append(count[start + p - 1 : end] + r * width)
-            start = end
-        positions[r, start:] = count[: width - start]
+    for r, row in enumerate(runs):
+        end = 0
+        for run in row:
+            p = len(prompts[run[0]])
+            start, end = end, end + p
+            ids[r, start:end] = prompts[run[0]]
+            positions[r, start:end] = count[:p]
+            slots = count[start:end] + r * width
+            for number, i in enumerate(run, start=1):
+                first, end = end, end + len(responses[i]) - 1
+                ids[r, first:end] = responses[i][:-1]
+                positions[r, first:end] = count[p : p + end - first]
+                branch[r, first:end] = number
+                prompt.append(slots)
+                predict.append(np.append(slots[-1:], count[first:end] + r * width))
+        positions[r, end:] = count[: width - end]
 
     def to(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
@@ -129,6 +157,7 @@ def build(
     return MicroBatch(
         ids=to(ids),
         positions=to(positions),
+        branch=to(branch) if share else None,
         predict=to(np.concatenate(predict)),
         target=to(np.concatenate([responses[i] for i in order])),
         cu_seqlens=cu(predict),
@@ -136,6 +165,30 @@ def build(
         prompt_cu_seqlens=cu(prompt),
         which=to(np.asarray(order, dtype=np.int64)),
     )
+
+
+def occupied(run: list[int], prompts: list[np.ndarray], responses: list[np.ndarray]) -> int:
+    """Slots of a prompt and the responses that share it."""
+    return len(prompts[run[0]]) + sum(len(responses[i]) - 1 for i in run)
+
+
+def clumps(part: list[int], prompts: list[np.ndarray], responses: list[np.ndarray], most: int) -> list[list[int]]:
+    """The sequences of `part` by their prompt, in runs of at most `most` slots with one copy of it, longest first."""
+    by_prompt: dict[bytes, list[int]] = {}
+    for i in part:
+        by_prompt.setdefault(prompts[i].tobytes(), []).append(i)
+    found: list[list[int]] = []
+    for members in by_prompt.values():
+        runs: list[list[int]] = []
+        for i in sorted(members, key=lambda i: -len(responses[i])):
+            for run in runs:
+                if occupied([*run, i], prompts, responses) <= most:
+                    run.append(i)
+                    break
+            else:
+                runs.append([i])
+        found += runs
+    return found
 
 
 def pack(
@@ -148,6 +201,7 @@ def pack(
     device: torch.device | str,
     together: int = 1,
     alone: bool = False,
+    share: bool = False,
 ) -> list[MicroBatch]:
     """Micro-batches of the sequences in `keep`; where that is empty, one stand-in.
 
@@ -155,6 +209,7 @@ def pack(
         row_tokens: see `plan`; 0 makes rows short, which suits attention with a dense mask.
         together: sequences i with the same i // together go into the same micro-batch.
         alone: one sequence a row, for models that do not keep packed ones apart (`Policy.packing`).
+        share: sequences of one prompt stand behind one copy of it, as many as a row holds.
 
     Raises:
         ValueError: a sequence, or sequences that must go together, do not fit into `max_tokens`.
@@ -166,14 +221,17 @@ def pack(
     if longest > max_tokens:
         raise ValueError(f"parallel.max_tokens: a sequence of {longest} tokens does not fit into {max_tokens}")
     # a dense mask costs the square of the row: rows no longer than a sequence must have, or a short few
-    row_tokens = row_tokens or max(min(SHORT_ROW, max_tokens), longest)
+    short = SHARED_ROW if share else SHORT_ROW
+    row_tokens = row_tokens or max(min(short, max_tokens), longest)
 
     def micro(part: list[int]) -> list[list[list[int]]]:
-        rows = plan([lengths[i] for i in part], max_tokens=max_tokens, row_tokens=row_tokens, alone=alone)
-        return [[[part[j] for j in row] for row in batch] for batch in rows]
+        runs = clumps(part, prompts, responses, row_tokens) if share else [[i] for i in part]
+        room = [occupied(run, prompts, responses) for run in runs]
+        rows = plan(room, max_tokens=max_tokens, row_tokens=row_tokens, alone=alone)
+        return [[[i for j in row for i in runs[j]] for row in batch] for batch in rows]
 
     if together == 1:
-        return [build(rows, prompts, responses, device) for rows in micro(keep)]
+        return [build(rows, prompts, responses, device, share=share) for rows in micro(keep)]
     batches: list[list[list[int]]] = []
     part: list[int] = []
     for _, members in itertools.groupby(keep, lambda i: i // together):
@@ -186,7 +244,7 @@ def pack(
             part = []
         part += group
     batches += micro(part)
-    return [build(rows, prompts, responses, device) for rows in batches]
+    return [build(rows, prompts, responses, device, share=share) for rows in batches]
 
 
 def stand_in(prompts: list[np.ndarray], responses: list[np.ndarray], device: torch.device | str) -> MicroBatch:

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from flowrl_kernels.trainer import fingerprint, parallel, safe_reading
 from flowrl_kernels.trainer.parallel import World, barrier, gather
@@ -71,7 +72,7 @@ def choose(run: Path, world: World) -> tuple[Path | None, dict[Path, str]]:
 
 def save(
     run: Path, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any],
-    world: World, keep: int, inputs: dict[str, str] | None = None,
+    world: World, keep: int, inputs: dict[str, str] | None = None, ahead: dict[str, torch.Tensor] | None = None,
 ) -> Path:  # fmt: skip
     """Writes everything the next step depends on; every rank must call it.
 
@@ -79,6 +80,7 @@ def save(
         progress: JSON-able facts of the loop (step, updates made, skipped).
         keep: newest checkpoints that stay.
         inputs: hashes of what the run is made from, for whoever resumes it.
+        ahead: this rank's part of the batch that was sampled ahead (overlap.py).
 
     Raises:
         CheckpointError: on every rank, where any rank could not write (a full disk, say). What was half
@@ -97,16 +99,19 @@ def save(
             error = str(problem)
     barrier(world)
     try:
-        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        model_state, optimizer_state = get_state_dict(policy, optimizer, options=_what(policy))
         state = {"model": model_state, "optimizer": optimizer_state}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # dcp warns that one process is not distributed
             dcp.save(state, checkpoint_id=partial, no_dist=world.size == 1)
         torch.save(_rng(), partial / f"rng_{world.rank}.pt")
+        if ahead:
+            save_file(ahead, partial / f"ahead_{world.rank}.safetensors")
         if world.main:
             logs = {file.name: file.stat().st_size for file in run.glob("*.jsonl")}
             (partial / "progress.json").write_text(json.dumps({**progress, "logs": logs, "inputs": inputs or {}}))
-        mine = [f for f in partial.iterdir() if f.name.startswith((f"__{world.rank}_", f"rng_{world.rank}."))]
+        own = (f"__{world.rank}_", f"rng_{world.rank}.", f"ahead_{world.rank}.")
+        mine = [f for f in partial.iterdir() if f.name.startswith(own)]
         if world.main:
             mine += [partial / ".metadata", partial / "progress.json"]
         files = fingerprint.seal(mine)
@@ -146,10 +151,12 @@ def load(path: Path, run: Path, policy: nn.Module, optimizer: torch.optim.Optimi
         ValueError: the path does not lie in the run's own folder, or it cannot be read.
     """
     _own(path, run)
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
+    model_state, optimizer_state = get_state_dict(policy, optimizer, options=_what(policy))
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     _read(state, path, no_dist=world.size == 1)
-    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(
+        policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_what(policy)
+    )
     rng = path / f"rng_{world.rank}.pt"
     if rng.exists():  # more ranks than before: the new ones keep their seeds
         try:
@@ -162,9 +169,16 @@ def load(path: Path, run: Path, policy: nn.Module, optimizer: torch.optim.Optimi
 def load_model(path: Path, run: Path, policy: nn.Module) -> None:
     """Restores the weights alone, in one process, whatever sharding wrote them: for export and evaluation."""
     _own(path, run)
-    state = {"model": policy.state_dict()}
+    frozen = {name for name, p in policy.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    state = {"model": {name: tensor for name, tensor in policy.state_dict().items() if name not in frozen}}
     _read(state, path, no_dist=True)
-    policy.load_state_dict(state["model"])
+    policy.load_state_dict(state["model"], strict=not frozen)
+
+
+def _what(policy: nn.Module) -> StateDictOptions:
+    """Of a policy with adapters, what is trained: the rest is the model's, which the run started from."""
+    frozen = not all(p.requires_grad for p in policy.parameters())
+    return StateDictOptions(ignore_frozen_params=frozen, strict=not frozen)
 
 
 def _own(path: Path, run: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from flowrl_kernels.trainer import algorithms, mismatch, objective, packages
 from flowrl_kernels.trainer.batches import SHORT_ROW, plan
-from flowrl_kernels.trainer.config import Config, RolloutConfig
+from flowrl_kernels.trainer.config import Config, LoraConfig, RolloutConfig
 from flowrl_kernels.trainer.evaluate import chosen
 from flowrl_kernels.trainer.rollout.http import check_address
 from flowrl_kernels.trainer.tasks import Problem, Task
@@ -14,8 +15,13 @@ from flowrl_kernels.trainer.tasks import Problem, Task
 # settings of `rollout` that not every engine reads (what "server" does not read itself, `rollout.serve` does)
 READ_BY = {
     "tensor_parallel": ("vllm", "server"), "kv_cache": ("vllm", "server"), "probe_limit": ("vllm", "server"),
+    "head": ("vllm", "server"),
     "servers": ("server",), "timeout": ("server",), "retries": ("server",),
 }  # fmt: skip
+NO_OVERLAP = {
+    "hf": "samples from the live weights, which training changes",
+    "vllm": "runs in the trainer's own process, where one waits for the other",
+}
 
 
 def check_algorithm(config: Config) -> None:
@@ -50,8 +56,37 @@ def check_algorithm(config: Config) -> None:
         why = a.name if algorithm.compares else ""
     if a.filter_groups or a.unlikeliness > 0:
         why = why or ("algorithm.filter_groups" if a.filter_groups else "algorithm.unlikeliness")
+    why = why or ("rollout.dynamic" if config.rollout.dynamic else "")
     if samples < 2 and why:
         raise ValueError(f"rollout.samples: wanted at least 2, {why} compares a group's responses; got {samples}")
+
+
+def check_lora(config: Config) -> None:
+    """Refuses adapters over weights that they could not be added to, and settings that none would read.
+
+    Raises:
+        ValueError: naming the key, what was wanted and what came.
+    """
+    c, default = config.lora, LoraConfig()
+    if not c.rank:
+        for name in ("alpha", "targets"):
+            if getattr(c, name) != getattr(default, name):
+                raise ValueError(f"lora.{name}: wanted nothing beside lora.rank = 0; got {getattr(c, name)!r}")
+        return
+    if not c.targets or ("all-linear" in c.targets and len(c.targets) > 1):
+        raise ValueError(f"lora.targets: wanted names of layers, or 'all-linear' alone; got {list(c.targets)!r}")
+    if config.parallel.offload_reference:
+        raise ValueError(
+            "parallel.offload_reference: wanted false beside lora.rank, the reference is the policy without its "
+            "adapters; got True"
+        )
+    kind = getattr(shape_of(config), "quantization_config", None) if config.model.name else None
+    if kind is not None:
+        method = kind.get("quant_method") if isinstance(kind, dict) else getattr(kind, "quant_method", kind)
+        raise ValueError(
+            f"lora.rank: wanted 0 for {config.model.name!r}, whose weights are quantised ({method}): adapters "
+            f"could not be added to them for an engine or an export; got {c.rank}"
+        )
 
 
 def check_packages(config: Config) -> None:
@@ -69,7 +104,18 @@ def check_engine(config: Config, ranks: int) -> None:
     Raises:
         ValueError: naming the key, what was wanted and what came.
     """
-    r, default = config.rollout, RolloutConfig()
+    r, default, updates = config.rollout, RolloutConfig(), config.updates_a_step
+    if r.overlap and r.engine in NO_OVERLAP:
+        why = f"engine = {r.engine!r} {NO_OVERLAP[r.engine]}"
+        raise ValueError(f"rollout.overlap: wanted 0, {why} (engine = 'server' can); got {r.overlap}")
+    if r.overlap and r.dynamic:
+        why = "its extra rounds need the engine that samples ahead"
+        raise ValueError(f"rollout.overlap: wanted 0 with rollout.dynamic ({why}); got {r.overlap}")
+    if r.overlap > updates:
+        raise ValueError(
+            f"rollout.overlap: wanted at most {updates}, the updates of a step: one batch is sampled while one trains, "
+            f"and further behind it would only be older; got {r.overlap}"
+        )
     for name, engines in READ_BY.items():
         value, unset = getattr(r, name), getattr(default, name)
         if r.engine not in engines and value != unset:
@@ -84,6 +130,9 @@ def check_engine(config: Config, ranks: int) -> None:
     if r.engine != "hf":
         if r.kv_cache <= 0:
             raise ValueError(f"rollout.kv_cache: wanted more than 0 GiB; got {r.kv_cache}")
+        if r.head == "trainer" and r.tensor_parallel > 1:
+            why = f"rollout.tensor_parallel = {r.tensor_parallel} splits the head"
+            raise ValueError(f"rollout.head: wanted 'engine', {why}; got {r.head!r}")
         if r.engine == "vllm" and ranks % r.tensor_parallel:
             raise ValueError(f"rollout.tensor_parallel: wanted a divisor of {ranks} ranks; got {r.tensor_parallel}")
 
@@ -96,14 +145,30 @@ def check_splits(config: Config, task: Task) -> None:
         )
 
 
+def check_stop(config: Config, task: Task) -> None:
+    """Refuses stop texts beside figures over every listed answer, which end with the end token."""
+    if not (config.rollout.stop and config.eval.exact):
+        return
+    held = next((problems for split in ("test", "valid", "train") if len(problems := task.problems(split))), [])
+    if held and task.correct_texts(held[0]) is not None:
+        raise ValueError(
+            f"eval.exact: wanted false beside rollout.stop = {list(config.rollout.stop)!r}: {task.name}'s listed "
+            "answers end with the end token; got True"
+        )
+
+
 def context_of(config: Config) -> int | None:
     """The longest sequence of the model in the config, tokens; None where it has no limit."""
     if not config.model.name:
         return config.model.context
+    return getattr(shape_of(config).get_text_config(), "max_position_embeddings", None)
+
+
+def shape_of(config: Config) -> Any:
+    """The configuration of the model that `model.name` names."""
     from transformers import AutoConfig
 
-    shape = AutoConfig.from_pretrained(config.model.name, trust_remote_code=config.model.trust_remote_code)
-    return getattr(shape.get_text_config(), "max_position_embeddings", None)
+    return AutoConfig.from_pretrained(config.model.name, trust_remote_code=config.model.trust_remote_code)
 
 
 def prompt_limit(config: Config, context: int | None) -> int | None:

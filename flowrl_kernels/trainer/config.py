@@ -10,9 +10,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from flowrl_kernels.trainer.limits import LEAST
+
 AlgorithmName = Literal[
     "flowrl", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "ppo", "reinforce_pp", "rloo", "opo", "raft", "reinforce_rej"
 ]
+
+
+def listed(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The names in a field that takes one or several; the empty name is one, and all there is in an empty list."""
+    return (value,) if isinstance(value, str) else value or ("",)
 
 
 @dataclass(frozen=True)
@@ -42,12 +49,14 @@ class RunConfig:
 @dataclass(frozen=True)
 class TaskConfig:
     name: str = "sums"
-    """"sums", "countdown" (both made from a seed), "file" for your own prompts, "gym:NAME" for a generator of
-    reasoning-gym, or "module:function"."""
+    """"sums", "countdown" (both made from a seed), "file" for your own prompts, "maths" for a published
+    set of problems by its usual columns, "gym:NAME" for a generator of reasoning-gym, or "module:function"."""
     seed: int = 0
     """Seed of the problems and of their split into train, valid and test."""
-    train: str = ""
-    """For "file": JSONL or parquet file, or a `datasets` name, with the training prompts."""
+    train: str | tuple[str, ...] = ""
+    """For "file": JSONL or parquet file, or a `datasets` name, with the training prompts; or a list of them."""
+    train_weights: tuple[float, ...] = ()
+    """Share of the training prompts that is asked from each of several files; empty: as many as each holds."""
     valid: str = ""
     """For "file": problems that choose hyper-parameters; empty: none."""
     test: str = ""
@@ -60,12 +69,16 @@ class TaskConfig:
     """For "file": system message put before every prompt; needs `chat_template`."""
     chat_template: bool = True
     """For "file": wrap text prompts as one user message in the tokenizer's chat template."""
-    reward: str = ""
-    """"" for the task's own verifier, "math" (math-verify), "exact", "countdown", "code", or "module:function"."""
+    reward: str | tuple[str, ...] = ""
+    """"" for the task's own verifier, "math" (math-verify), "exact", "countdown", "code", "module:function" or
+    "file.py:function"; a list of them is summed, and an evaluation goes by the first."""
+    reward_weights: tuple[float, ...] = ()
+    """Weight of each of several rewards in their sum; empty: 1 each."""
     reward_timeout: float = 10.0
     """Longest time one response may take to score, seconds; then it is left out and counted."""
     reward_workers: int = 2
-    """Processes that score responses where the verifier is not trusted to be quick."""
+    """Processes that score responses where the verifier is not trusted to be quick, for each reward; 0: functions of
+    yours run in the training process, without a deadline."""
     code_partial: bool = False
     """For "code": reward the share of tests passed instead of all or nothing."""
     code_tolerance: float = 0.0
@@ -145,6 +158,9 @@ class RolloutConfig:
     """Ranks (for "vllm") or GPUs (of a server) that hold one engine together."""
     kv_cache: float = 1.0
     """For "vllm" and the server of `make serve`: memory of the KV cache on each GPU or in each process, GiB."""
+    head: Literal["engine", "trainer"] = "engine"
+    """For "vllm" and "server": whose head says the sampled tokens' log-probs. "trainer": the operator that scores in
+    training, on the engine's hidden states, which leaves the backbone's part of the gap alone."""
     probe_limit: float = 0.0
     """Largest gap between the engine's and the trainer's log-probability of a token, nats, tried after each push of
     weights; 0: 1e-4 in float32, 0.5 in bfloat16."""
@@ -153,14 +169,22 @@ class RolloutConfig:
     retries: int = 8
     """For "server": how often what failed is tried again, after 1, 2, 4, ... and at most 30 seconds, before the run
     stops."""
+    overlap: int = 0
+    """For "server": how many updates behind a batch may be sampled, so that it is sampled while the one before it
+    trains; at most a step's. 0: one after the other."""
     prompts: int = 32
     """Prompts per step, over all ranks."""
     samples: int = 8
     """Responses per prompt (the group, G)."""
+    dynamic: int = 0
+    """Dynamic sampling: most extra rounds of a step, each asking other prompts in the place of groups that are all
+    right or all wrong; 0: none."""
     max_new_tokens: int = 64
     """Longest response with its end token, tokens."""
     max_prompt_tokens: int = 0
     """Longest prompt, tokens; longer training prompts are left out (0: what the context leaves)."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response, in training and evaluation; the token that completes one is its last."""
     temperature: float = 1.0
     """Sampling temperature; every log-probability in the loss is taken at it."""
     top_p: float = 1.0
@@ -226,6 +250,16 @@ class AlgorithmConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    rank: int = 0
+    """Rank of the LoRA adapters that are trained in the place of the model's own weights; 0: none."""
+    alpha: float = 0.0
+    """An adapter's product counts alpha / rank times; 0: twice the rank."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Linear layers that get one, by the ends of their names, ["q_proj", "v_proj"]; "all-linear": all but the head."""
+
+
+@dataclass(frozen=True)
 class LogZConfig:
     style: Literal["paper", "release"] = "paper"
     """"paper": Linear and GELU; "release": LayerNorm and dropout 0.1 as in the authors' code."""
@@ -275,14 +309,22 @@ class ParallelConfig:
     """Keep the reference model's shards in host memory."""
     max_tokens: int = 8192
     """Most tokens in a micro-batch on one rank."""
+    memory: float = 0.0
+    """Most memory for what a micro-batch's forward keeps for its backward on one rank, GiB: lowers `max_tokens` to what
+    fits; 0: `max_tokens` as it is."""
     row_tokens: int = 0
     """Most tokens in one packed row; 0: one row per micro-batch with flash-attention, else short rows, because
     SDPA's block mask grows with the square of the row."""
+    share_prompts: bool = False
+    """Compute a prompt once for the responses that share a row with it; needs attention that takes a mask (SDPA)."""
     impl: Literal["auto", "reference", "chunked", "triton"] = "auto"
     """Implementation of the library's fused head and losses."""
     epsilon: float = 0.0
     """Bound on the relative L1 error of dlogits in the head's backward pass, which may then leave out light parts of
     the vocabulary (docs/numerics.md); 0: exact."""
+    share: float = 0.0
+    """Share of the pairs of a token and 128 columns of the vocabulary that the head's backward pass computes, drawn
+    anew at each update so that its gradient is right in expectation (docs/numerics.md); 0: all of them, exact."""
 
 
 @dataclass(frozen=True)
@@ -329,6 +371,9 @@ class LogConfig:
     """Responses with their rewards written to samples.jsonl every `samples_every` steps."""
     samples_every: int = 50
     """RL steps between written samples."""
+    kl: bool = False
+    """Log the KL to the model RL started from though the algorithm has no reference: keeps one, and scores a few
+    responses a step. Where there is a reference it is logged anyway."""
     plots: bool = True
     """Draw PNG plots of the run into its folder at the end."""
     tensorboard: bool = False
@@ -347,6 +392,7 @@ class Config:
     warm: WarmConfig = field(default_factory=WarmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     log_z: LogZConfig = field(default_factory=LogZConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -355,60 +401,12 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    @property
+    def updates_a_step(self) -> int:
+        a = self.algorithm
+        return a.epochs * (self.rollout.prompts // (a.minibatch_prompts or self.rollout.prompts))
 
-# smallest value that means something
-LEAST = {
-    "run.steps": 0,
-    "run.max_bad_updates": 1,
-    "model.vocab_multiple": 1,
-    "warm.steps": 0,
-    "warm.batch": 1,
-    "rollout.prompts": 1,
-    "rollout.samples": 1,
-    "rollout.batch": 1,
-    "rollout.tensor_parallel": 1,
-    "rollout.probe_limit": 0.0,
-    "rollout.retries": 0,
-    "rollout.max_new_tokens": 1,
-    "algorithm.epochs": 1,
-    "algorithm.minibatch_prompts": 0,
-    "optim.warmup": 0,
-    "parallel.max_tokens": 1,
-    "parallel.row_tokens": 0,
-    "parallel.replicate": 1,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 1,
-    "eval.every": 0,
-    "eval.samples": 1,
-    "eval.problems": 0,
-    "eval.temperature": 0.0,
-    "eval.top_k": 0,
-    "rollout.top_k": 0,
-    "eval.kl_problems": 0,
-    "run.threads": 0,
-    "task.reward_workers": 1,
-    "model.hidden": 1,
-    "model.layers": 1,
-    "model.heads": 1,
-    "model.ffn": 1,
-    "model.context": 2,
-    "model.init": 0.0,
-    "warm.lr": 0.0,
-    "rollout.max_prompt_tokens": 0,
-    "algorithm.kl": 0.0,
-    "algorithm.dual_clip": 0.0,
-    "algorithm.tis_cap": 0.0,
-    "algorithm.value_clip": 0.0,
-    "algorithm.unlikeliness": 0.0,
-    "algorithm.overlong_buffer": 0,
-    "algorithm.overlong_penalty": 0.0,
-    "log_z.lr": 0.0,
-    "critic.lr": 0.0,
-    "optim.lr": 0.0,
-    "optim.weight_decay": 0.0,
-    "log.samples": 0,
-    "log.samples_every": 1,
-}
+
 OPEN = ("optim.max_grad_norm",)  # may be infinite
 TELLS_KEPT = ("hf",)  # the engines that return what a truncated draw was left to draw from
 
@@ -444,21 +442,19 @@ def check(config: Config, world: int = 1) -> None:
         if value != whole:
             replay = f"{rollout.engine!r} does not return the tokens it kept, without which every ratio is wrong"
             want(rollout.engine in TELLS_KEPT, key, f"{whole} ({replay})", value)
-            want(
-                parallel.epsilon == 0,
-                key,
-                f"{whole} beside parallel.epsilon: log-probs over kept tokens are exact",
-                value,
-            )
-    want(0 <= parallel.epsilon < 1, "parallel.epsilon", "a number in [0, 1)", parallel.epsilon)
-    bounded = parallel.epsilon > 0
-    want(
-        not (bounded and parallel.impl == "reference"),
-        "parallel.epsilon",
-        "0 with impl = 'reference'",
-        parallel.epsilon,
-    )
-    want(not (bounded and algorithm.entropy > 0), "parallel.epsilon", "0 beside algorithm.entropy", parallel.epsilon)
+            for part in ("epsilon", "share"):
+                partial = f"{whole} beside parallel.{part}: log-probs over kept tokens are exact"
+                want(getattr(parallel, part) == 0, key, partial, value)
+    for part in ("epsilon", "share"):
+        key, value = f"parallel.{part}", getattr(parallel, part)
+        want(0 <= value < 1, key, "a number in [0, 1)", value)
+        refused = {
+            f"with impl = {parallel.impl!r}": parallel.impl == "reference",
+            "beside algorithm.entropy": algorithm.entropy > 0,
+            "beside parallel.epsilon": part == "share" and parallel.epsilon > 0,
+        }
+        for why, holds in refused.items():
+            want(not (value > 0 and holds), key, f"0 {why}", value)
     want(config.optim.max_grad_norm > 0, "optim.max_grad_norm", "more than 0", config.optim.max_grad_norm)
     update = algorithm.minibatch_prompts or rollout.prompts
     divisor = f"a divisor of rollout.prompts = {rollout.prompts}"

@@ -23,6 +23,8 @@ import tomli_w
 from flowrl_kernels.trainer import config as config_module
 from flowrl_kernels.trainer.config import Config
 
+T = typing.TypeVar("T")
+
 # what a resumed run may change: how long it runs, what it reports, and how its work is divided, which changes
 # roundings only
 FREE_ON_RESUME = (
@@ -46,7 +48,9 @@ FREE_ON_RESUME = (
     "parallel.compile",
     "parallel.offload_reference",
     "parallel.max_tokens",
+    "parallel.memory",
     "parallel.row_tokens",
+    "parallel.share_prompts",
     "checkpoint.",
     "eval.",
     "log.",
@@ -63,7 +67,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     """`value` as `kind`, or ValueError naming the key, the type wanted and what came."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return _convert(value, next(a for a in args if a is not type(None)), where)
+        return _convert(value, _one_of(kind, several=isinstance(value, list | tuple))[0], where)
     if origin is Literal:
         if value not in args:
             raise ValueError(f"{where}: wanted one of {', '.join(map(repr, args))}; got {value!r}")
@@ -95,9 +99,23 @@ def _build(cls: type, table: dict[str, Any], prefix: str, place: typing.Callable
             if not isinstance(value, dict):
                 raise ValueError(f"{place(path)}: {path!r} is a table; write [{path}]")
             values[key] = _build(typing.cast(type, hints[key]), value, f"{path}.", place)
+        elif (part := _table_of_tables(hints[key])) is not None:
+            if not isinstance(value, dict) or not all(isinstance(inner, dict) for inner in value.values()):
+                raise ValueError(f"{place(path)}: {path!r} is tables; write [{path}.NAME]")
+            values[key] = {name: _build(part, inner, f"{path}.{name}.", place) for name, inner in value.items()}
         else:
             values[key] = _convert(value, hints[key], f"{place(path)}: {path}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:  # what a table says of itself
+        raise ValueError(f"{place(prefix.rstrip('.'))}: {prefix}{error}") from None
+
+
+def _table_of_tables(kind: Any) -> type | None:
+    """The dataclass of `dict[str, dataclass]`; None for another type."""
+    args = typing.get_args(kind)
+    many = typing.get_origin(kind) is dict and len(args) == 2 and dataclasses.is_dataclass(args[1])
+    return typing.cast(type, args[1]) if many else None
 
 
 def _place(file: str | Path, text: str) -> typing.Callable[[str], str]:
@@ -143,6 +161,17 @@ def load(file: str | Path) -> Config:
     return _build(Config, table, "", place)
 
 
+def load_as(cls: type[T], file: str | Path, prepare: typing.Callable[[dict[str, Any]], dict[str, Any]]) -> T:
+    """Another dataclass of tables than `Config` from a TOML file, with the checks of `load`; prepare: what becomes of
+    the file's tables first.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`, with file and line.
+    """
+    table, place = _read(file)
+    return _build(cls, prepare(table), "", place)
+
+
 def methods(file: str | Path) -> dict[str, dict[str, Any]]:
     """{name: tables} of a file's [compare.NAME] tables, what each method changes in the file's own settings.
 
@@ -160,6 +189,21 @@ def methods(file: str | Path) -> dict[str, dict[str, Any]]:
 
 def _within(place: typing.Callable[[str], str], prefix: str, path: str) -> str:
     return place(prefix + path)
+
+
+def make(tables: Config | dict[str, Any]) -> Config:
+    """A configuration from tables as a TOML file holds them, or one made in Python, its types checked.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one) or a value of the wrong type.
+    """
+    if isinstance(tables, Config):
+        tables = {table: {k: v for k, v in part.items() if v is not None} for table, part in _nested(tables).items()}
+    return _build(Config, tables, "", _nowhere)
+
+
+def _nowhere(path: str) -> str:
+    return "config"
 
 
 def merge(config: Config, tables: dict[str, Any]) -> Config:
@@ -209,16 +253,18 @@ def _sentences() -> dict[str, str]:
     return out
 
 
-def _one_of(kind: Any) -> tuple[Any, bool]:
-    """The type behind `X | None`, and whether None is allowed."""
+def _one_of(kind: Any, *, several: bool = False) -> tuple[Any, bool]:
+    """The type behind `X | None`, and whether None is allowed; of `X | tuple[X, ...]` the tuple for `several`."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return next(a for a in typing.get_args(kind) if a is not type(None)), True
+        args = typing.get_args(kind)
+        kinds = sorted((a for a in args if a is not type(None)), key=lambda a: typing.get_origin(a) is tuple)
+        return kinds[-1 if several else 0], type(None) in args
     return kind, False
 
 
 def _parse(words: list[str], kind: Any, flag: str) -> Any:
     """A field's value from its words on the command line."""
-    kind, optional = _one_of(kind)
+    kind, optional = _one_of(kind, several=len(words) > 1)
     if optional and words == ["None"]:
         return None
 
@@ -300,7 +346,9 @@ def _help(config: Config, kinds: dict[str, Any], command: str) -> typing.NoRetur
 def expand(config: Config) -> Config:
     """`~` in every path spelt out."""
 
-    def full(path: str) -> str:
+    def full(path: Any) -> Any:
+        if isinstance(path, tuple):
+            return tuple(map(full, path))
         return os.path.expanduser(path) if path.startswith("~") else path
 
     task, model = config.task, config.model

@@ -9,15 +9,20 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flowrl_kernels.trainer import checkpoint, config_file, measure, objective, parallel, policy, report
-from flowrl_kernels.trainer.config import Config, check
+from flowrl_kernels.trainer.config import Config, check, listed
 from flowrl_kernels.trainer.evaluate import sampled
 from flowrl_kernels.trainer.parallel import World
-from flowrl_kernels.trainer.parts import make_engine, make_text, stop_tokens
+from flowrl_kernels.trainer.parts import make_engine, make_stops, make_text, stop_tokens
 from flowrl_kernels.trainer.reward import Scorer
+from flowrl_kernels.trainer.rollout import Engine
 from flowrl_kernels.trainer.tasks import build_task
 from flowrl_kernels.trainer.terminal import Terminal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def open_run(folder: Path) -> tuple[Config, Path]:
@@ -48,7 +53,8 @@ def restore(config: Config, newest: Path, world: World) -> policy.Policy:
     folder, source = Path(config.run.dir), source_of(config)
     needs = objective.needs(config)
     model = policy.load_model(source, config.model, parallel.attention_of(config.model, config.parallel, world.device))
-    actor = policy.make_policy(config, world, model, log_z=needs.log_z, value=needs.value)
+    adapters = config.lora.rank > 0
+    actor = policy.make_policy(config, world, model, log_z=needs.log_z, value=needs.value, adapters=adapters)
     checkpoint.load_model(newest, folder, actor)
     return actor
 
@@ -62,7 +68,8 @@ def single(config: Config) -> Config:
         config,
         parallel=dataclasses.replace(config.parallel, dtype="float32", replicate=1, offload_reference=False),
         model=dataclasses.replace(config.model, trust_remote_code=False),
-        rollout=dataclasses.replace(config.rollout, engine="hf"),  # the model restored here; a server has other weights
+        # the model restored here; a server has other weights
+        rollout=dataclasses.replace(config.rollout, engine="hf", overlap=0),
     )
 
 
@@ -127,6 +134,22 @@ def open_source(source: str, settings: str | None) -> tuple[Config, Path | None]
     return dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(path))), None
 
 
+def open_policy(config: Config, newest: Path | None, world: World) -> tuple[policy.Policy, PreTrainedTokenizerBase]:
+    """The policy of a run's checkpoint, or of the Hugging Face model in the config, and its tokenizer."""
+    if newest is not None:
+        return restore(config, newest, world), policy.load_tokenizer(source_of(config), config.model)
+    tokenizer = policy.load_tokenizer(config.model.name, config.model)
+    attention = parallel.attention_of(config.model, config.parallel, world.device)
+    return policy.make_policy(config, world, policy.load_model(config.model.name, config.model, attention)), tokenizer
+
+
+def open_engine(config: Config, actor: policy.Policy, world: World) -> Engine:
+    """The engine in the config with the policy's weights in it: vLLM's starts on random ones."""
+    engine = make_engine(config, actor, world)
+    engine.update_weights(policy.named_weights(actor), 0)
+    return engine
+
+
 def evaluate_run(
     source: str, args: list[str], split: str = "test", settings: str | None = None, out: str | None = None
 ) -> dict[str, float]:
@@ -144,24 +167,18 @@ def evaluate_run(
     config, newest = open_source(source, settings)
     run = Path(source).expanduser() if newest is not None else None
     config = config_file.expand(config_file.override(single(config), args, "flowrl eval RUN_OR_FOLDER"))
-    for key in ("name", "reward"):
-        refuse_code_of(run, f"task.{key}", getattr(config.task, key))
+    refuse_code_of(run, config)
     world = start(config)
     check(config)
     task = build_task(config.task)
     if not len(task.problems(split)):
         raise ValueError(f"task.{split}: there are no problems in the {split} split")
-    scorer = Scorer(config.task, task)
-    if newest is not None:
-        tokenizer = policy.load_tokenizer(source_of(config), config.model)
-        text = make_text(config, task, tokenizer)
-        actor = restore(config, newest, world)
-    else:
-        text = make_text(config, task)
-        attention = parallel.attention_of(config.model, config.parallel, world.device)
-        actor = policy.make_policy(config, world, policy.load_model(config.model.name, config.model, attention))
-    sampling = measure.evaluation_sampling(config, stop_tokens(actor, text.tokenizer))
-    sample = measure.make_sampler(make_engine(config, actor, world), text, sampling, world)
+    scorer = Scorer(config.task, task).first
+    actor, tokenizer = open_policy(config, newest, world)
+    text = make_text(config, task, tokenizer)
+    sampling = measure.evaluation_sampling(config, stop_tokens(actor, text.tokenizer), make_stops(config, text))
+    engine = open_engine(config, actor, world)
+    sample = measure.make_sampler(engine, text, sampling, world)
     at_once = max(1, config.rollout.batch // config.eval.samples)  # what the engine decodes at once
     terminal = Terminal()
     try:
@@ -169,6 +186,7 @@ def evaluate_run(
         done = sampled(task, split, sample, scorer, config.eval, at_once=at_once, progress=show)
     finally:
         scorer.close()
+        engine.close()
     terminal.table(f"{source}, {split} split", done.figures)
     for reason, count in done.reasons.items():
         print(f"{count} responses could not be scored: {reason}")
@@ -178,13 +196,18 @@ def evaluate_run(
     return done.figures
 
 
-def refuse_code_of(run: Path | None, key: str, name: str) -> None:
-    """Refuses `module:function` out of the run folder itself: a folder from somebody else must not bring its code."""
-    top = name.partition(":")[0].partition(".")[0]
-    if run is None or ":" not in name:
+def refuse_code_of(run: Path | None, config: Config) -> None:
+    """Refuses functions out of the run folder itself: a folder from somebody else must not bring its code."""
+    if run is None:
         return
-    spec = importlib.util.find_spec(top)
-    places = [spec.origin, *(spec.submodule_search_locations or ())] if spec is not None else []
-    for place in places:
-        if place and Path(place).resolve().is_relative_to(run.resolve()):
-            raise ValueError(f"{key}: {name!r} would run {place}, which came with the run folder; move it out first")
+    named = [("task.name", config.task.name), *(("task.reward", name) for name in listed(config.task.reward))]
+    for key, name in named:
+        module, colon, _ = name.partition(":")
+        if not colon:
+            continue
+        spec = None if module.endswith(".py") else importlib.util.find_spec(module.partition(".")[0])
+        places = [module] if module.endswith(".py") else []
+        places += [str(spec.origin or ""), *(spec.submodule_search_locations or ())] if spec is not None else []
+        for place in places:
+            if place and Path(place).expanduser().resolve().is_relative_to(run.resolve()):
+                raise ValueError(f"{key}: {name!r} would run {place}, which came with the run folder; move it out")

@@ -7,6 +7,7 @@ them, and writes a line of kind "restart" between: readers start behind the last
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import uuid
@@ -109,6 +110,11 @@ class Log:
             if prefix:
                 figures = {k: v for k, v in line.items() if k not in ("step", "kind", "split", "nonfinite")}
                 self._publish(line["step"], prefix, {k: math.nan if v is None else v for k, v in figures.items()})
+        by_step: dict[int, list[dict[str, Any]]] = {}
+        for row in read_lines(folder / "samples.jsonl"):
+            by_step.setdefault(row.pop("step"), []).append(row)
+        for step, rows in by_step.items():
+            self._publish_samples(step, rows)
         return board
 
     def _write(self, step: int, kind: str, metrics: Mapping[str, Any], **labels: Any) -> None:
@@ -188,6 +194,20 @@ class Log:
             return
         for row in rows:
             self._samples.write(json.dumps({"step": step, **row}, ensure_ascii=False, default=str) + "\n")
+        self._publish_samples(step, rows)
+
+    def _publish_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """As a table: a text of TensorBoard's, a Table of W&B's."""
+        if not rows:
+            return
+        columns = list(rows[0])
+        if self._board is not None:
+            lines = ["| " + " | ".join(map(_cell, cells)) + " |" for cells in (columns, *(r.values() for r in rows))]
+            self._board.add_text("samples", "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]]), step)
+        if self._wandb is not None:
+            data = [[v if isinstance(v, int | float | None) else _text(v) for v in row.values()] for row in rows]
+            table = packages.require("log.wandb").Table(columns=columns, data=data)
+            self._wandb.log({"samples": table}, step=max(0, step))
 
     def note(self, text: str, step: int = 0) -> None:
         """An event by name, on the console and in metrics.jsonl."""
@@ -212,6 +232,15 @@ class Log:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _cell(value: Any) -> str:
+    """Of a Markdown table, where a response's own signs mean nothing."""
+    return html.escape(_text(value)).replace("|", "&#124;").replace("\n", "<br>")
 
 
 def _wandb_id(folder: Path) -> str:

@@ -6,6 +6,7 @@ One step reads top to bottom in `_steps`; everything else here is what its lines
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,19 +16,23 @@ from flowrl_kernels.trainer import (
     algorithms,
     checkpoint,
     config_file,
+    dynamic,
     measure,
     mismatch,
     objective,
+    overlap,
     parallel,
     run_folder,
     shaping,
     stop,
 )
-from flowrl_kernels.trainer.batches import MicroBatch, pack, stand_in
+from flowrl_kernels.trainer.batches import MicroBatch, stand_in
 from flowrl_kernels.trainer.config import Config
+from flowrl_kernels.trainer.parts import frozen_start
 from flowrl_kernels.trainer.plot import plot_runs
-from flowrl_kernels.trainer.policy import Policy
-from flowrl_kernels.trainer.records import Lap, Progress, Result, Rollouts, Run, Shaped, Update
+from flowrl_kernels.trainer.policy import Scored
+from flowrl_kernels.trainer.prompts import prompt_numbers
+from flowrl_kernels.trainer.records import Lap, Progress, Prompts, Result, Rollouts, Run, Shaped, Update
 from flowrl_kernels.trainer.rollout import Kept, probe
 from flowrl_kernels.trainer.rollout.faults import EngineError
 from flowrl_kernels.trainer.run import export, prepare, resume
@@ -54,6 +59,7 @@ def train(config: Config) -> dict[str, float]:
         try:
             run = prepare(config, world)
             progress = resume(run)
+            overlap.restore(run, progress, share(config, world))
             try:
                 with watch.waiting():
                     _steps(run, progress, watch)
@@ -82,43 +88,64 @@ def _steps(run: Run, progress: Progress, watch: stop.Watch) -> None:
         if progress.evaluated < progress.step:
             if split := due(config, progress.step):
                 split = split if split == "valid" else measure.last_split(run)
+                overlap.in_step(run, progress)
                 run.log.evaluation(progress.step, split, measure.evaluation(run, split))
             progress.evaluated = progress.step
         leave(run, progress, watch)
         if progress.step >= config.run.steps:
             return
         step, lap = progress.step + 1, Lap()
-        rollouts = collect(run, step)
-        run.engine.release()
+        rollouts = collect(run, progress)
+        if not config.rollout.dynamic:
+            run.engine.release()
         lap("rollout")
+        ahead(run, progress, lap)
         rollouts.reward = score_rewards(run, rollouts, step)
-        shaped = shaping.shape(config, rollouts, run.world)
         lap("reward")
+        extra: dict[str, float] = {}
+        if config.rollout.dynamic:
+            rollouts, extra = dynamic.refill(run, rollouts, partial(again, run, progress))
+            run.engine.release()
+            lap("dynamic")
+        shaped = shaping.shape(config, rollouts, run.world)
         updates = pack_updates(run, rollouts, shaped)
         batches = [batch for update in updates for batch in update.batches]
         if run.reference is not None:
             score(run, run.reference, batches, "ref")
-        if needs.old:
+        behaviour = overlap.by_sampler(config)
+        if behaviour:
+            if needs.value or objective.log_z_kind(config) == "group":
+                score(run, run.policy, batches, "now")
+            overlap.as_old(batches)
+        elif needs.old:
             score(run, run.policy, batches, "old")
             if mismatch.rejects(config):
                 counts = mismatch.recount(config, [update.batches for update in updates], run.world)
                 for update, (tokens, sequences) in zip(updates, counts):
                     update.tokens, update.sequences = tokens, sequences
         shown = batches
-        if not needs.old and algorithms.of(config).residual:  # one pass has no log-probs to show: a few, for the log
+        if behaviour or (not needs.old and algorithms.of(config).residual):  # not known: of a few, for the log
             shown = a_few(run, rollouts, shaped)
             score(run, run.policy, shown, "now")
+        towards = batches  # where the KL to the reference is read off
+        if config.log.kl and run.reference is None:
+            towards = shown if shown is not batches else a_few(run, rollouts, shaped)
+            score(run, frozen_start(run), towards, "ref")
         shaping.finish(config, batches, run.world)
         lap("score")
-        results = [apply(run, progress, update) for _ in range(config.algorithm.epochs) for update in updates]
+        results = []
+        for update in updates * config.algorithm.epochs:
+            ahead(run, progress, lap)
+            results.append(apply(run, progress, update))
         lap("update")
         progress.step = step
         try:
-            probe.push(run, progress.updates)
+            if not config.rollout.overlap:
+                probe.push(run, progress.updates)
         finally:  # what it learned is learned, whatever the engine says
             lap("push")
-            figures = measure.of_step(run, rollouts, updates, results, progress, lap, shown)
-            run.log.step(step, figures | run.engine_figures())
+            figures = measure.of_step(run, rollouts, updates, results, progress, lap, shown, towards)
+            run.log.step(step, figures | extra | run.engine_figures())
         if step == 1 or step % config.log.samples_every == 0:
             run.log.samples(step, measure.samples(run, rollouts, config.log.samples))
         if step < config.run.steps and every and step % every == 0:
@@ -148,15 +175,6 @@ def leave(run: Run, progress: Progress, watch: stop.Watch) -> None:
 # ------------------------------------------------------------------------------------------------ pieces of a step
 
 
-def prompt_numbers(seed: int, step: int, count: int, total: int) -> list[int]:
-    """Which problems step `step` (from 1) asks: each epoch is a permutation from (seed, epoch); no state."""
-    first, out = (step - 1) * count, []
-    for epoch in range(first // total, (first + count - 1) // total + 1):
-        order = np.random.default_rng((seed, 1, epoch)).permutation(total)
-        out += order[max(first - epoch * total, 0) : first + count - epoch * total].tolist()
-    return out
-
-
 def share(config: Config, world: parallel.World) -> list[int]:
     """This rank's prompts of a step, as numbers into it: an even slice of every update's."""
     size = config.algorithm.minibatch_prompts or config.rollout.prompts
@@ -165,25 +183,40 @@ def share(config: Config, world: parallel.World) -> list[int]:
     return [i for start in starts for i in range(start, start + mine)]
 
 
-def collect(run: Run, step: int) -> Rollouts:
-    """Samples `rollout.samples` responses to each of this rank's prompts."""
-    config, r = run.config, run.config.rollout
-    train = run.problems
-    asked = prompt_numbers(config.run.seed, step, r.prompts, len(train))
-    numbers = share(config, run.world)
+def prompts_of(run: Run, step: int, slots: list[int] | None = None, extra: int = 0) -> Prompts:
+    """This rank's prompts of a step, and the seed of their responses.
+
+    slots, extra: only these of its prompts, those of an extra round of dynamic sampling.
+    """
+    config, train = run.config, run.problems
+    asked = prompt_numbers(config.run.seed, step, config.rollout.prompts, len(train), run.mixture, extra)
+    numbers = share(config, run.world) if slots is None else slots
     problems = [train[asked[i]] for i in numbers]
-    prompts = [run.text.encode(problem) for problem in problems]
-    seed = config.run.seed * 2_000_003 + step
-    out = run.engine.generate(prompts, r.samples, run.sampling, seed, numbers)
+    tokens = [run.text.encode(problem) for problem in problems]
+    return Prompts(step, problems, numbers, tokens, config.run.seed * 2_000_003 + step + extra * 10**12)
+
+
+def ahead(run: Run, progress: Progress, lap: Lap) -> None:
+    """Has the next step's responses sampled in the background, where these are the weights to sample them from."""
+    if overlap.is_time(run, progress):
+        lap("update")
+        overlap.ask(run, progress, prompts_of(run, progress.step + 2))
+        lap("push")
+
+
+def collect(run: Run, progress: Progress, slots: list[int] | None = None, extra: int = 0) -> Rollouts:
+    """`rollout.samples` responses to each of this rank's prompts of the next step, or of an extra round of it."""
+    prompts = prompts_of(run, progress.step + 1, slots, extra)
+    out = overlap.take(run, progress, prompts) if slots is None else overlap.now(run, prompts)
     if run.sampling.truncated and out.kept is None:
-        raise RuntimeError(f"rollout.engine: {r.engine!r} did not return the tokens that its draws were left with")
-    probe.check_version(out, run)
-    n, tokens = r.samples, out.tokens.numpy()
+        engine = run.config.rollout.engine
+        raise RuntimeError(f"rollout.engine: {engine!r} did not return the tokens that its draws were left with")
+    n, tokens = run.config.rollout.samples, out.tokens.numpy()
     lengths = out.length.tolist()
     return Rollouts(
-        problems=[problem for problem in problems for _ in range(n)],
-        numbers=[i * n + j for i in numbers for j in range(n)],
-        prompts=[array for array in map(np.asarray, prompts) for _ in range(n)],
+        problems=[problem for problem in prompts.problems for _ in range(n)],
+        numbers=[i * n + j for i in prompts.numbers for j in range(n)],
+        prompts=[array for array in map(np.asarray, prompts.tokens) for _ in range(n)],
         responses=[tokens[b, :length] for b, length in enumerate(lengths)],
         logp=out.logp,
         finished=out.finished,
@@ -192,9 +225,17 @@ def collect(run: Run, step: int) -> Rollouts:
     )
 
 
+def again(run: Run, progress: Progress, slots: list[int], extra: int) -> Rollouts:
+    """Responses to an extra round's prompts for these slots, scored."""
+    rollouts = collect(run, progress, slots, extra)
+    rollouts.reward = score_rewards(run, rollouts, progress.step + 1)
+    return rollouts
+
+
 def score_rewards(run: Run, rollouts: Rollouts, step: int) -> list[float | None]:
     """Rewards of this rank's responses; None for one that could not be scored, which is named in the log."""
     rewards = run.scorer.score(rollouts.problems, rollouts.texts)
+    rollouts.parts = run.scorer.parts
     broken = ~rollouts.logp.isfinite().all(-1)
     if broken.any():  # an engine that overflowed: its tokens cannot be weighed
         run.log.note(f"{int(broken.sum())} responses came with log-probabilities that are not finite", step)
@@ -214,23 +255,15 @@ def score_rewards(run: Run, rollouts: Rollouts, step: int) -> list[float | None]
 def pack_updates(run: Run, rollouts: Rollouts, shaped: Shaped) -> list[Update]:
     """Packs each update's sequences; every rank ends up with the same number of micro-batches."""
     config, world = run.config, run.world
-    a, p = config.algorithm, config.parallel
+    a = config.algorithm
     count = config.rollout.prompts // (a.minibatch_prompts or config.rollout.prompts)
     size = len(rollouts.problems) // count
     packed = []
     for first in range(0, len(rollouts.problems), size):
         part = slice(first, first + size)
         keep = [i for i in range(size) if shaped.keep[first + i]]
-        batches = pack(
-            keep,
-            rollouts.prompts[part],
-            rollouts.responses[part],
-            max_tokens=p.max_tokens,
-            row_tokens=p.row_tokens,
-            device=world.device,
-            together=config.rollout.samples if objective.whole_groups(config) else 1,
-            alone=run.policy.packing == "alone",
-        )
+        together = config.rollout.samples if objective.whole_groups(config) else 1
+        batches = run.packed(keep, rollouts.prompts[part], rollouts.responses[part], run.policy, together)
         for batch in batches:
             fill(batch, rollouts, shaped, batch.which.cpu() + first)
         packed.append(batches)
@@ -249,9 +282,7 @@ def pack_updates(run: Run, rollouts: Rollouts, shaped: Shaped) -> list[Update]:
 def a_few(run: Run, rollouts: Rollouts, shaped: Shaped) -> list[MicroBatch]:
     """One micro-batch of the first responses that take part, on every rank."""
     keep = [i for i, kept in enumerate(shaped.keep) if kept][:SHOWN]
-    p = run.config.parallel
-    batches = pack(keep, rollouts.prompts, rollouts.responses, max_tokens=p.max_tokens, row_tokens=p.row_tokens,
-                   device=run.world.device, alone=run.policy.packing == "alone")[:1]  # fmt: skip
+    batches = run.packed(keep, rollouts.prompts, rollouts.responses, run.policy)[:1]
     for batch in batches:
         fill(batch, rollouts, shaped, batch.which.cpu())
     return batches
@@ -265,6 +296,8 @@ def fill(batch: MicroBatch, rollouts: Rollouts, shaped: Shaped, rows: Tensor) ->
     lengths = batch.cu_seqlens.diff().tolist()
     sampled = [rollouts.logp[row, :n] for row, n in zip(rows.tolist(), lengths)]
     batch.per_token["sampler"] = torch.cat(sampled).to(device)
+    names = [(rollouts.numbers[row] << 32) + torch.arange(n) for row, n in zip(rows.tolist(), lengths)]
+    batch.rows = torch.cat(names).to(device)
     if rollouts.kept is not None:
         first = np.cumsum([0, *map(len, rollouts.responses)])
         own = [torch.arange(n) + int(first[row]) for row, n in zip(rows.tolist(), lengths)]
@@ -272,10 +305,10 @@ def fill(batch: MicroBatch, rollouts: Rollouts, shaped: Shaped, rows: Tensor) ->
 
 
 @torch.no_grad()
-def score(run: Run, policy: Policy, batches: list[MicroBatch], which: str) -> None:
+def score(run: Run, policy: Scored, batches: list[MicroBatch], which: str) -> None:
     """Log-probabilities under `policy` on the very micro-batches that training will see."""
     for batch in batches:
-        out = policy(objective.score_head(run.config, batch), batch.ids, batch.positions)
+        out = policy(objective.score_head(run.config, batch), batch.ids, batch.positions, branch=batch.branch)
         batch.per_token[which] = out.logp
         if out.value is not None:
             batch.per_token["value"] = out.value
@@ -296,8 +329,8 @@ def apply(run: Run, progress: Progress, update: Update) -> Result:
     outputs = []
     value = torch.zeros((), device=world.device)
     for batch in update.batches:
-        head = run.loss(batch, tokens=update.tokens, sequences=update.sequences)
-        out = run.policy(head, batch.ids, batch.positions)
+        head = run.loss(batch, tokens=update.tokens, sequences=update.sequences, update=progress.updates)
+        out = run.policy(head, batch.ids, batch.positions, branch=batch.branch)
         # FSDP averages gradients over ranks; the normalisers already count all of them
         (out.loss * (world.size if batch.live else 0.0)).backward()
         if batch.live:
@@ -338,7 +371,7 @@ def save(run: Run, progress: Progress) -> None:
     try:
         checkpoint.save(
             run.folder, progress.step, run.policy, run.optimizer, vars(progress), run.world,
-            run.config.checkpoint.keep, run.inputs,
+            run.config.checkpoint.keep, run.inputs, overlap.tensors(run),
         )  # fmt: skip
     except checkpoint.CheckpointError as error:
         run.log.note(str(error), progress.step)
@@ -348,6 +381,7 @@ def _finish(run: Run, progress: Progress) -> dict[str, float]:
     """Last checkpoint, final evaluation, exported model, plots; resuming a whole run does this again."""
     save(run, progress)
     step, split = progress.step, measure.last_split(run)
+    overlap.in_step(run, progress)
     figures = measure.evaluation(run, split, last=True)
     run.log.evaluation(step, split, figures)
     run.log.final(step, figures)

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels.trainer import mismatch, objective, parallel
-from flowrl_kernels.trainer.batches import MicroBatch, pack
+from flowrl_kernels.trainer.batches import MicroBatch
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.evaluate import LogProbs, Response, Sample, exact, sampled
 from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.parts import frozen_start
-from flowrl_kernels.trainer.policy import Policy
+from flowrl_kernels.trainer.policy import Scored
 from flowrl_kernels.trainer.records import Lap, Progress, Result, Rollouts, Run, Text, Update
 from flowrl_kernels.trainer.rollout import Engine, Sampling
+from flowrl_kernels.trainer.rollout.stops import Stops
 from flowrl_kernels.trainer.tasks import Problem
 
 # the library's metrics under the names of a training log
@@ -42,13 +43,17 @@ def of_step(
     progress: Progress,
     lap: Lap,
     shown: list[MicroBatch],
+    towards: list[MicroBatch],
 ) -> dict[str, float]:
     """The metrics of a step, the same on every rank; the one place where a step waits for its tensors.
 
-    shown: the micro-batches whose log-probs are compared with the engine's.
+    shown: the micro-batches whose log-probs are compared with the engine's. towards: those whose log-probs under the
+    reference are known, if any are.
     """
     n = run.config.rollout.samples
     known = [r for r in rollouts.reward if r is not None]
+    parts = {name: [r for r in part if r is not None] for name, part in rollouts.parts.items()}
+    judged = next(iter(parts.values()), known)  # of several rewards the first says what is right
     groups = [rollouts.reward[i : i + n] for i in range(0, len(rollouts.reward), n)]
     mixed = [len({r for r in group if r is not None}) > 1 for group in groups]
     lengths = list(map(len, rollouts.responses))
@@ -58,7 +63,8 @@ def of_step(
     local: dict[str, tuple[float, float]] = {  # name -> (sum, count), added over ranks
         "reward": (sum(known), len(known)),
         "reward_square": (sum(r * r for r in known), len(known)),
-        "accuracy": (sum(map(run.task.correct, known)), len(known)),
+        "accuracy": (sum(map(run.task.correct, judged)), len(judged)),
+        **{f"reward/{name}": (math.fsum(part), len(part)) for name, part in parts.items()},
         "groups_mixed": (sum(mixed), len(mixed)),
         "entropy": (-float(rollouts.logp.double().sum()), sum(lengths)),
         "length": (sum(lengths), len(lengths)),
@@ -68,7 +74,7 @@ def of_step(
         **{name: (count, 1.0 / run.world.size) for name, count in run.scorer.take_counts().items()},
     }
     gaps, extreme = mismatch.of_step(run.config, shown)
-    local |= gaps
+    local |= gaps | kl_to_reference(towards)
     for result in results:
         for out, batch in result.outputs:
             for reported, value in out.metrics.items():
@@ -98,6 +104,18 @@ def of_step(
     }
 
 
+def kl_to_reference(batches: list[MicroBatch]) -> dict[str, tuple[float, float]]:
+    """KL(policy || reference), nats a token, as (sum, count): mean of exp(r) - 1 - r, r = ref - policy, as sampled.
+
+    Unbiased and never negative (Schulman, http://joschu.net/blog/kl-approx.html, k3); {} where no reference was scored.
+    """
+    live = [batch.per_token for batch in batches if batch.live and "ref" in batch.per_token]
+    if not live:
+        return {}
+    gap = torch.cat([(token["ref"] - token.get("old", token["sampler"])).double() for token in live])
+    return {"kl_ref": (float((gap.expm1() - gap).sum()), float(len(gap)))}
+
+
 def _merge(run: Run, local: dict[str, tuple[float, float]], extreme: dict[str, float]) -> dict[str, float]:
     sums: dict[str, tuple[float, float]] = {}
     most: dict[str, float] = {}
@@ -115,7 +133,12 @@ def _merge(run: Run, local: dict[str, tuple[float, float]], extreme: dict[str, f
 def samples(run: Run, rollouts: Rollouts, count: int) -> list[dict[str, object]]:
     """A few responses with their rewards, to read."""
     return [
-        {"prompt": rollouts.problems[i].prompt, "response": rollouts.texts[i], "reward": rollouts.reward[i]}
+        {
+            "prompt": rollouts.problems[i].prompt,
+            "response": rollouts.texts[i],
+            "reward": rollouts.reward[i],
+            **{f"reward/{name}": part[i] for name, part in rollouts.parts.items()},
+        }
         for i in range(min(count, len(rollouts.texts)))
     ]
 
@@ -133,7 +156,7 @@ def evaluation(run: Run, split: str, *, last: bool = False) -> dict[str, float]:
     config, task = run.config, run.task
     at_once = max(1, config.rollout.batch // config.eval.samples) * run.world.size  # what the engine decodes at once
     out = sampled(
-        task, split, sampler(run), run.scorer, config.eval, at_once=at_once,
+        task, split, sampler(run), run.scorer.first, config.eval, at_once=at_once,
         progress=partial(run.log.evaluating, split),
     ).figures  # fmt: skip
     if config.eval.exact:
@@ -179,13 +202,15 @@ def last_split(run: Run) -> str:
 
 def sampler(run: Run) -> Sample:
     """evaluate's `sample` with the run's policy."""
-    return make_sampler(run.engine, run.text, evaluation_sampling(run.config, run.sampling.stop), run.world)
+    return make_sampler(
+        run.engine, run.text, evaluation_sampling(run.config, run.sampling.stop, run.sampling.stops), run.world
+    )
 
 
-def evaluation_sampling(config: Config, stop: tuple[int, ...]) -> Sampling:
+def evaluation_sampling(config: Config, stop: tuple[int, ...], stops: Stops | None) -> Sampling:
     """How an evaluation draws."""
     e = config.eval
-    return Sampling(config.rollout.max_new_tokens, e.temperature, stop, top_p=e.top_p, top_k=e.top_k)
+    return Sampling(config.rollout.max_new_tokens, e.temperature, stop, top_p=e.top_p, top_k=e.top_k, stops=stops)
 
 
 def make_sampler(engine: Engine, text: Text, sampling: Sampling, world: World) -> Sample:
@@ -205,7 +230,7 @@ def make_sampler(engine: Engine, text: Text, sampling: Sampling, world: World) -
     return sample
 
 
-def summed_logp(run: Run, policy: Policy) -> LogProbs:
+def summed_logp(run: Run, policy: Scored) -> LogProbs:
     """evaluate's `LogProbs`: log-probability of each text and its end token, float64, on the CPU."""
 
     @torch.no_grad()
@@ -214,8 +239,8 @@ def summed_logp(run: Run, policy: Policy) -> LogProbs:
         tokens = run.text.tokenizer(texts, add_special_tokens=False)["input_ids"]
         answers = [np.asarray(ids + [run.text.tokenizer.eos_token_id]) for ids in tokens]
         out = torch.zeros(len(texts), dtype=torch.float64)
-        for batch in packed(run, policy, prompts, answers):
-            scored = policy(objective.score_head(run.config, batch), batch.ids, batch.positions)
+        for batch in run.packed(range(len(prompts)), prompts, answers, policy):
+            scored = policy(objective.score_head(run.config, batch), batch.ids, batch.positions, branch=batch.branch)
             total = scored.logp.new_zeros(batch.sequences, dtype=torch.float64)
             total.index_add_(0, batch.segment(), scored.logp.double())
             out[batch.which.cpu()] = total.cpu()
@@ -234,21 +259,15 @@ def log_z_of(run: Run) -> Callable[[list[Problem]], Tensor]:
         out = torch.zeros(len(prompts))
         assert run.policy.log_z is not None
         run.policy.log_z.eval()
-        for batch in packed(run, run.policy, prompts, dummy):
+        for batch in run.packed(range(len(prompts)), prompts, dummy, run.policy):
             value = run.policy(
-                lambda actor, hidden, b=batch: objective.log_z(actor, hidden, b), batch.ids, batch.positions
+                lambda actor, hidden, b=batch: objective.log_z(actor, hidden, b),
+                batch.ids,
+                batch.positions,
+                branch=batch.branch,
             )
             out[batch.which.cpu()] = value.float().cpu()
         run.policy.log_z.train()
         return out
 
     return log_z
-
-
-def packed(run: Run, policy: Policy, prompts: list[np.ndarray], responses: list[np.ndarray]) -> list[MicroBatch]:
-    """All of them, as the policy wants them."""
-    p = run.config.parallel
-    return pack(
-        list(range(len(prompts))), prompts, responses, max_tokens=p.max_tokens, row_tokens=p.row_tokens,
-        device=run.world.device, alone=policy.packing == "alone",
-    )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from flowrl_kernels.policy_gradient import Correction, rollout_correction
 from flowrl_kernels.trainer import parallel
@@ -39,11 +40,15 @@ def check_correction(config: Config) -> None:
 
 def corrected(config: Config, batch: MicroBatch) -> Correction | None:
     """What becomes of each response token; None before the policy's own log-probs are known."""
-    token = batch.per_token
-    old = token.get("old", token.get("now"))
-    if old is None:
+    token, own = batch.per_token, own_logp(batch)
+    if own is None:
         return None
-    return rollout_correction(old, token["sampler"], cu_seqlens=batch.cu_seqlens, **correction(config.algorithm))  # type: ignore[arg-type]
+    return rollout_correction(own, token["sampler"], cu_seqlens=batch.cu_seqlens, **correction(config.algorithm))  # type: ignore[arg-type]
+
+
+def own_logp(batch: MicroBatch) -> Tensor | None:
+    """The policy's own log-probs at the step's start: "now" where the old ones are the sampler's, else "old"."""
+    return batch.per_token.get("now", batch.per_token.get("old"))
 
 
 def rejects(config: Config) -> bool:
@@ -82,7 +87,8 @@ def of_step(config: Config, batches: list[MicroBatch]) -> tuple[dict[str, tuple[
         token, m = batch.per_token, made.metrics
         weight = made.weight.double()
         if not correction(config.algorithm):
-            own = token["old"] if "old" in token else token["now"]
+            own = own_logp(batch)
+            assert own is not None
             weight = (own - token["sampler"]).double().clamp(-60.0, 60.0).exp()
         means = torch.stack([m["mismatch_kl"], m["mismatch_k3"], m["mismatch_cut"]]).double() * batch.tokens
         sums += torch.cat([means, torch.stack([weight.sum(), weight.square().sum()])]).cpu()

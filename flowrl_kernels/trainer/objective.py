@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from flowrl_kernels.core.types import LossOutput
+from flowrl_kernels.core.types import LossOutput, Sampled
 from flowrl_kernels.logprobs import linear_logprob
 from flowrl_kernels.losses import flowrl_loss
 from flowrl_kernels.modules import LinearFlowRLLoss
@@ -28,9 +28,10 @@ Head = Callable[[Policy, Tensor], LossOutput]
 
 
 class Loss(Protocol):
-    """tokens, sequences: of the whole update over all ranks and micro-batches; the normalisers."""
+    """tokens, sequences: of the whole update over all ranks and micro-batches; the normalisers. update: its number in
+    the run, by which a sampled backward draws."""
 
-    def __call__(self, batch: MicroBatch, *, tokens: int, sequences: int) -> Head: ...
+    def __call__(self, batch: MicroBatch, *, tokens: int, sequences: int, update: int) -> Head: ...
 
 
 class Needs(NamedTuple):
@@ -101,11 +102,16 @@ def kl_in_reward(config: Config) -> bool:
     return algorithms.of(config).kl == "return" and config.algorithm.kl > 0
 
 
+def weighs_sampler(config: Config) -> bool:
+    """Whether a flowrl run's row has a weight of its own for the gap to the sampler."""
+    return algorithms.of(config).residual and row(config).tis is not None
+
+
 def needs(config: Config) -> Needs:
     """What the configured algorithm needs."""
     a, algorithm = config.algorithm, algorithms.of(config)
     corrects = bool(a.correction) or a.tis_cap > 0
-    several = a.epochs > 1 or 0 < a.minibatch_prompts < config.rollout.prompts
+    several = a.epochs > 1 or 0 < a.minibatch_prompts < config.rollout.prompts or config.rollout.overlap > 0
     if algorithm.residual:
         r, kind = row(config), log_z_kind(config)
         own = r.anchor == "old" or r.tis is not None or r.gate is not None or r.drop is not None
@@ -113,6 +119,32 @@ def needs(config: Config) -> Needs:
         return Needs(reference=r.anchor == "ref", old=old, log_z=kind == "learned", value=False)
     old = several or algorithm.critic or kl_in_reward(config) or corrects
     return Needs(reference=a.kl > 0, old=old, log_z=False, value=algorithm.critic)
+
+
+class Partial(NamedTuple):
+    """How much of the head's backward pass is done, as `linear_logprob` takes it."""
+
+    epsilon: float = 0.0
+    report: Tensor | None = None  # [3], [4] beside a draw
+    sampled: Sampled | None = None
+
+    def reported(self, out: LossOutput) -> LossOutput:
+        """`out` with what the backward pass will have reported among its metrics: it fills them in."""
+        if self.report is not None:
+            name, value = ("error_bound", 0) if self.sampled is None else ("error_estimate", 3)
+            out.metrics.update({f"dlogits_{name}": self.report[value], "dlogits_share": self.report[1]})
+        return out
+
+
+EXACT = Partial()
+
+
+def partial_of(config: Config, batch: MicroBatch, update: int) -> Partial:
+    """What the configuration says, for one micro-batch; a draw is the run's seed, the update and the token's name."""
+    p, device = config.parallel, batch.ids.device
+    if p.share > 0:
+        return Partial(0.0, torch.zeros(4, device=device), Sampled(p.share, (config.run.seed, update), batch.rows))
+    return Partial(p.epsilon, torch.zeros(3, device=device)) if p.epsilon > 0 else EXACT
 
 
 class Scores(NamedTuple):
@@ -127,8 +159,7 @@ def score_head(
     *,
     temperature: float | None = None,
     entropy: bool = False,
-    epsilon: float = 0.0,
-    report: Tensor | None = None,
+    partial: Partial | None = None,
 ) -> Callable[[Policy, Tensor], Scores]:
     """Head: log-probs of the response tokens at the sampling temperature, and values where there is a critic.
 
@@ -136,7 +167,7 @@ def score_head(
     """
 
     def head(actor: Policy, hidden: Tensor) -> Scores:
-        rows = hidden.flatten(0, 1)[batch.predict]  # [N, H]
+        rows = batch.take(hidden, batch.predict)  # [N, H]
         out = linear_logprob(
             rows,
             actor.head.weight,
@@ -145,8 +176,7 @@ def score_head(
             temperature=temperature or config.rollout.temperature,
             **actor.scales._asdict(),
             entropy=entropy,
-            epsilon=epsilon,
-            report=report,
+            **(partial or EXACT)._asdict(),
             kept=batch.kept,
             impl=config.parallel.impl,
         )
@@ -155,22 +185,10 @@ def score_head(
     return head
 
 
-def reported(out: LossOutput, report: Tensor | None) -> LossOutput:
-    """`out` with what a bounded backward will have reported among its metrics: filled in by the backward pass."""
-    if report is not None:
-        out.metrics.update(dlogits_error_bound=report[0], dlogits_share=report[1])
-    return out
-
-
-def report_of(config: Config, device: torch.device) -> Tensor | None:
-    """[3] for the report of a bounded backward, None where it is exact."""
-    return torch.zeros(3, device=device) if config.parallel.epsilon > 0 else None
-
-
 def log_z(actor: Policy, hidden: Tensor, batch: MicroBatch) -> Tensor:
     """[B] fp32: the learned log Z of each sequence's prompt, from the prompt's hidden states."""
     assert actor.log_z is not None
-    return actor.log_z(hidden.flatten(0, 1)[batch.prompt], cu_seqlens=batch.prompt_cu_seqlens)
+    return actor.log_z(batch.take(hidden, batch.prompt), cu_seqlens=batch.prompt_cu_seqlens)
 
 
 def make_loss(config: Config) -> Loss:
@@ -195,7 +213,7 @@ def flow_loss(config: Config) -> Loss:
     fused = LinearFlowRLLoss(temperature=config.rollout.temperature, epsilon=config.parallel.epsilon, **settings)
     second = chosen.tis is not None or "correction" in settings
 
-    def loss(batch: MicroBatch, *, tokens: int, sequences: int) -> Head:
+    def loss(batch: MicroBatch, *, tokens: int, sequences: int, update: int) -> Head:
         token, sequence = batch.per_token, batch.per_sequence
 
         def head(actor: Policy, hidden: Tensor) -> LossOutput:
@@ -203,7 +221,7 @@ def flow_loss(config: Config) -> Loss:
                 zeta: Tensor | str | None = log_z(actor, hidden, batch)
             else:
                 zeta = sequence["log_z"] if kind == "group" else kind
-            report = report_of(config, hidden.device)
+            partial = partial_of(config, batch, update)
             tensors: dict[str, Any] = {
                 "logp_old": token.get("old"),
                 "logp_sampler": token["sampler"] if second else None,
@@ -215,7 +233,7 @@ def flow_loss(config: Config) -> Loss:
                 now = score_head(config, batch)(actor, hidden)
                 return flowrl_loss(now.logp, token.get("ref"), sequence["reward"], zeta, **tensors, **settings)
             out = fused(
-                hidden.flatten(0, 1)[batch.predict],
+                batch.take(hidden, batch.predict),
                 actor.head.weight,
                 batch.target,
                 token.get("ref"),
@@ -224,9 +242,10 @@ def flow_loss(config: Config) -> Loss:
                 **tensors,
                 bias=getattr(actor.head, "bias", None),
                 **actor.scales._asdict(),
-                report=report,
+                report=partial.report,
+                sampled=partial.sampled,
             )
-            return reported(out, report)
+            return partial.reported(out)
 
         return head
 
@@ -247,13 +266,12 @@ def gradient_loss(config: Config) -> Loss:
     kl = a.kl if a.kl > 0 and not kl_in_reward(config) else None
     corrects: dict[str, Any] = mismatch.correction(a)
 
-    def loss(batch: MicroBatch, *, tokens: int, sequences: int) -> Head:
+    def loss(batch: MicroBatch, *, tokens: int, sequences: int, update: int) -> Head:
         token = batch.per_token
 
         def head(actor: Policy, hidden: Tensor) -> LossOutput:
-            report = report_of(config, hidden.device)
-            score = score_head(config, batch, entropy=a.entropy > 0, epsilon=config.parallel.epsilon, report=report)
-            now = score(actor, hidden)
+            partial = partial_of(config, batch, update)
+            now = score_head(config, batch, entropy=a.entropy > 0, partial=partial)(actor, hidden)
             if "old" not in token:
                 token["now"] = now.logp.detach()  # for the log; there is one pass only
             made = mismatch.corrected(config, batch) if mismatch.rejects(config) else None
@@ -289,7 +307,7 @@ def gradient_loss(config: Config) -> Loss:
                 )
                 total = total + value
                 out.metrics["value_loss"] = value.detach()
-            return reported(out._replace(loss=total), report)
+            return partial.reported(out._replace(loss=total))
 
         return head
 

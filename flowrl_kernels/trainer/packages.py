@@ -10,6 +10,7 @@ PACKAGES = {
     "log.tensorboard": ("torch.utils.tensorboard", "tensorboard", "tensorboard"),
     "log.wandb": ("wandb", "wandb", "wandb"),
     "log.plots": ("matplotlib", "matplotlib", "train"),
+    "lora.rank": ("peft", "peft", "lora"),
     "model.liger": ("liger_kernel", "liger_kernel", "liger"),
     "rollout.engine": ("vllm", "vllm", "vllm"),
 }

@@ -16,6 +16,7 @@ from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.records import Run, Text
 from flowrl_kernels.trainer.rollout import Engine
 from flowrl_kernels.trainer.rollout.hf import HFEngine
+from flowrl_kernels.trainer.rollout.stops import Stops
 from flowrl_kernels.trainer.tasks import Problem, Task, char_tokenizer
 
 if TYPE_CHECKING:
@@ -27,10 +28,12 @@ def open_model(source: str, config: Config, world: World, attention: str | None)
     return policy.load_model(source, config.model, attention, empty=world.mesh is not None and not world.main)
 
 
-def frozen_start(run: Run) -> Policy:
+def frozen_start(run: Run) -> policy.Scored:
     """The model RL started from; read once for an evaluation of a run that keeps no reference. Every rank calls it."""
     if run.reference is not None:
         return run.reference
+    if run.policy.lora:
+        return policy.Frozen(run.policy)
     if run.start is None:
         folder = run.folder / "start"
         source = str(folder) if parallel.first(folder.exists, run.world) else run.config.model.name
@@ -125,6 +128,11 @@ def stop_tokens(actor: Policy, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
     generation = getattr(actor.model, "generation_config", None)
     named = getattr(generation, "eos_token_id", None) or []
     return tuple(sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}))
+
+
+def make_stops(config: Config, text: Text) -> Stops | None:
+    """The texts that end a response, if there are any. Raises ValueError for one that never could."""
+    return Stops(config.rollout.stop, text.decode, text.tokenizer) if config.rollout.stop else None
 
 
 def make_engine(config: Config, actor: Policy, world: World) -> Engine:

@@ -187,6 +187,40 @@ def _kl(ax: Axes, runs: Sequence[Run]) -> bool:
     return any(drawn)
 
 
+def _pass_at_k(ax: Axes, runs: Sequence[Run]) -> bool:
+    """Of each run's last evaluation, on the split that it was judged on."""
+    drawn = False
+    for run in runs:
+        lines = [line for line in run.evals if any(key.startswith("pass@") for key in line)]
+        if not lines:
+            continue
+        points = {int(key[5:]): value for key, value in lines[-1].items() if key.startswith("pass@")}
+        ks = sorted(k for k, value in points.items() if value is not None)
+        ax.plot(ks, [points[k] for k in ks], "-", color=run.colour, linewidth=1.6, marker="o", markersize=3)
+        drawn |= len(ks) > 1
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_title("What do more samples find?")
+    ax.set_xlabel("k")
+    ax.set_ylabel("pass@k, last evaluation")
+    ax.set_ylim(-0.02, 1.02)
+    return drawn
+
+
+def _clipped(ax: Axes, runs: Sequence[Run]) -> bool:
+    drawn = False
+    for run in runs:
+        for key, style in (("clipped", "-"), ("clip_low", ":"), ("clip_high", "--")):
+            steps, values = run.curve(key)
+            if steps and (any(values) or key == "clipped"):
+                drawn = True
+                width = max(1, len(values) // SMOOTHING)
+                ax.plot(steps, smooth(values, width), style, color=run.colour, linewidth=1.6)
+    ax.set_title("How much is clipped?")
+    ax.set_ylabel("share (below dotted, above dashed)")
+    return drawn
+
+
 PANELS: dict[str, Callable[[Axes, Sequence[Run]], bool]] = {
     "solve_rate": _solve_rate,
     "distinct": _distinct,
@@ -196,6 +230,12 @@ PANELS: dict[str, Callable[[Axes, Sequence[Run]], bool]] = {
     "residual": _curve_panel("residual_abs", "How far is the flow from balance?", "mean |residual|", log=True),
     "log_z": _log_z,
     "kl": _kl,
+    "pass_at_k": _pass_at_k,
+    "length": _curve_panel("length", "How long are the responses?", "tokens"),
+    "truncated": _curve_panel("truncated", "How many do not end?", "share at the budget"),
+    "kl_ref": _curve_panel("kl_ref", "How far is the policy from its start?", "KL, nats per token"),
+    "grad_norm": _curve_panel("grad_norm", "How large is the gradient?", "norm before clipping", log=True),
+    "clipped": _clipped,
 }
 
 
@@ -273,7 +313,7 @@ def _labels(ax: Axes, runs: Sequence[Run]) -> None:
 
 
 def _finish(ax: Axes, runs: Sequence[Run], small: bool = False) -> None:
-    ax.set_xlabel("RL step")
+    ax.set_xlabel(ax.get_xlabel() or "RL step")
     ax.grid(True, alpha=0.25, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     ax.margins(x=0.02)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from flowrl_kernels.hf.head import check_head, head_logits, head_scales
-from flowrl_kernels.hf.packing import Packing, block_mask, find_packing
-from flowrl_kernels.trainer import parallel
+from flowrl_kernels.hf.packing import Packing, block_mask, find_packing, shares_prompts
+from flowrl_kernels.trainer import lora, parallel
 from flowrl_kernels.trainer.config import Config, ModelConfig
 from flowrl_kernels.trainer.parallel import World
 
@@ -57,7 +57,9 @@ class Policy(nn.Module):
         self.log_z = log_z
         self.value = value
         self.scales = head_scales(model.config)
+        self.lora = False  # whether adapters are trained in the place of the model's weights
         self.packing: Packing = "positions"  # how rows hold several sequences; `settle_packing` looks
+        self.shares = False  # whether a row holds a prompt once for several responses (parallel.share_prompts)
 
     @property
     def head(self) -> Any:
@@ -70,9 +72,10 @@ class Policy(nn.Module):
         positions: Tensor,  # [R, L] int64, restarting at 0 with each packed sequence
         mask: Tensor | None = None,  # [R, L + cached] for decoding
         cache: Any = None,
+        branch: Tensor | None = None,  # [R, L] int64, see `MicroBatch`
     ) -> Any:
-        if self.packing == "mask" and mask is None and cache is None:
-            mask = block_mask(positions, boolean=self.model.config._attn_implementation != "eager")
+        if branch is not None or (self.packing == "mask" and mask is None and cache is None):
+            mask = block_mask(positions, branch, boolean=self.model.config._attn_implementation != "eager")
         out = self.model.base_model(
             input_ids=ids,
             position_ids=positions,
@@ -84,13 +87,38 @@ class Policy(nn.Module):
 
     def groups(self, config: Config) -> list[dict[str, Any]]:
         """Optimiser groups: the policy, and log Z and the critic at rates of their own."""
-        out = [{"params": list(self.model.parameters()), "lr": config.optim.lr, "name": "policy"}]
+        own = [p for p in self.model.parameters() if p.requires_grad]
+        out = [{"params": own, "lr": config.optim.lr, "name": "policy"}]
         if self.log_z is not None:
             rate = config.log_z.lr or config.optim.lr
             out.append({"params": list(self.log_z.parameters()), "lr": rate, "name": "log_z"})
         if self.value is not None:
             out.append({"params": list(self.value.parameters()), "lr": config.critic.lr, "name": "value"})
         return out
+
+
+class Frozen:
+    """A policy with its adapters off: what it was before RL, in the same weights."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+
+    @property
+    def packing(self) -> Packing:
+        return self.policy.packing
+
+    @property
+    def shares(self) -> bool:
+        return self.policy.shares
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """As the policy's own forward."""
+        with lora.off(self.policy.model):
+            return self.policy(*args, **options)
+
+
+Scored = Policy | Frozen
+"""What gives log-probabilities."""
 
 
 # ------------------------------------------------------------------------------------------------ making one
@@ -199,11 +227,13 @@ def make_policy(
     log_z: bool = False,
     value: bool = False,
     reference: bool = False,
+    adapters: bool = False,
     packing: Packing | None = None,
 ) -> Policy:
     """Wraps, prepares and shards a model (real on rank 0, on the meta device elsewhere where sharded).
 
     Args:
+        adapters: it gets those of `config.lora`, which are all of it that is trained.
         packing: how it packs, where that is known from the same model; None finds out.
 
     Raises:
@@ -220,11 +250,16 @@ def make_policy(
             zeta = LogPartition(hidden, layer_norm=release, dropout=0.1 if release else 0.0, detach=config.log_z.detach)
         if value:
             critic = ValueHead(hidden, detach=config.critic.detach)
+    if adapters:
+        lora.inject(model, config)
     policy = Policy(model, log_z=zeta, value=critic)
+    policy.lora = adapters
     policy.eval()  # no dropout: old and current log-probabilities must agree bit for bit
     if policy.log_z is not None:
         policy.log_z.train()  # its own dropout, where it has one, is part of its training
     policy.requires_grad_(not reference)
+    if adapters:
+        lora.freeze(model)
     if world.main:
         check_head(model, policy.scales, "model.name")
     if config.model.liger:
@@ -239,6 +274,8 @@ def make_policy(
     else:
         parallel.spread(policy, state, world, offload=offload)
     policy.packing = packing or settle_packing(policy, config, world)
+    if config.parallel.share_prompts:
+        policy.shares = settle_sharing(policy, config, world)
     return policy
 
 
@@ -260,6 +297,28 @@ def settle_packing(policy: Policy, config: Config, world: World) -> Packing:
     return max(parallel.gather(found, world), key=("positions", "mask", "alone").index)
 
 
+def settle_sharing(policy: Policy, config: Config, world: World) -> bool:
+    """True; every rank calls it.
+
+    Raises:
+        ValueError: behind one copy of its prompt a response of this model is not what it is alone.
+    """
+    with parallel.whole(policy):
+        good = shares_prompts(
+            lambda ids, positions, mask: policy(lambda actor, hidden: hidden.float(), ids, positions, mask),
+            policy.model.config,
+            dtype=parallel.DTYPES[config.parallel.dtype],
+            device=world.device,
+        )
+    if not all(parallel.gather(good, world)):
+        how = getattr(policy.model.config, "_attn_implementation", None)
+        raise ValueError(
+            f"parallel.share_prompts: wanted false: {type(policy.model).__name__} with {how} attention does not give a "
+            "response behind a shared copy of its prompt what it gives alone; got true"
+        )
+    return True
+
+
 def copy_state(policy: Policy) -> dict[str, Tensor]:
     return {name: copy.deepcopy(tensor.detach()) for name, tensor in policy.state_dict().items()}
 
@@ -268,9 +327,16 @@ def copy_state(policy: Policy) -> dict[str, Tensor]:
 
 
 def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """What a rollout engine receives: the language model's full tensors, without log Z and critic."""
-    for name, tensor in policy.model.state_dict().items():
-        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """What a rollout engine receives: the language model's full tensors, adapters added, without log Z and critic."""
+    state = policy.model.state_dict()
+
+    def whole(name: str) -> Tensor:
+        return state[name].full_tensor() if hasattr(state[name], "full_tensor") else state[name]
+
+    if policy.lora:
+        yield from lora.merged(policy.model, state, whole)
+    else:
+        yield from ((name, whole(name)) for name in state)
 
 
 def save_folder(
@@ -284,6 +350,8 @@ def save_folder(
 ) -> None:
     """Writes a folder that transformers and servers load, log Z beside it in `nn.LOG_Z_FILE`; every rank calls it.
 
+    Adapters are added to the weights, and stand apart in the folder `adapter` as peft has them.
+
     stop: tokens that end a response, for generation_config.json. dtype: of the language model's weights.
     """
     quiet()
@@ -293,6 +361,9 @@ def save_folder(
     folder.mkdir(parents=True, exist_ok=True)
     kind = getattr(torch, dtype)
     inner = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
+    if policy.lora:
+        lora.save(policy.model, inner, folder / lora.FOLDER, policy.model.config._name_or_path)
+        inner = dict(lora.merged(policy.model, list(inner), inner.__getitem__))
     inner = {name: t.to(kind) if t.is_floating_point() else t for name, t in inner.items()}
     for name in tied_names(policy.model):  # one tensor under two names is written once
         inner.pop(name, None)

@@ -7,6 +7,7 @@ deadline. Such a response gets None: it is left out of its group's statistics, n
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import math
@@ -24,7 +25,7 @@ from decimal import Decimal
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
-from flowrl_kernels.trainer.config import TaskConfig
+from flowrl_kernels.trainer.config import TaskConfig, listed
 from flowrl_kernels.trainer.tasks import find_own
 from flowrl_kernels.trainer.tasks.base import Problem, Task
 
@@ -40,14 +41,21 @@ _BUILT_IN = {
     "countdown": "flowrl_kernels.trainer.tasks.countdown:countdown_reward",
     "code": "flowrl_kernels.trainer.tasks.code:code_reward",
 }
+GIVEN = "python:"  # names of functions that this process alone has, kept in `given`
+given: dict[str, Reward] = {}
+in_worker = False  # whether this process is one that scores
 
 
 def find_reward(name: str) -> Reward:
-    """The reward called "math", "exact", "countdown", "code", or named as module:function.
+    """The reward called "math", "exact", "countdown", "code", or named as module:function or file.py:function.
 
     Raises ValueError naming what could not be imported or found.
     """
     wanted = "task.reward must be math, exact, countdown, code or module:function"
+    if name.startswith(GIVEN):
+        if name not in given:
+            raise ValueError(f"{wanted}, got {name!r}: a function that was handed to train() and has no name to find")
+        return given[name]
     found = find_own(_BUILT_IN.get(name, name), wanted)
     if name == "math":
         try:
@@ -100,6 +108,13 @@ def _checked(value: Any) -> float | None:
     return float(value)
 
 
+def labels(names: Sequence[str]) -> list[str]:
+    """What rewards are called in the log: "math", a function's own name; its whole one where two share that."""
+    short = [name.rpartition(":")[2] or "task" for name in names]
+    long = [name if short.count(label) > 1 else label for name, label in zip(names, short)]
+    return [f"{label}#{i}" if long.count(label) > 1 else label for i, label in enumerate(long, 1)]
+
+
 class Scorer:
     """Scores responses by a task's verifier or by `cfg.reward`; workers start at the first call that needs
     them.
@@ -107,36 +122,67 @@ class Scorer:
     counts: {"raised", "timed_out", "unscorable"} since the last `take_counts`; unscorable counts every None,
     the other two say why. A program (reward "code") that fails counts in those two as well and is worth 0.
     last_error: the latest reason of the latest `score`, None where all were scored; reasons:
-    how often each came in it, at most 20 different ones. Raises ValueError for a reward that
-    cannot be imported, RuntimeError where workers do not start.
+    how often each came in it, at most 20 different ones. Of several rewards, each has a scorer of its own: the sum is
+    by `cfg.reward_weights`, None where one of them is, and `parts` has the rewards of the latest `score` by name.
+    Raises ValueError for a reward that cannot be imported, RuntimeError where workers do not start.
     """
 
     def __init__(self, cfg: TaskConfig, task: Task):
         self._task = task
-        self._timeout = cfg.reward_timeout
-        if self._timeout <= 0:
-            raise ValueError(f"task.reward_timeout must be above 0 seconds, got {self._timeout}")
-        if cfg.reward_workers < 1:
-            raise ValueError(f"task.reward_workers must be at least 1, got {cfg.reward_workers}")
-        self._inline = task.trusted if not cfg.reward else cfg.reward in ("exact", "countdown")
-        self._reward = find_reward(cfg.reward) if cfg.reward else None
-        # rewards travel by name, tasks by value
-        self._spec: str | Task = cfg.reward or task
-        self._workers: list[_Worker | None] = [None] * cfg.reward_workers
-        if cfg.reward == "code" and cfg.name in ("sums", "countdown"):
-            raise ValueError(f"task.reward = 'code' needs rows with tests (task.name = 'file'), got {cfg.name!r}")
-        if cfg.reward == "code":  # its own deadline comes first: a program that runs on is wrong, not unscorable
-            self._timeout += importlib.import_module("flowrl_kernels.trainer.tasks.code").GRACE_SECONDS
-        self._failed_starts = 0
         self.counts = {"raised": 0, "timed_out": 0, "unscorable": 0}
         self.last_error: str | None = None
         self.reasons: Counter[str] = Counter()
+        self.parts: dict[str, list[float | None]] = {}
+        self._workers: list[_Worker | None] = []
+        self._each: dict[str, tuple[float, Scorer]] = {}
+        names = listed(cfg.reward)
+        if cfg.reward_weights and len(cfg.reward_weights) != len(names):
+            raise ValueError(f"task.reward_weights must be {len(names)}, one for each of task.reward, "
+                             f"got {len(cfg.reward_weights)}")  # fmt: skip
+        if not all(map(math.isfinite, cfg.reward_weights)):
+            raise ValueError(f"task.reward_weights must be finite, got {list(cfg.reward_weights)}")
+        if len(names) > 1 or cfg.reward_weights:
+            single = [dataclasses.replace(cfg, reward=name, reward_weights=()) for name in names]
+            self._each = {
+                label: (weight, Scorer(one, task))
+                for label, weight, one in zip(labels(names), cfg.reward_weights or (1.0,) * len(names), single)
+            }
+            return
+        (name,) = names
+        self._timeout = cfg.reward_timeout
+        if self._timeout <= 0:
+            raise ValueError(f"task.reward_timeout must be above 0 seconds, got {self._timeout}")
+        if cfg.reward_workers < 0:
+            raise ValueError(f"task.reward_workers must be at least 0, got {cfg.reward_workers}")
+        self._inline = task.trusted if not name else name in ("exact", "countdown")
+        self._reward = find_reward(name) if name else None
+        if cfg.reward_workers == 0 and not self._inline:
+            if not name or name in _BUILT_IN:
+                raise ValueError(f"task.reward_workers must be at least 1 for {name or task.name!r}, which may hang")
+            self._inline = True
+        if name.startswith(GIVEN) and not self._inline:
+            raise ValueError(f"task.reward_workers must be 0 for {name!r}: another process cannot find it")
+        # rewards travel by name, tasks by value
+        self._spec: str | Task = name or task
+        self._workers = [None] * cfg.reward_workers
+        if name == "code" and cfg.name in ("sums", "countdown"):
+            raise ValueError(f"task.reward = 'code' needs rows with tests (task.name = 'file'), got {cfg.name!r}")
+        if name == "code":  # its own deadline comes first: a program that runs on is wrong, not unscorable
+            self._timeout += importlib.import_module("flowrl_kernels.trainer.tasks.code").GRACE_SECONDS
+        self._failed_starts = 0
+
+    @property
+    def first(self) -> Scorer:
+        """The scorer of the first of several rewards, by which an evaluation goes; else this one."""
+        return next(iter(self._each.values()))[1] if self._each else self
 
     def score(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[float | None]:
         """The reward of each response; takes at most about ceil(n / workers) times the deadline."""
         if len(problems) != len(responses):
             raise ValueError(f"need one problem per response, got {len(problems)} for {len(responses)}")
         self.last_error, self.reasons = None, Counter()
+        if self._each:
+            return self._score_each(problems, responses)
         if self._inline:
             result = self._score_here(problems, responses)
         else:
@@ -154,10 +200,27 @@ class Scorer:
 
     def close(self) -> None:
         """Kill the workers; a later `score` starts new ones."""
+        for _, scorer in self._each.values():
+            scorer.close()
         for worker in self._workers:
             if worker is not None:
                 worker.kill()
         self._workers = [None] * len(self._workers)
+
+    def _score_each(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[float | None]:
+        self.parts = {}
+        for label, (_, scorer) in self._each.items():
+            self.parts[label] = scorer.score(problems, responses)
+            counts = scorer.take_counts()
+            self.counts = {why: self.counts[why] + counts[why] * (why != "unscorable") for why in counts}
+            for reason, count in scorer.reasons.items():
+                self._note(f"{label}: {reason}", count)
+        weights = [weight for weight, _ in self._each.values()]
+        result = [
+            None if None in row else math.fsum(w * r for w, r in zip(weights, row)) for row in zip(*self.parts.values())
+        ]
+        self.counts["unscorable"] += result.count(None)
+        return result
 
     def _score_here(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[float | None]:
         result: list[float | None] = []
@@ -294,6 +357,8 @@ def work() -> None:
     """The worker's main: reads (problem, response), answers ("ok", reward) or ("raised", reason), until
     EOF.
     """
+    global in_worker
+    in_worker = True
     pipe = Connection(int(sys.argv[1]))
     _die_with(int(sys.argv[2]))
     os.dup2(2, 1)  # what a reward prints must not mix with the trainer's stdout

@@ -13,6 +13,7 @@ import torch
 
 from flowrl_kernels.core import dispatch
 from flowrl_kernels.trainer import (
+    budget,
     checkpoint,
     checks,
     config_file,
@@ -23,14 +24,16 @@ from flowrl_kernels.trainer import (
     run_folder,
     warm,
 )
-from flowrl_kernels.trainer.config import Config, check
+from flowrl_kernels.trainer.config import Config, check, listed
 from flowrl_kernels.trainer.log import Log
 from flowrl_kernels.trainer.parallel import World
-from flowrl_kernels.trainer.parts import make_engine, make_optimizer, make_text, open_model, stop_tokens
+from flowrl_kernels.trainer.parts import make_engine, make_optimizer, make_stops, make_text, open_model, stop_tokens
 from flowrl_kernels.trainer.policy import Policy
+from flowrl_kernels.trainer.prompts import Mixture, mixture_of
 from flowrl_kernels.trainer.records import Job, Progress, Run, Text
 from flowrl_kernels.trainer.reward import Scorer
 from flowrl_kernels.trainer.rollout import Sampling, probe
+from flowrl_kernels.trainer.rollout.stops import Stops
 from flowrl_kernels.trainer.tasks import Problem, build_task
 
 
@@ -43,21 +46,33 @@ class Settled:
     scorer: Scorer
     loss: objective.Loss
     notes: list[str]  # for the log, when there is one
+    stops: Stops | None
+    mixture: Mixture | None
 
 
 def settle(config: Config, world: World) -> Settled:
     """Raises ValueError, FileNotFoundError: naming the field or file that will not do."""
     checks.check_packages(config)
+    checks.check_lora(config)
     check_impl(config, world)
     task = build_task(config.task)
     checks.check_splits(config, task)
+    checks.check_stop(config, task)
     context = checks.context_of(config)
     text = make_text(config, task)
     problems, notes = checks.fitting(config, task, text.encode, checks.prompt_limit(config, context))
     checks.check_evaluated(config, task, text.encode, context)
     checks.check_answer(config, task)
     checks.check_budgets(config, max(len(text.encode(problem)) for problem in problems))
-    return Settled(text, problems, Scorer(config.task, task), objective.make_loss(config), notes)
+    return Settled(
+        text=text,
+        problems=problems,
+        scorer=Scorer(config.task, task),
+        loss=objective.make_loss(config),
+        notes=notes,
+        stops=make_stops(config, text),
+        mixture=mixture_of(config.task, task, problems),
+    )
 
 
 def prepare(config: Config, world: World) -> Run:
@@ -114,6 +129,10 @@ def prepare(config: Config, world: World) -> Run:
         if actor.packing != "positions":
             kind, how = type(actor.model).__name__, "an explicit block mask" if actor.packing == "mask" else "one a row"
             log.note(f"{kind} does not keep packed sequences apart by their positions: {how}", found.step)
+        config, fits = budget.fitted(config, actor, world)
+        if fits:
+            checks.check_budgets(config, max(len(settled.text.encode(problem)) for problem in settled.problems))
+            log.note(fits[0], found.step)
         if not found.checkpoint:
             optimizer = make_optimizer(config, actor)
             inputs = _inputs(job, source)
@@ -127,11 +146,12 @@ def prepare(config: Config, world: World) -> Run:
             policy=actor,
             reference=reference,
             engine=make_engine(config, actor, world),
-            sampling=training_sampling(config, stop),
+            sampling=training_sampling(config, stop, settled.stops),
             optimizer=optimizer,
             scorer=settled.scorer,
             log=log,
             loss=settled.loss,
+            mixture=settled.mixture,
             inputs=inputs,
             saved=saved,
         )
@@ -149,19 +169,20 @@ def prepare(config: Config, world: World) -> Run:
     return run
 
 
-def training_sampling(config: Config, stop: tuple[int, ...]) -> Sampling:
+def training_sampling(config: Config, stop: tuple[int, ...], stops: Stops | None) -> Sampling:
     """How a step draws its responses."""
     r = config.rollout
-    return Sampling(r.max_new_tokens, r.temperature, stop, top_p=r.top_p, top_k=r.top_k, min_p=r.min_p)
+    return Sampling(r.max_new_tokens, r.temperature, stop, r.top_p, r.top_k, r.min_p, stops)
 
 
-def make_models(job: Job, source: str) -> tuple[Policy, Policy | None]:
+def make_models(job: Job, source: str) -> tuple[Policy, policy.Scored | None]:
     """The policy with what the algorithm hangs on it, and the frozen reference where it needs one."""
     config, world, needs = job.config, job.world, objective.needs(job.config)
     model = open_model(source, config, world, job.attention)
-    actor = policy.make_policy(config, world, model, log_z=needs.log_z, value=needs.value)
-    if not needs.reference:
-        return actor, None
+    adapters = config.lora.rank > 0
+    actor = policy.make_policy(config, world, model, log_z=needs.log_z, value=needs.value, adapters=adapters)
+    if not needs.reference or adapters:
+        return actor, policy.Frozen(actor) if needs.reference else None
     frozen = open_model(source, config, world, job.attention)
     return actor, policy.make_policy(config, world, frozen, reference=True, packing=actor.packing)
 
@@ -176,7 +197,7 @@ def check_impl(config: Config, world: World) -> None:
 
 def _inputs(job: Job, source: str) -> dict[str, str]:
     """Hashes of what the run is made from, on every rank; rank 0 reads."""
-    task, names = job.text.task, (job.config.task.name, job.config.task.reward)
+    task, names = job.text.task, (job.config.task.name, *listed(job.config.task.reward))
     return parallel.first(
         lambda: {
             "the data": fingerprint.of_data(task),

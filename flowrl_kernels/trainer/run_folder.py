@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from flowrl_kernels.trainer import checkpoint, config_file, parallel
-from flowrl_kernels.trainer.config import Config
+from flowrl_kernels.trainer.config import Config, listed
 from flowrl_kernels.trainer.parallel import World
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -24,7 +24,7 @@ MARK = "# The whole configuration of this run, written by flowrl.\n"
 MODEL_FOLDER = (
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.*",
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model", "*.log_z", "*.py",
-    "processor_config.json", "files.json",
+    "processor_config.json", "files.json", "adapter",
 )  # fmt: skip
 # what a run writes into its folder: name -> patterns of the entries in it, None for a file
 OWNED: dict[str, tuple[str, ...] | None] = {
@@ -108,7 +108,8 @@ def _mode(folder: Path, config: Config) -> Mode:
                          f"(there: {', '.join(held)})")  # fmt: skip
     if saved.exists() and not _written_by_a_run(saved):
         raise ValueError(f"run.overwrite: {saved} was not written by a run; move it away, a run writes its own")
-    for key, path in (("model.name", config.model.name), ("task.train", config.task.train),
+    train = [("task.train", path) for path in listed(config.task.train)]
+    for key, path in (("model.name", config.model.name), *train,
                       ("task.valid", config.task.valid), ("task.test", config.task.test)):  # fmt: skip
         for name in held:
             if path and Path(path).exists() and Path(path).resolve().is_relative_to((folder / name).resolve()):

@@ -99,17 +99,18 @@ def group_log_z(config: Config, batches: list[MicroBatch]) -> None:
     VarGrad (arXiv 2010.10436): no network, no gradient. Groups never span ranks, but may span micro-batches.
     """
     row = objective.row(config)
-    own = []
+    estimates = []
     for batch in batches:
         token, count = batch.per_token, batch.cu_seqlens.diff()
-        moved = token["old"] if row.anchor is None else token["old"] - token[row.anchor]
+        own = token.get("now", token["old"])  # the policy's at the step's start
+        moved = own if row.anchor is None else own - token[row.anchor]
         total = moved.new_zeros(batch.sequences).index_add_(0, batch.segment(), moved)
         total = total / count if row.scale is None else total * row.scale
-        own.append((row.beta * batch.per_sequence["reward"] - total) if batch.live else total * 0)
+        estimates.append((row.beta * batch.per_sequence["reward"] - total) if batch.live else total * 0)
     # a stand-in is in no group: its number is one that no group has
     group = [b.per_sequence["group"] if b.live else torch.full_like(b.per_sequence["group"], -1) for b in batches]
     _, inverse = torch.cat(group).unique(return_inverse=True)
-    value = torch.cat(own)
+    value = torch.cat(estimates)
     summed = torch.zeros_like(value).index_add_(0, inverse, value)
     members = torch.zeros_like(value).index_add_(0, inverse, torch.ones_like(value))
     mean = (summed / members.clamp_min(1.0))[inverse]

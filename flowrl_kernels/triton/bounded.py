@@ -104,6 +104,8 @@ class Lists(NamedTuple):
     first_block: Tensor  # [tiles + 1] first block of each tile
     shift: Tensor  # [tiles] place of a slot minus the slot
     edges: list[int]  # first_block, on the host
+    width: int  # columns of a tile
+    factor: Tensor | None = None  # [N, tiles] what dz of a pair is multiplied by, 1 if None
 
 
 def route(device: torch.device) -> ModuleType:
@@ -160,19 +162,12 @@ def bounded_backward(
 
     N is at least 1. `report` is written where the bounded path is taken.
     """
-    (logp, lse_parts, _, tile_lse, _), (epsilon, report, _) = saved, budget
-    temperature, logit_scale = head.temperature, head.logit_scale
-    v, device = head.weight.shape[0], hidden.device
-    live = (target >= 0) & (grad_logp != 0)
-    target = torch.where(live, target, v)
-    factor = torch.where(live, torch.full_like(temperature, logit_scale) / temperature, 1.0)
-    lse = lse_parts.sum(0)  # the statistics are fp16: nothing there to keep apart
-    scale = torch.where(live, grad_logp * factor, 0.0)
-    target_logp = logp.masked_fill(target == v, -torch.inf).clamp_max(0.0)
-    chosen = route(device)
+    (epsilon, report, _), tile_lse, chosen = budget, saved.tile_lse, route(hidden.device)
+    batch, live = make_batch(grad_logp, hidden, target, head, saved)
     plan = make_plan(
-        scale.abs(), lse, tile_lse, target, target_logp, epsilon, COLUMNS, live, tile_costs, chosen.drop_lightest
-    )
+        batch.scale.abs(), saved.lse.sum(0), tile_lse, batch.target, batch.target_logp, epsilon, COLUMNS, live,
+        tile_costs, chosen.drop_lightest,
+    )  # fmt: skip
     made = BlockLists(*chosen.block_lists(plan.active.T.contiguous()))  # "blocks" of these lists are tiles
     first_block = blocks_of(made.block_offsets, tile.block_m)
     pays, edges = read_plan(plan, first_block, live, tile.block_m)
@@ -180,9 +175,19 @@ def bounded_backward(
         return None
     if report is not None:
         report.copy_(torch.stack([plan.bound, plan.share, torch.zeros_like(plan.share)]))
-    inverse = None
-    if fp16_factor is not None:
-        scale, inverse = scale * fp16_factor, 1.0 / fp16_factor
+    lists = lists_of(made, first_block, edges, tile, COLUMNS)
+    return _compute(in_float16(batch, fp16_factor), plan.active, lists, head, tile_lse, tile, wanted)
+
+
+def make_batch(grad_logp: Tensor, hidden: Tensor, target: Tensor, head: Head, saved: Saved) -> tuple[Batch, Tensor]:
+    """What a backward over lists takes from its inputs, and which rows take part [N]."""
+    logp, lse_parts, v = saved.logp, saved.lse, len(head.weight)
+    live = (target >= 0) & (grad_logp != 0)
+    target = torch.where(live, target, v)
+    factor = torch.where(live, torch.full_like(head.temperature, head.logit_scale) / head.temperature, 1.0)
+    scale = torch.where(live, grad_logp * factor, 0.0)
+    target_logp = logp.masked_fill(target == v, -torch.inf).clamp_max(0.0)
+    lse = lse_parts.sum(0)  # the statistics are fp16: nothing there to keep apart
     batch = Batch(
         torch.where(live[:, None], hidden, 0.0),
         target,
@@ -193,11 +198,24 @@ def bounded_backward(
         factor,
         scale,
         torch.where(live, lse_parts[1], 0.0).neg().exp(),
-        inverse,
+        None,
     )
+    return batch, live
+
+
+def in_float16(batch: Batch, factor: Tensor | None) -> Batch:
+    """The gradients times a power of two that keeps dz in float16's range."""
+    if factor is None:
+        return batch
+    scale, gradient = batch.scale * factor, batch.target_gradient * factor
+    return batch._replace(scale=scale, target_gradient=gradient, inverse=1.0 / factor)
+
+
+def lists_of(
+    made: BlockLists, first_block: Tensor, edges: list[int], tile: tiles.Tile, width: int, factor: Tensor | None = None
+) -> Lists:
     shift = first_block[:-1] * tile.block_m - made.block_offsets[:-1]
-    lists = Lists(*made, first_block, shift, edges)
-    return _compute(batch, plan.active, lists, head, tile_lse, tile, wanted)
+    return Lists(*made, first_block, shift, edges, width, factor)
 
 
 def _owed(batch: Batch, active: Tensor, tile_lse: Tensor, amount: Tensor, dropped: bool) -> Tensor:
@@ -213,7 +231,7 @@ def _owed(batch: Batch, active: Tensor, tile_lse: Tensor, amount: Tensor, droppe
     return out
 
 
-def _slabs(edges: list[int], most: int) -> list[tuple[int, int]]:
+def slabs(edges: list[int], most: int) -> list[tuple[int, int]]:
     """Neighbouring tiles of together at most `most` blocks (at least one tile)."""
     slabs, first = [], 0
     for tile in range(1, len(edges) - 1):
@@ -223,7 +241,7 @@ def _slabs(edges: list[int], most: int) -> list[tuple[int, int]]:
     return [*slabs, (first, len(edges) - 1)]
 
 
-def _run_means(weight: Tensor, rows: int) -> Tensor:
+def run_means(weight: Tensor, rows: int) -> Tensor:
     """Mean row of each run of TILE columns, in weight's dtype; zeros up to `rows`. [rows, H]"""
     v, h = weight.shape
     means = torch.zeros((rows, h), dtype=weight.dtype, device=weight.device)
@@ -257,15 +275,15 @@ def _compute(
             edges = torch.arange(0, v + TILE, TILE, device=device).clamp_max_(v)
             columns = Columns(by_target, torch.searchsorted(target[by_target], edges), spread)
         del owed
-    place_bytes = COLUMNS * x.element_size() + (4 * h if wanted.hidden else 0)
-    for first, last in _slabs(lists.edges, max(1, SLAB_BYTES // (tile.block_m * place_bytes))):
+    place_bytes = lists.width * x.element_size() + (4 * h if wanted.hidden else 0)
+    for first, last in slabs(lists.edges, max(1, SLAB_BYTES // (tile.block_m * place_bytes))):
         into = Accumulators(acc, computed, bias_sums)
-        _slab(batch, active, lists, first, last, head, tile, columns, into, wanted)
+        slab(batch, active, lists, first, last, head, tile, columns, into, wanted)
     dhidden = dbias = None
     if acc is not None:
         still = (-torch.expm1(target_logp) - computed).clamp_min_(0.0) * -scale  # exactly what each row still owes
         owed = _owed(batch, active, tile_lse, still, dropped=True)
-        matmul_into(acc, owed, _run_means(weight, owed.shape[1]), add=True)
+        matmul_into(acc, owed, run_means(weight, owed.shape[1]), add=True)
         dhidden = torch.empty(n, h, dtype=x.dtype, device=device)
         finish_kernel[(n,)](
             acc, weight, target, target_gradient, inverse, dhidden, v, h, weight.stride(0),
@@ -274,21 +292,29 @@ def _compute(
     if bias_sums is not None and bias_spread is not None:
         width = torch.full((num_runs,), float(TILE), **new)
         width[-1:] = v - TILE * (num_runs - 1)
-        each = (bias_spread / width).repeat_interleave(TILE, output_size=num_runs * TILE)
-        # sorted on a GPU, sequential on a CPU: a fixed order; the one past the last column takes what has no target
-        dbias = torch.nn.functional.pad(bias_sums.view(-1)[:v] - each[:v], (0, 1))
-        dbias.index_put_((target,), target_gradient, accumulate=True)
-        dbias = dbias[:v] if inverse is None else dbias[:v] * inverse
+        dbias = finish_bias(bias_sums, bias_spread / width, batch, v)
     return dhidden, dbias
 
 
-def _slab(
+def finish_bias(sums: Tensor, spread: Tensor, batch: Batch, v: int) -> Tensor:
+    """The bias' gradient from its column sums [tiles, columns], what each column of a run owes [runs], and the rows'
+    targets. [V]"""
+    each = spread.repeat_interleave(TILE, output_size=len(spread) * TILE)
+    # sorted on a GPU, sequential on a CPU: a fixed order; the one past the last column takes what has no target
+    dbias = torch.nn.functional.pad(sums.view(-1)[:v] - each[:v], (0, 1))
+    dbias.index_put_((batch.target,), batch.target_gradient, accumulate=True)
+    return dbias[:v] if batch.inverse is None else dbias[:v] * batch.inverse
+
+
+def slab(
     batch: Batch, active: Tensor, lists: Lists, first: int, last: int, head: Head, tile: tiles.Tile,
     columns: Columns | None, into: Accumulators, wanted: Wanted,
-) -> None:  # fmt: skip
-    """The tiles from `first` to `last`."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The tiles from `first` to `last`: their part of every gradient. Returns dz [places, columns], rounded, and its
+    mass by runs [places, columns / TILE]."""
     x, target, (acc, computed, bias_sums), dweight = batch.x, batch.target, into, wanted.dweight
-    weight, bias = head.weight, head.bias
+    weight, bias, width = head.weight, head.bias, lists.width
+    stride_factor = None if lists.factor is None else lists.factor.stride(0)
     (n, h), v, device = x.shape, weight.shape[0], x.device
     pair_tile, list_tile = tiles.pair_tile(tile), tiles.list_tile(tiles.arch_of(device), tile)
     block_m, block_n, block_k = tile[:3]
@@ -296,21 +322,21 @@ def _slab(
     base, num_blocks = begin * block_m, end - begin
     blocks = lists.first_block[first : last + 1]
     places = max(num_blocks, 1) * block_m
-    dz = torch.empty(places, COLUMNS, dtype=x.dtype, device=device)
-    part_mass = torch.empty(places, COLUMNS // TILE, dtype=torch.float32, device=device)
-    part_bias = torch.empty(num_blocks if bias_sums is not None else 0, COLUMNS, dtype=torch.float32, device=device)
+    dz = torch.empty(places, width, dtype=x.dtype, device=device)
+    part_mass = torch.empty(places, width // TILE, dtype=torch.float32, device=device)
+    part_bias = torch.empty(num_blocks if bias_sums is not None else 0, width, dtype=torch.float32, device=device)
     block_tile = torch.arange(first, last, device=device).repeat_interleave(blocks.diff(), output_size=num_blocks)
     block_slot = torch.arange(begin, end, device=device) * block_m - lists.shift[block_tile]
 
     def operand(tensor: Tensor, *block: int):
         return TensorDescriptor.from_tensor(tensor, list(block)) if tile.descriptor else tensor
 
-    wide = {"DESCRIPTOR": tile.descriptor, "COLUMNS": COLUMNS, "enable_fp_fusion": False}
+    wide = {"DESCRIPTOR": tile.descriptor, "COLUMNS": width, "enable_fp_fusion": False}
     if num_blocks > 0:
-        pairs_kernel[(num_blocks * (COLUMNS // TILE),)](
+        pairs_kernel[(num_blocks * (width // TILE),)](
             x, operand(weight, TILE, pair_tile.block_k), bias, block_tile, block_slot, lists.offsets, lists.slot_row,
-            target, batch.maximum, batch.over_sum, batch.factor, batch.scale, operand(dz, block_m, TILE), part_mass,
-            part_bias, v, h, x.stride(0), weight.stride(0),
+            target, batch.maximum, batch.over_sum, batch.factor, batch.scale, lists.factor, operand(dz, block_m, TILE),
+            part_mass, part_bias, v, h, stride_factor, x.stride(0), weight.stride(0),
             BIAS=bias_sums is not None, EVEN_K=h % pair_tile.block_k == 0, BLOCK_M=block_m,
             BLOCK_K=pair_tile.block_k, TILE=TILE, num_warps=pair_tile.num_warps,
             num_stages=pair_tile.num_stages, **wide,
@@ -330,19 +356,20 @@ def _slab(
         stop = entry + active[:, first:last].sum(1)
         combine_kernel[(n * triton.cdiv(h, 1024),)](
             part, part_mass, entry, stop, lists.entry_tile, lists.entry_slot, lists.shift, acc, computed, base, v, h,
-            ADD=first > 0, COLUMNS=COLUMNS, TILE=TILE, BLOCK=1024, num_warps=4, enable_fp_fusion=False,
+            ADD=first > 0, COLUMNS=width, TILE=TILE, BLOCK=1024, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         del part
     if bias_sums is not None:
         sums_kernel[(last - first,)](
-            part_bias, blocks, bias_sums[first:last], WIDTH=COLUMNS, BLOCK=4, enable_fp_fusion=False
+            part_bias, blocks, bias_sums[first:last], WIDTH=width, BLOCK=4, enable_fp_fusion=False
         )
     if dweight is not None and columns is not None:
         lines = torch.argsort(blocks.diff(), descending=True, stable=True) + first
         height, step = min(block_m, TILE), min(block_k, block_m)
-        columns_kernel[(len(lines) * (COLUMNS // height) * heights,)](
+        columns_kernel[(len(lines) * (width // height) * heights,)](
             operand(dz, step, height), x, lines, lists.offsets, lists.shift, lists.slot_row,
             columns.by_target, columns.cuts, target, batch.target_gradient, columns.spread, batch.inverse, dweight,
             base, v, h, x.stride(0), dweight.stride(0), heights,
             ADD=wanted.add, BLOCK_C=height, BLOCK_K=step, TILE=TILE, num_stages=list_tile.num_stages, **wide,
         )  # fmt: skip
+    return dz, part_mass

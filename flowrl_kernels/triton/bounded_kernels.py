@@ -118,7 +118,7 @@ def owed_kernel(
         tl.store(p_out, owed.to(out.dtype.element_ty), mask=(i_run < stride_out)[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["V"])
+@triton.jit(do_not_specialize=["V", "stride_factor"])
 def pairs_kernel(
     x,  # [N, H]
     w,  # [V, H], descriptor or pointer
@@ -132,11 +132,13 @@ def pairs_kernel(
     over_sum,  # [N] 1 / sum of its exponentials relative to the maximum
     factor,  # [N] logit_scale / temperature
     scale,  # [N] gradient by the products of a logit's row
+    pair_factor,  # [N, tiles] what dz of a pair is multiplied by, or None
     dz,  # [places of the slab, COLUMNS], descriptor or pointer
     part_mass,  # [places of the slab, COLUMNS / TILE] fp32: softmax mass, target excluded
     part_bias,  # [blocks of the slab, COLUMNS] fp32: column sums of dz
     V,
     H,
+    stride_factor,  # None without pair_factor
     stride_x,
     stride_w,
     BIAS: tl.constexpr,
@@ -166,6 +168,8 @@ def pairs_kernel(
         b_over_sum = tl.load(over_sum + i_row, mask=held, other=0.0)
         b_factor = tl.load(factor + i_row, mask=held, other=1.0)
         b_scale = tl.load(scale + i_row, mask=held, other=0.0)
+        if pair_factor is not None:
+            b_scale *= tl.load(pair_factor + i_row.to(tl.int64) * stride_factor + i_tile, mask=held, other=0.0)
         i_col = col0 + tl.arange(0, TILE)
         z, _ = activate(acc, bias, i_col, V, b_factor, 1.0, None)
         p = tl.exp2(shifted(z, b_max[:, None])) * b_over_sum[:, None]

@@ -20,8 +20,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flowrl_kernels.chunked.tiles import fp16_factor
-from flowrl_kernels.core.types import EXACT, TILE, Budget, Head, Needs, Saved, Upstream
+from flowrl_kernels.chunked.several import Several, as_one, rows_of
+from flowrl_kernels.chunked.tiles import add_rows, fp16_factor
+from flowrl_kernels.core.types import EXACT, TILE, Budget, Head, Needs, RowStatistics, Saved, Upstream
 from flowrl_kernels.triton import tiles
 from flowrl_kernels.triton.bounded import Wanted, bounded_backward
 from flowrl_kernels.triton.linear_logprob_kernels import (
@@ -32,6 +33,8 @@ from flowrl_kernels.triton.linear_logprob_kernels import (
 )
 from flowrl_kernels.triton.matmul import exact_matmul, matmul_into
 from flowrl_kernels.triton.primitives import compact, gather_rows, scatter_rows
+from flowrl_kernels.triton.sampled import by_id, in_order, sampled_backward
+from flowrl_kernels.triton.several_kernels import put_ids_kernel
 
 
 def realigned(weight: Tensor) -> Tensor:
@@ -89,6 +92,9 @@ class Outputs(NamedTuple):
     entropy: Tensor | None = None  # [N]
     tile_lse: Tensor | None = None  # [ceil(V/128), N] fp16, 0 so far
     logits: Tensor | None = None  # [N, at least V rounded up to 128] fp32, written in the order of the rows
+    ids: Tensor | None = None  # [K, N] int32 read, each row's rising; the target is one of none then
+    id_logp: Tensor | None = None  # [K, N]
+    statistics: RowStatistics | None = None
 
 
 class Back(NamedTuple):
@@ -100,6 +106,7 @@ class Back(NamedTuple):
     grad: Upstream
     factor: Tensor | None  # [1] power of two that dz is multiplied by for float16
     inverse: Tensor | None  # [1]
+    several: Several | None = None  # entries of dz at ids [N, K], with every factor: rows have no target then
 
 
 class Sinks(NamedTuple):
@@ -111,32 +118,49 @@ class Sinks(NamedTuple):
     add: bool
 
 
-def linear_logprob_fwd(hidden: Tensor, target: Tensor, head: Head, entropy: bool, stats: bool) -> Saved:
+def linear_logprob_fwd(
+    hidden: Tensor,
+    target: Tensor,
+    head: Head,
+    entropy: bool,
+    stats: bool,
+    order: Tensor | None = None,
+    statistics: RowStatistics | None = None,
+) -> Saved:
     """Log p of the target, log-sum-exp, entropy and tile statistics.
 
     hidden [N, H], weight [V, H] (fp32, bf16 or fp16); target [N] int64, -1 skips the row, V means no target here;
     bias [V] or None; temperature [N] or [1] fp32. Returns logp [N] (-inf without a target here), lse [2, N] as
     maximum and log of the sum relative to it, entropy [N] or [0] (all fp32) and tile_lse [ceil(V/128), N] fp16, an
     upper bound of the log-sum-exp over 128 columns, or [0, 0]. Skipped rows hold 0 everywhere; row blocks of nothing
-    but skipped rows cost nothing.
+    but skipped rows cost nothing. Of targets [N, K] -1 skips the id, and logp is [N, K]. With an order [V] of the
+    ids, targets are places in it and so are the statistics'.
     """
+    head = head if order is None else in_order(head, order)
     n, v = hidden.shape[0], head.weight.shape[0]
     new = {"dtype": torch.float32, "device": hidden.device}
     logp, lse = torch.zeros(n, **new), torch.empty(2, n, **new)
     entropies = torch.empty(n if entropy else 0, **new)
     tile_lse = torch.zeros((-(-v // TILE), n) if stats else (0, 0), dtype=torch.float16, device=hidden.device)
+    ids = places = id_logp = None
+    if target.dim() == 2:
+        rising, places = target.to(torch.int32).sort(1)
+        ids, id_logp = rising.T.contiguous(), torch.empty(target.shape[::-1], **new)
+        target = torch.where(rows_of(target) < 0, -1, v)
     if n > 0:
         with torch.cuda.device_of(hidden):
             order, count = compact(target >= 0)
             batch = Compact(gather_rows(hidden, order, count), order, count)
             out = Outputs(logp, lse, entropies if entropy else None, tile_lse if stats else None)
-            forward_rows(batch, target, head, out)
+            forward_rows(batch, target, head, out._replace(ids=ids, id_logp=id_logp, statistics=statistics))
+    if places is not None and id_logp is not None:
+        logp = torch.empty(places.shape, **new).scatter_(1, places, id_logp.T)
     return Saved(logp, lse, entropies, tile_lse)
 
 
 def forward_rows(batch: Compact, target: Tensor, head: Head, into: Outputs) -> None:
     """The forward of at least one row, into the outputs."""
-    (rows, order, count), (logp, lse, entropy, tile_lse, logits) = batch, into
+    (rows, order, count), (logp, lse, entropy, tile_lse, logits, ids, id_logp, statistics) = batch, into
     weight, bias, temperature, logit_scale, softcap = head
     n, h = rows.shape
     v, device = weight.shape[0], rows.device
@@ -146,6 +170,11 @@ def forward_rows(batch: Compact, target: Tensor, head: Head, into: Outputs) -> N
     # each part begins at a multiple of 16 bytes: Triton compiles once more for a pointer that does not
     size = -(-num_splits * n // 4) * 4
     parts = torch.empty(2 if entropy is None else 3, size, dtype=torch.float32, device=device)
+    k = 0 if ids is None else len(ids)
+    part_top = part_total = argmax = mean_logits = None
+    if statistics is not None:
+        argmax, mean_logits = statistics
+        part_top, part_total = torch.empty(size, dtype=torch.int32, device=device), torch.empty_like(parts[0])
     store = 0
     if logits is not None:
         tile, store = tiles.logits_store(tiles.arch_of(device), tile)
@@ -154,19 +183,22 @@ def forward_rows(batch: Compact, target: Tensor, head: Head, into: Outputs) -> N
     if logits is not None and tile.descriptor:
         out = TensorDescriptor.from_tensor(logits, [tile.block_m, store])
     items = triton.cdiv(n, tile.block_m) * num_splits
+    # a search and a loop of unknown length after the product: not one loop with it
+    own = tile._replace(flatten=tile.flatten and ids is None)
     forward_kernel[(min(items, tiles.num_programs(device, tile)),)](
         x, w, bias, order, count, target, temperature,
-        logp, parts[0], parts[1], parts[-1], tile_lse, out,
-        n, v, h, rows.stride(0), weight.stride(0), 0 if logits is None else logits.stride(0),
+        logp, parts[0], parts[1], parts[-1], tile_lse, out, ids, id_logp, part_top, part_total,
+        n, v, k, h, rows.stride(0), weight.stride(0), 0 if logits is None else logits.stride(0),
         int(temperature.shape[0] > 1), logit_scale, softcap,
         num_splits, tiles_per_split, tiles.group_rows(h, rows.element_size(), tile),
         ENTROPY=entropy is not None, STATS=tile_lse is not None, EVEN_V=v % TILE == 0, STORE=store,
-        **_options(tile, h),
+        **_options(own, h),
     )  # fmt: skip
     together = triton.next_power_of_2(num_splits)
     block = max(4, min(16, 2048 // together))
     merge_kernel[(triton.cdiv(n, block),)](
-        parts[0], parts[1], parts[-1], order, count, target, logp, lse, entropy, n, v, num_splits,
+        parts[0], parts[1], parts[-1], order, count, target, logp, lse, entropy, ids, id_logp,
+        part_top, part_total, argmax, mean_logits, n, v, k, num_splits,
         ENTROPY=entropy is not None, SPLITS=together, BLOCK=block,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -201,38 +233,64 @@ def linear_logprob_bwd(
     dtype; sums run in fp32. Bits are the same from run to run.
 
     epsilon > 0 takes the bounded backward (bounded.py) where it pays, there is no softcap and no entropy gradient;
-    `report` [3] gets the bound reached, the share of tiles computed, and 1 where it fell back to the exact one.
+    `report` [3] gets the bound reached, the share of tiles computed, and 1 where it fell back to the exact one. A draw
+    takes the sampled one (sampled.py) on the same terms, and has a fourth number for the estimated error.
     """
-    (grad_logp, grad_entropy), (logp, lse, entropy, *_), (epsilon, report, _) = grad, saved, budget
+    order = None if budget.draw is None else budget.draw.order
+    if order is None:
+        return _backward(grad, hidden, target, head, saved, need, budget, main_grad, wide_hidden)
+    into = None if main_grad is None else torch.zeros_like(main_grad)
+    made = _backward(grad, hidden, target, in_order(head, order), saved, need, budget, into, wide_hidden)
+    if main_grad is not None and into is not None:
+        main_grad.index_add_(0, order, into)
+    return made[0], by_id(made[1], order), by_id(made[2], order)
+
+
+def _backward(
+    grad: Upstream, hidden: Tensor, target: Tensor, head: Head, saved: Saved, need: Needs, budget: Budget,
+    main_grad: Tensor | None, wide_hidden: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    (grad_logp, grad_entropy), (logp, lse, entropy, *_), (epsilon, report, draw) = grad, saved, budget
     weight, _, temperature, logit_scale, softcap = head
     if report is not None:
         report.zero_()
-        report[1:].fill_(1.0)
-        report[2].fill_(float(epsilon > 0.0))
+        report[1].fill_(1.0)
+        report[2].fill_(float(epsilon > 0.0 or draw is not None))
     n, h = hidden.shape
     v = weight.shape[0]
     device, dtype = hidden.device, hidden.dtype
     if not any(need):
         return None, None, None
+    shared = draw is not None and bool(draw.group)  # other ranks wait for this one, also without a row
     with exact_matmul(hidden):
+        one, ids = None, target
+        if target.dim() == 2:
+            one = as_one(grad, target, logp, entropy)
+            grad_logp, target = one.total, torch.where(rows_of(target) < 0, -1, v)
+            logp = torch.zeros_like(one.total)
         grad_logp = grad_logp.contiguous()
         live = (target >= 0) & (grad_logp != 0)
         if grad_entropy is not None:
             grad_entropy = grad_entropy.contiguous()
             live |= (target >= 0) & (grad_entropy != 0)
+        live = live if one is None else one.live
         factor = inverse = None
         weight = realigned(weight)
         head = head._replace(weight=weight)
         if dtype == torch.float16 and n > 0:
-            factor = fp16_factor(grad_logp, grad_entropy, entropy, temperature, logit_scale, live)
+            size = grad_logp if one is None else one.size
+            factor = fp16_factor(size, grad_entropy, entropy, temperature, logit_scale, live)
             inverse = 1.0 / factor
-        if epsilon > 0.0 and softcap is None and grad_entropy is None and n > 0:
+        if (epsilon > 0.0 or draw is not None) and softcap is None and grad_entropy is None and (n > 0 or shared):
             made = torch.empty(v, h, dtype=dtype, device=device) if need.weight and main_grad is None else None
             tile = tiles.tile_for(tiles.arch_of(device), dtype, h * weight.element_size() % 16 == 0)
             wanted = Wanted(
                 main_grad if need.weight and made is None else made, main_grad is not None, need.hidden, need.bias
             )
-            done = bounded_backward(grad_logp, hidden, target, head, saved, budget, tile, factor, wanted)
+            if draw is not None and draw.rows is None:
+                budget = budget._replace(draw=draw._replace(rows=torch.arange(n, device=device)))
+            backward = bounded_backward if draw is None else sampled_backward
+            done = backward(grad_logp, hidden, target, head, saved, budget, tile, factor, wanted)
             if done is not None:
                 return done[0], made, done[1]
             del made
@@ -250,7 +308,21 @@ def linear_logprob_bwd(
             if grad_entropy is not None:
                 p = logp.exp()
                 at_target -= grad_entropy * p * torch.where(p > 0, logp, 0.0).add_(entropy)
-            back = Back(lse, at_target, entropy, Upstream(grad_logp, grad_entropy), factor, inverse)
+            several = None
+            if one is not None:
+                scale = logit_scale / temperature[:, None]  # [N, 1] or [1, 1]
+                if softcap is not None:  # z at the ids, from their log p
+                    z = saved.logp + saved.lse[1, :, None] + saved.lse[0, :, None]
+                    scale = scale * (1.0 - (z * temperature[:, None] / softcap).square())
+                at_ids = one.value * scale if factor is None else one.value * scale * factor
+                several = Several(ids, at_ids.contiguous())
+                if dbias is not None:  # dz summed there is that of rows without a target: here is the rest
+                    place = torch.where((ids >= 0) & (ids < v) & live[:, None], ids, v)
+                    rest = torch.where(place < v, grad.logp * scale, 0.0)
+                    dbias = torch.nn.functional.pad(dbias, (0, 1))
+                    add_rows(dbias, place.flatten(), rest.flatten())
+                    dbias = dbias[:v]
+            back = Back(lse, at_target, entropy, Upstream(grad_logp, grad_entropy), factor, inverse, several)
             for begin in range(0, n, SLAB_ROWS):
                 part = slice(begin, min(begin + SLAB_ROWS, n))
                 into = Sinks(
@@ -268,7 +340,7 @@ def linear_logprob_bwd(
 def _backward_rows(batch: Compact, target: Tensor, head: Head, back: Back, into: Sinks) -> None:
     """One block of compact rows against the whole vocabulary, slab by slab; dweight is added to or written."""
     (rows, order, count), (dhidden, dweight, dbias, add) = batch, into
-    lse, at_target, entropy, (grad_logp, grad_entropy), factor, inverse = back
+    lse, at_target, entropy, (grad_logp, grad_entropy), factor, inverse, several = back
     weight, bias, temperature, logit_scale, softcap = head
     n, h = rows.shape
     v = weight.shape[0]
@@ -300,6 +372,12 @@ def _backward_rows(batch: Compact, target: Tensor, head: Head, back: Back, into:
             begin, slab.stop, columns, padded,
             ENTROPY=grad_entropy is not None, BIAS=dbias is not None, **_options(own, h),
         )  # fmt: skip
+        if several is not None:
+            ids, at_ids = several
+            put_ids_kernel[(triton.cdiv(n, 32),)](
+                order, count, ids, at_ids, buffer, n, ids.shape[1], buffer.stride(0), begin, slab.stop,
+                BLOCK=32, IDS=32, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
         dz = buffer[:, :width]  # [N, width]
         if dbias is not None:
             total = part_bias[:, :width].sum(0)

@@ -19,6 +19,7 @@ from flowrl_kernels.triton.primitives import (
     row_factor,
     shifted,
 )
+from flowrl_kernels.triton.several_kernels import pick_ids
 
 
 @triton.jit
@@ -46,17 +47,22 @@ def _store_logits(
 
 @triton.jit
 def _absorb(
-    acc, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live, i_col0, N, V, stride_logits,
-    b_target, b_factor, logit_scale, softcap,
+    acc, b_max, b_sum, b_dot, b_logit, b_top, b_total, bias, tile_lse, logits, order, i_row, num_live, i_col0, N, V,
+    stride_logits, b_target, b_factor, logit_scale, softcap, ids, id_logit, K, STATISTICS: tl.constexpr,
     ENTROPY: tl.constexpr, STATS: tl.constexpr, EVEN_V: tl.constexpr,
     DESCRIPTOR: tl.constexpr, STORE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Take [BLOCK_M, TILE] products into a row's running max, sum, entropy sum and target logit."""
+    """Take [BLOCK_M, TILE] products into a row's running max, sum, entropy sum, target logit, argmax and logit sum."""
     i_col = i_col0 + tl.arange(0, TILE)
     z, _ = activate(acc, bias, i_col, V, b_factor, logit_scale, softcap)
     held = (b_target >= i_col0) & (b_target < i_col0 + TILE)
     if tl.max(held.to(tl.int32), 0) > 0:
         b_logit += tl.sum(tl.where(i_col[None, :] == b_target[:, None], z, 0.0), 1)
+    if ids is not None:
+        live = i_row < num_live
+        pick_ids(z, ids, id_logit, K, tl.load(order + i_row, mask=live, other=0), live, i_col0, N, TILE)
+    if STATISTICS:
+        b_total += tl.sum(tl.where((i_col < V)[None, :], z, 0.0), 1)
 
     # against the tile's own maximum, so that its mass is known however small it is beside the row's
     if not EVEN_V:
@@ -80,6 +86,9 @@ def _absorb(
         tl.store(tile_lse + (i_col0 // TILE).to(tl.int64) * N + source, round_up_fp16(lse), mask=live)
 
     new_max = tl.maximum(b_max, t_max)
+    if STATISTICS:
+        t_top = tl.min(tl.where(z == t_max[:, None], i_col[None, :], 2147483647), 1)  # the lowest of equal ones
+        b_top = tl.where(t_max > b_max, t_top, b_top)
     # maxima are nats and the rest log2 units relative to LOG2E times them, as rounded: the backward does the same
     ref = tl.where(new_max == float("-inf"), 0.0, new_max * LOG2E)
     t_step, b_step = t_max * LOG2E - ref, b_max * LOG2E - ref
@@ -94,10 +103,10 @@ def _absorb(
         _store_logits(
             z, logits, i_row, tl.where(inside, num_live, 0), i_col0, stride_logits, DESCRIPTOR, STORE, BLOCK_M, TILE
         )  # fmt: skip
-    return new_max, b_sum, b_dot, b_logit
+    return new_max, b_sum, b_dot, b_logit, b_top, b_total
 
 
-@triton.jit(do_not_specialize=["N", "V", "num_splits", "tiles_per_split", "group_rows", "temperature_stride"])
+@triton.jit(do_not_specialize=["N", "V", "K", "num_splits", "tiles_per_split", "group_rows", "temperature_stride"])
 def forward_kernel(
     x,  # [N, H] compact rows, descriptor or pointer
     w,  # [V, H], descriptor or pointer
@@ -112,8 +121,13 @@ def forward_kernel(
     part_dot,  # [splits, N]: sum of (z - max) e, log2 units
     tile_lse,  # [V/128, N] fp16
     logits,  # [N, V rounded up to 128] fp32 compact rows, descriptor, pointer or None: z itself
+    ids,  # [K, N] int32, each row's rising, or None
+    id_logit,  # [K, N]
+    part_top,  # [splits, N] int32 the likeliest id, or None
+    part_total,  # [splits, N] sum of the logits
     N,
     V,
+    K,
     H,
     stride_x,
     stride_w,
@@ -144,6 +158,8 @@ def forward_kernel(
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     b_dot = tl.zeros((BLOCK_M,), tl.float32)
     b_logit = tl.zeros((BLOCK_M,), tl.float32)
+    b_top = tl.zeros((BLOCK_M,), tl.int32)
+    b_total = tl.zeros((BLOCK_M,), tl.float32)
     # items and their tiles in one loop, and that one with the product's: Triton flattens two levels and no third
     for step in tl.range(0, mine * tiles_per_split, flatten=FLATTEN):
         item = tl.program_id(0) + step // tiles_per_split * tl.num_programs(0)
@@ -165,25 +181,28 @@ def forward_kernel(
         b_sum = tl.where(fresh, 0.0, b_sum)
         b_dot = tl.where(fresh, 0.0, b_dot)
         b_logit = tl.where(fresh, 0.0, b_logit)
+        if part_top is not None:
+            b_top = tl.where(fresh, 2147483647, b_top)
+            b_total = tl.where(fresh, 0.0, b_total)
         if BLOCK_N == 2 * TILE:
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, TILE)), (0, 2, 1)))
-            b_max, b_sum, b_dot, b_logit = _absorb(
-                left, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live, col0,
-                N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V,
-                DESCRIPTOR, STORE, BLOCK_M, TILE,
+            b_max, b_sum, b_dot, b_logit, b_top, b_total = _absorb(
+                left, b_max, b_sum, b_dot, b_logit, b_top, b_total, bias, tile_lse, logits, order, i_row, num_live,
+                col0, N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ids, id_logit, K,
+                part_top is not None, ENTROPY, STATS, EVEN_V, DESCRIPTOR, STORE, BLOCK_M, TILE,
             )  # fmt: skip
             if col0 + TILE < V:
-                b_max, b_sum, b_dot, b_logit = _absorb(
-                    right, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live,
-                    col0 + TILE, N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS,
-                    EVEN_V, DESCRIPTOR, STORE, BLOCK_M, TILE,
+                b_max, b_sum, b_dot, b_logit, b_top, b_total = _absorb(
+                    right, b_max, b_sum, b_dot, b_logit, b_top, b_total, bias, tile_lse, logits, order, i_row,
+                    num_live, col0 + TILE, N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ids,
+                    id_logit, K, part_top is not None, ENTROPY, STATS, EVEN_V, DESCRIPTOR, STORE, BLOCK_M, TILE,
                 )  # fmt: skip
         else:
             tl.static_assert(BLOCK_N == TILE)
-            b_max, b_sum, b_dot, b_logit = _absorb(
-                acc, b_max, b_sum, b_dot, b_logit, bias, tile_lse, logits, order, i_row, num_live, col0,
-                N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ENTROPY, STATS, EVEN_V,
-                DESCRIPTOR, STORE, BLOCK_M, TILE,
+            b_max, b_sum, b_dot, b_logit, b_top, b_total = _absorb(
+                acc, b_max, b_sum, b_dot, b_logit, b_top, b_total, bias, tile_lse, logits, order, i_row, num_live,
+                col0, N, V, stride_logits, b_target, b_factor, logit_scale, softcap, ids, id_logit, K,
+                part_top is not None, ENTROPY, STATS, EVEN_V, DESCRIPTOR, STORE, BLOCK_M, TILE,
             )  # fmt: skip
 
         # masked, not behind a branch: one that does nothing but store keeps the loops from being flattened
@@ -195,9 +214,12 @@ def forward_kernel(
         tl.store(part_sum + p_part, b_sum, mask=live & done)
         if ENTROPY:
             tl.store(part_dot + p_part, b_dot, mask=live & done)
+        if part_top is not None:
+            tl.store(part_top + p_part, b_top, mask=live & done)
+            tl.store(part_total + p_part, b_total, mask=live & done)
 
 
-@triton.jit(do_not_specialize=["N", "V", "num_splits"])
+@triton.jit(do_not_specialize=["N", "V", "K", "num_splits"])
 def merge_kernel(
     part_max,
     part_sum,
@@ -208,8 +230,15 @@ def merge_kernel(
     logp,  # [N] the target's logit; becomes its log p, -inf where the row has no target here
     lse,  # [2, N] maximum and log of the sum
     entropy,  # [N]
+    ids,  # [K, N], or None
+    id_logp,  # [K, N] logits; become log p, as logp does, and 0 where ids are below 0
+    part_top,  # [splits, N], or None
+    part_total,
+    argmax,  # [N] int64; -1 for rows that take no part
+    mean_logits,  # [N]
     N,
     V,
+    K,
     num_splits,
     ENTROPY: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -237,6 +266,20 @@ def merge_kernel(
     b_logp = (shifted(tl.load(logp + source, mask=inside, other=0.0), top) - log_total) * LN2
     b_logp = tl.where(b_target < V, b_logp, float("-inf"))
     tl.store(logp + source, tl.where(live, b_logp, 0.0), mask=inside)
+    if ids is not None:
+        for k in range(K):
+            p_id = k * N.to(tl.int64) + source
+            b_id = tl.load(ids + p_id, mask=inside, other=-1)
+            b_logp = (shifted(tl.load(id_logp + p_id, mask=inside, other=0.0), top) - log_total) * LN2
+            b_logp = tl.where(b_id < V, b_logp, float("-inf"))
+            tl.store(id_logp + p_id, tl.where(live & (b_id >= 0), b_logp, 0.0), mask=inside)
+    if part_top is not None:
+        b_top = tl.load(part_top + p_part, mask=held, other=2147483647)
+        b_top = tl.min(tl.where(b_max == top[None, :], b_top, 2147483647), 0)  # splits by rising columns
+        b_top = tl.where(b_top == 2147483647, 0, b_top)  # every logit -inf, or a NaN
+        tl.store(argmax + source, tl.where(live, b_top, -1).to(tl.int64), mask=inside)
+        mean = tl.sum(tl.load(part_total + p_part, mask=held, other=0.0), 0) / V
+        tl.store(mean_logits + source, tl.where(live, mean, 0.0), mask=inside)
     if ENTROPY:
         b_dot = tl.load(part_dot + p_part, mask=held, other=0.0)
         shift = tl.where(b_sum > 0.0, step, 0.0)

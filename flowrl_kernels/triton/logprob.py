@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flowrl_kernels.chunked.several import Several, as_one, put_, rows_of
+from flowrl_kernels.core.types import Upstream
 from flowrl_kernels.triton.primitives import LN2, LOG2E, row_factor, shifted, tanh
 
 LANES, WIDTH, WARPS = 512, 8, 4  # columns a step = LANES * WIDTH; 16 bytes of 16-bit logits a lane
@@ -28,27 +30,31 @@ def _activate(a, factor, softcap):
 
 
 # V is specialised: whether 16 divides it decides whether loads are vectors
-@triton.jit(do_not_specialize=["N", "temperature_stride"])
+@triton.jit(do_not_specialize=["N", "K", "temperature_stride"])
 def forward_kernel(
     logits,  # [N, V]
     target,  # [N]
+    ids,  # [N, K], or None
     temperature,  # [N] or [1]
-    logp,  # [N]
+    logp,  # [N]; [N, K] where there are ids, 0 so far
     lse,  # [2, N] maximum and log of the sum
     entropy,  # [N]
     N,
     V,
+    K,
     stride_logits,
     temperature_stride,
     softcap,
     ENTROPY: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
+    IDS: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
     b_target = tl.load(target + i)
     if b_target < 0:
-        tl.store(logp + i, 0.0)
+        if ids is None:
+            tl.store(logp + i, 0.0)
         tl.store(lse + i, 0.0)
         tl.store(lse + N.to(tl.int64) + i, 0.0)
         if ENTROPY:
@@ -84,10 +90,19 @@ def forward_kernel(
         log_total = tl.log2(total)
         tl.store(lse + i, top)
         tl.store(lse + N.to(tl.int64) + i, log_total * LN2)
-        known = b_target < V
-        a = tl.load(p_row + b_target, mask=known, other=0.0).to(tl.float32)
-        z, _ = _activate(a, factor, softcap)
-        tl.store(logp + i, tl.where(known, (shifted(z, top) - log_total) * LN2, float("-inf")))
+        if ids is None:
+            known = b_target < V
+            a = tl.load(p_row + b_target, mask=known, other=0.0).to(tl.float32)
+            z, _ = _activate(a, factor, softcap)
+            tl.store(logp + i, tl.where(known, (shifted(z, top) - log_total) * LN2, float("-inf")))
+        else:
+            for k in range(0, K, IDS):
+                i_k = k + tl.arange(0, IDS)
+                b_id = tl.load(ids + i * K + i_k, mask=i_k < K, other=-1)
+                a = tl.load(p_row + b_id, mask=(b_id >= 0) & (b_id < V), other=0.0).to(tl.float32)
+                z, _ = _activate(a, factor, softcap)
+                b_logp = tl.where(b_id < V, (shifted(z, top) - log_total) * LN2, float("-inf"))
+                tl.store(logp + i * K + i_k, b_logp, mask=b_id >= 0)
         if ENTROPY:
             shift = tl.where(b_sum > 0.0, step, 0.0)
             value = (log_total - tl.sum(scale * tl.fma(shift, b_sum, b_dot), 0) / total) * LN2
@@ -153,7 +168,8 @@ def logprob_fwd(
     target [N] int64: -1 skips the row (outputs 0, logits unread), V means no target here. temperature [N] or [1]
     fp32. Returns logp [N] (-inf without a target here), lse [2, N] as maximum and log of the sum relative to it,
     entropy [N] or [0], all fp32. Logits whose rows could be read in vectors but do not begin at a multiple of
-    16 bytes are copied (N V elements): the order in which a row adds up must not follow an address.
+    16 bytes are copied (N V elements): the order in which a row adds up must not follow an address. Of targets [N, K]
+    -1 skips the id, and logp is [N, K].
     """
     n, v = logits.shape
     if logits.data_ptr() % 16 and logits.stride(0) % 16 == 0:
@@ -162,12 +178,16 @@ def logprob_fwd(
     logp, lse, entropies = (
         torch.empty(size, dtype=torch.float32, device=logits.device) for size in (n, (2, n), n if entropy else 0)
     )
+    ids, k = None, 0
+    if target.dim() == 2:
+        ids, target, k = target.contiguous(), rows_of(target), target.shape[1]
+        logp = torch.zeros((n, k), dtype=torch.float32, device=logits.device)
     if n > 0:
         with torch.cuda.device_of(logits):
             forward_kernel[(n,)](
-                logits, target, temperature, logp, lse, entropies,
-                n, v, logits.stride(0), int(temperature.shape[0] > 1), softcap,
-                ENTROPY=entropy, LANES=LANES, WIDTH=WIDTH, num_warps=WARPS, enable_fp_fusion=False,
+                logits, target, ids, temperature, logp, lse, entropies,
+                n, v, k, logits.stride(0), int(temperature.shape[0] > 1), softcap,
+                ENTROPY=entropy, LANES=LANES, WIDTH=WIDTH, IDS=32, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
     return logp, lse, entropies
 
@@ -186,11 +206,22 @@ def logprob_bwd(
 ) -> Tensor:
     """Gradient by logits [N, V], in their dtype; written over the logits if `inplace`.
 
-    grad_logp [N] and grad_entropy [N] or None are fp32; rows whose gradients are 0 are not read.
+    grad_logp [N] and grad_entropy [N] or None are fp32; rows whose gradients are 0 are not read. grad_logp, target and
+    logp may be [N, K].
     """
     n, v = logits.shape
     dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
     num_blocks = triton.cdiv(v, LANES * WIDTH)
+    several = None
+    if target.dim() == 2:
+        one = as_one(Upstream(grad_logp, grad_entropy), target, logp, entropy)
+        scale = 1.0 / temperature[:, None]
+        if softcap is not None:
+            at = logits.gather(1, target.clamp(0, v - 1)).float()
+            scale = scale * (1.0 - torch.tanh(at / softcap).square())
+        several = Several(target.masked_fill(~one.live[:, None], v), (one.value * scale).to(dlogits.dtype))
+        grad_logp, logp = one.total, torch.zeros_like(one.total)
+        target = torch.where(rows_of(target) < 0, -1, v)
     if n > 0:
         with torch.cuda.device_of(logits):
             backward_kernel[(n * num_blocks,)](
@@ -199,4 +230,6 @@ def logprob_bwd(
                 n, v, num_blocks, logits.stride(0), dlogits.stride(0), int(temperature.shape[0] > 1), softcap,
                 BLOCK=LANES * WIDTH, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
+    if several is not None and n > 0:
+        put_(dlogits, several, 0)
     return dlogits

@@ -18,7 +18,11 @@ NEEDS = {
     "verl_flowrl": ["verl"],
 }
 STAND_INS = {"slime_flowrl", "nemo_rl_flowrl", "openrlhf_flowrl", "open_instruct_flowrl"}  # test_other_trainers.py
-OWN = {"arithmetic"}  # data and a reward: tests/trainer/test_own_data.py
+OWN = {
+    "arithmetic",
+    "from_python",
+    "smol",
+}  # data and rewards: tests/trainer/test_own_data.py, test_entry.py, test_smol.py
 
 
 def test_every_example_is_run_by_a_test():

@@ -96,3 +96,25 @@ def test_patched_log_probs_equal_trl_s_to_1e_5_at_peaked_logits(tiny_model, tmp_
         assert wanted.abs().max() > 5
         if wanted_entropy is not None:
             torch.testing.assert_close(entropy, wanted_entropy, rtol=1e-4, atol=2e-5)
+
+
+def test_accuracy_and_mean_logits_are_trl_s_without_a_second_forward():
+    make = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(40, 16, generator=make), torch.randn(300, 16, generator=make)
+    targets = (hidden @ weight.T).argmax(1)
+    targets[::2] = torch.randint(300, (20,), generator=make)
+    for softcap in (None, 20.0):
+        arguments = (hidden, weight, None, targets, 0.7, 8192, softcap, 1.0)
+        names = ("log_probs", "entropy", "mean_logits", "is_top1")
+        theirs = ours.trl_utils._ChunkedLogProbFunction.apply(*arguments, names)
+        head = ours._Head(None, "chunked", ours.HeadScales(1.0, softcap))  # nothing of TRL's to call
+        mine = head.apply(*arguments, names)
+        assert torch.equal(mine[4], theirs[4])
+        assert 20 <= int(mine[4].sum()) < 40
+        assert mine[2] is theirs[2] is None
+        for i in (0, 1, 3):
+            torch.testing.assert_close(mine[i], theirs[i], rtol=1e-5, atol=2e-5)
+    head = ours._Head(ours.trl_utils._ChunkedLogProbFunction, "chunked", ours.HeadScales(1.0, None))
+    squares = ("log_probs", "log_sum_sq_probs")
+    plain = (hidden, weight, None, targets, 0.7, 8192, None, 1.0)
+    assert torch.equal(head.apply(*plain, squares)[2], ours.trl_utils._ChunkedLogProbFunction.apply(*plain, squares)[2])

@@ -164,8 +164,8 @@ def test_slabs_frozen_parts_and_a_pointer_path_change_nothing_that_matters(any_s
     assert report[2] == 0
     assert torch.equal(gradients(hidden, weight, target, grad, needs=(True, False))[0], whole[0])
     assert torch.equal(gradients(hidden, weight, target, grad, needs=(False, True))[1], whole[1])
-    slabs, slab = [], bounded._slab
-    monkeypatch.setattr(bounded, "_slab", lambda *a: slabs.append(a[3:5]) or slab(*a))
+    slabs, slab = [], bounded.slab
+    monkeypatch.setattr(bounded, "slab", lambda *a: slabs.append(a[3:5]) or slab(*a))
     monkeypatch.setattr(bounded, "SLAB_BYTES", 4 * BLOCK * 4 * (256 + 40))
     parts = gradients(hidden, weight, target, grad)
     assert len(slabs) > 1

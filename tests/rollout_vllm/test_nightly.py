@@ -42,7 +42,7 @@ SUMS = """
 steps = 600
 threads = 1
 [task]
-name = "sums"
+name = "warm_sums:task"
 [model]
 heads = 2
 context = 16
@@ -132,6 +132,8 @@ def test_sums_by_vllm_is_at_equal_steps_as_far_as_by_transformers_over_three_see
         if server is not None:
             server.kill()
     live, other = ([curves(tmp_path / f"{name}{seed}") for seed in range(3)] for name in ("live", "other"))
+    for curve in live + other:  # something was learned, so that there is something to compare
+        assert curve[until] > curve[0] + 0.1, (live, other)
     for step in live[0]:
         a, b = [c[step] for c in live], [c[step] for c in other]
         print(engine, step, a, b)

@@ -82,6 +82,16 @@ def test_a_server_killed_in_mid_run_and_started_again_costs_time_alone(file, ser
     assert rewards(lines)[-1] > 0.4, rewards(lines)
 
 
+def test_the_next_batch_is_sampled_by_the_real_server_while_one_trains_and_its_head_is_the_trainers(file, server):
+    server.wait()
+    more = ["--rollout.overlap", "1", "--rollout.head", "trainer", "--run.steps", "20"]
+    lines = runs.train(file, file.with_name("ahead"), *asking(server), *more, blind=True)
+    assert [x["staleness"] for x in lines] == [0] + [1] * 19
+    assert max(x["probe_gap"] for x in lines) < 2e-5
+    assert lines[0]["mismatch_max"] < 2e-5 < 1e-4 < min(x["mismatch_max"] for x in lines[3:])
+    assert rewards(lines)[-1] > rewards(lines)[0] + 0.05, rewards(lines)
+
+
 def test_an_exported_folder_is_served(file, in_process):
     import vllm
     from transformers import AutoModelForCausalLM

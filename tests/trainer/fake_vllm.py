@@ -11,10 +11,13 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from flowrl_kernels.trainer import config_file
 from flowrl_kernels.trainer import policy as policies
+from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.rollout import Sampling
 from flowrl_kernels.trainer.rollout.hf import HFEngine
+from flowrl_kernels.trainer.tasks import build_task, char_tokenizer
 
 
 class FakeVLLM:
@@ -23,6 +26,7 @@ class FakeVLLM:
     def __init__(self, config, tokenizer):
         self.make = lambda: Policy(policies.build_model(config, tokenizer, "sdpa").eval())
         self.faults, self.asked, self.loads, self.lock = [], [], 0, threading.Lock()
+        self.called = []  # of the workers' methods
         self.port = 0
         self.start()
 
@@ -85,6 +89,9 @@ class FakeVLLM:
         if path == "/weight_info":
             return 200, {"weight_version": self.version}
         if path == "/collective_rpc":
+            self.called.append((body["method"], *body["args"]))
+            if body["method"] == "flowrl_head":
+                return 200, {"results": [True]}
             assert body["method"] == "flowrl_load", body
             for file in Path(body["args"][0]).glob("*.safetensors"):
                 self.engine.policy.model.load_state_dict(load_file(file), strict=False)
@@ -114,6 +121,12 @@ class FakeVLLM:
             choices.append({"index": j, "token_ids": out.tokens[j, :length].tolist(), "logprobs": {"content": content},
                             "weight_versions": [span], "finish_reason": "stop"})  # fmt: skip
         return {"request_id": "1", "choices": choices}
+
+
+def of_sums():
+    """One whose model is that of `small`."""
+    config = config_file.override(Config(), small("http://a:1"))
+    return FakeVLLM(config, char_tokenizer(build_task(config.task).alphabet))
 
 
 def small(address, *more):

@@ -20,6 +20,11 @@ def by_length(prompt, response, answer):
     return len(response) / 10
 
 
+def odd(prompt, response, answer):
+    """0 or 1, each for about half of all responses."""
+    return float(sum(map(ord, response)) % 2)
+
+
 def as_told(prompt, response, answer):
     """Does what the response says."""
     print("noise on stdout")

@@ -148,6 +148,8 @@ def test_an_engines_failure_has_an_exit_code_of_its_own(run, tmp_path, capsys):
         ("rollout.engine server rollout.servers http://h:1 rollout.timeout 0", r"rollout\.timeout: wanted more than 0"),
         ("rollout.engine vllm rollout.kv_cache 0", r"rollout\.kv_cache: wanted more than 0 GiB"),
         ("rollout.engine vllm rollout.tensor_parallel 2", r"rollout\.tensor_parallel: wanted a divisor of 1 ranks"),
+        ("rollout.head trainer", r"rollout\.head: wanted 'engine', engine = 'hf' does not use it"),
+        ("rollout.engine vllm rollout.head trainer rollout.tensor_parallel 2", r"rollout\.head: .* splits the head"),
         ("rollout.probe_limit 1.0", r"rollout\.probe_limit: wanted 0\.0, engine = 'hf' does not use it"),
     ],
 )
@@ -227,5 +229,5 @@ def test_everything_that_samples_is_said_to_vllm_and_nothing_left_to_its_default
     said = vllm_sampling(Sampling(7, 0.6, (1, 2), top_p=0.9, top_k=5, min_p=0.1), 4, seed=11)
     assert said["stop_token_ids"] == [1, 2]
     assert said["ignore_eos"] is True
-    fields = {field.name for field in dataclasses.fields(Sampling)} - {"max_new_tokens", "stop"}
+    fields = {field.name for field in dataclasses.fields(Sampling)} - {"max_new_tokens", "stop", "stops"}
     assert {name: said[name] for name in fields} == {"temperature": 0.6, "top_p": 0.9, "top_k": 5, "min_p": 0.1}

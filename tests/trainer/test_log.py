@@ -100,21 +100,36 @@ def test_tensorboard_and_wandb_get_the_same_figures(tmp_path, monkeypatch):
     got = []
     board = types.SimpleNamespace(
         SummaryWriter=lambda folder: types.SimpleNamespace(
-            add_scalar=lambda key, value, step: got.append((key, value, step)), close=lambda: None
+            add_scalar=lambda key, value, step: got.append((key, value, step)),
+            add_text=lambda key, text, step: got.append((key, text, step)),
+            close=lambda: None,
         )
     )
     wandb = types.SimpleNamespace(
+        Table=lambda columns, data: (columns, data),
         init=lambda **k: types.SimpleNamespace(
             log=lambda metrics, step: got.extend((k, v, step) for k, v in metrics.items()), finish=lambda: None
-        )
+        ),
     )
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = Log(tmp_path, LogConfig(progress=False, tensorboard=True, wandb=True))
     log.step(3, {"reward": 0.5})
     log.evaluation(3, "valid", {"accuracy": 0.25})
-    log.close()
     assert got == [("train/reward", 0.5, 3)] * 2 + [("valid/accuracy", 0.25, 3)] * 2
+    got.clear()
+    chat = [{"role": "user", "content": "é"}]
+    log.samples(
+        3, [{"prompt": "a|b\n<i>", "response": "x", "reward": None}, {"prompt": chat, "response": "", "reward": 1}]
+    )
+    log.close()
+    lines = ["| prompt | response | reward |", "|---|---|---|", "| a&#124;b<br>&lt;i&gt; | x | null |"]
+    lines += ["| [{&quot;role&quot;: &quot;user&quot;, &quot;content&quot;: &quot;é&quot;}] |  | 1 |"]
+    columns, data = (
+        ["prompt", "response", "reward"],
+        [["a|b\n<i>", "x", None], [json.dumps(chat, ensure_ascii=False), "", 1]],
+    )
+    assert got == [("samples", "\n".join(lines), 3), ("samples", (columns, data), 3)]
 
 
 def test_a_table_shows_gaps_as_dashes(capsys):

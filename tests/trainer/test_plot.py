@@ -11,7 +11,7 @@ from flowrl_kernels.trainer.plot import plot_runs, read_runs, smooth
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def fake_run(folder, steps=120, speed=1.0, flow=True):
+def fake_run(folder, steps=120, speed=1.0, flow=True, more=False):
     """A run folder with a metrics.jsonl of the shape that training writes."""
     folder.mkdir(parents=True)
     rows = [{"step": -1, "kind": "warm", "loss": 2.0}, {"step": 0, "kind": "note", "text": "hello"}]
@@ -19,7 +19,11 @@ def fake_run(folder, steps=120, speed=1.0, flow=True):
         done = 1 - math.exp(-speed * step / 40)
         if step:
             row = {"step": step, "kind": "train", "reward": done + 0.05 * math.sin(step * 9), "accuracy": done}
-            row |= {"entropy": 1.5 - done * (0.4 if flow else 1.2)}
+            row |= {
+                "entropy": 1.5 - done * (0.4 if flow else 1.2),
+            }
+            row |= {"length": 6.0, "truncated": 0.1, "grad_norm": 0.3, "kl_ref": done, "clip_high": 0.1} if more else {}
+            row |= {} if flow else {"clipped": 0.0}
             row |= (
                 {"residual_abs": None if step == 7 else 4 * math.exp(-step / 30) + 0.3, "log_z": 1.2 * done}
                 if flow
@@ -40,11 +44,12 @@ def fake_run(folder, steps=120, speed=1.0, flow=True):
 
 
 def test_one_png_per_panel_and_an_overview(tmp_path):
-    run = fake_run(tmp_path / "flowrl")
+    run = fake_run(tmp_path / "flowrl", more=True)
     files = plot_runs([run])
     assert {f.name for f in files} == {
         "solve_rate.png", "distinct.png", "modes.png", "reward.png", "entropy.png", "residual.png", "log_z.png",
-        "kl.png", "overview.png",
+        "kl.png", "pass_at_k.png", "length.png", "truncated.png", "kl_ref.png", "grad_norm.png", "clipped.png",
+        "overview.png",
     }  # fmt: skip
     assert all(f.parent == run / "plots" and f.read_bytes().startswith(PNG) for f in files)
 
@@ -53,7 +58,8 @@ def test_several_runs_are_overlaid_and_panels_without_data_left_out(tmp_path):
     runs = [fake_run(tmp_path / "a", flow=False), fake_run(tmp_path / "b", speed=2.0, flow=False)]
     names = {file.name for file in plot_runs(runs, tmp_path / "out")}
     assert "overview.png" in names
-    assert not names & {"log_z.png", "residual.png"}
+    assert not names & {"log_z.png", "residual.png", "kl_ref.png"}
+    assert "clipped.png" in names  # that nothing is clipped is worth a line
 
 
 def test_a_run_is_read_without_its_gaps_and_named_by_its_folder(tmp_path):

@@ -170,7 +170,7 @@ def test_a_reward_that_is_not_there_is_refused_at_the_start(name):
         Scorer(TaskConfig(reward=name), Sums())
 
 
-@pytest.mark.parametrize("setting", [{"reward_timeout": 0.0}, {"reward_workers": 0}])
+@pytest.mark.parametrize("setting", [{"reward_timeout": 0.0}, {"reward_workers": -1}])
 def test_settings_are_checked(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         Scorer(TaskConfig(**setting), Sums())

@@ -219,7 +219,9 @@ def test_the_log_of_a_resumed_run_goes_to_tensorboard_once_a_step(place, monkeyp
     got = []
     board = types.SimpleNamespace(
         SummaryWriter=lambda folder: types.SimpleNamespace(
-            add_scalar=lambda key, value, step: got.append((key, step)), close=lambda: None
+            add_scalar=lambda key, value, step: got.append((key, step)),
+            add_text=lambda key, text, step: got.append((key, step)),
+            close=lambda: None,
         )
     )
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
@@ -227,6 +229,7 @@ def test_the_log_of_a_resumed_run_goes_to_tensorboard_once_a_step(place, monkeyp
     (place / "run" / "tensorboard" / "events.out.tfevents.1").write_text("old")
     train(place, "--run.resume", "True", "--run.steps", "4", "--log.tensorboard", "True")
     assert [step for key, step in got if key == "train/reward"] == [1, 2, 3, 4]
+    assert [step for key, step in got if key == "samples"] == [1]
     assert not list((place / "run" / "tensorboard").iterdir())
 
 
@@ -235,10 +238,11 @@ def test_weights_and_biases_get_the_same_id_after_a_resume(place, monkeypatch):
 
     ids = []
     wandb = types.SimpleNamespace(
+        Table=lambda columns, data: None,
         init=lambda **k: (
             ids.append((k["id"], k["resume"]))
             or types.SimpleNamespace(log=lambda metrics, step: None, finish=lambda: None)
-        )
+        ),
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for steps in ("3", "4"):
@@ -257,7 +261,7 @@ def test_a_signal_lets_the_step_end_and_leaves_its_checkpoint(tmp_path, monkeypa
     before = signal.getsignal(signal.SIGINT)  # ignored where the suite runs in the background
     collect = loop.collect
     monkeypatch.setattr(
-        loop, "collect", lambda run, step: (step == 2 and os.kill(os.getpid(), number), collect(run, step))[1]
+        loop, "collect", lambda run, at: (at.step == 1 and os.kill(os.getpid(), number), collect(run, at))[1]
     )
     args = [*SMALL, "--run.dir", str(tmp_path / "run"), "--run.cache", str(tmp_path / "c"), "--run.steps", "4"]
     (tmp_path / "a.toml").write_text("")

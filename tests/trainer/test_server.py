@@ -15,13 +15,11 @@ from flowrl_kernels.trainer.rollout import Sampling, faults
 from flowrl_kernels.trainer.rollout.faults import EngineError, Fault, again
 from flowrl_kernels.trainer.rollout.http import Http
 from flowrl_kernels.trainer.rollout.server import ServerEngine, write
-from flowrl_kernels.trainer.tasks import build_task, char_tokenizer
 
 
 @pytest.fixture
 def server():
-    config = config_file.override(Config(), fake_vllm.small("http://a:1"))
-    fake = fake_vllm.FakeVLLM(config, char_tokenizer(build_task(config.task).alphabet))
+    fake = fake_vllm.of_sums()
     yield fake
     if fake.server is not None:
         fake.kill()
@@ -29,8 +27,7 @@ def server():
 
 @pytest.fixture
 def second(server):
-    config = config_file.override(Config(), fake_vllm.small("http://a:1"))
-    fake = fake_vllm.FakeVLLM(config, char_tokenizer(build_task(config.task).alphabet))
+    fake = fake_vllm.of_sums()
     yield fake
     fake.kill()
 
@@ -146,7 +143,8 @@ BAD = {
 @pytest.mark.parametrize("fault", BAD)
 def test_what_goes_wrong_once_is_asked_again_and_changes_nothing(tmp_path, server, fault, monkeypatch):
     monkeypatch.setattr(faults, "LONGEST", 0.01)
-    flags = fake_vllm.small(server.address, "--rollout.timeout", "0.2", "--run.dir", str(tmp_path))
+    patience = "0.2" if fault is hangs else "30"  # a busy machine must not look like a fault
+    flags = fake_vllm.small(server.address, "--rollout.timeout", patience, "--run.dir", str(tmp_path))
     engine = ServerEngine(config_file.override(Config(), flags), 14, tiny.ALONE)
     engine.update_weights(server.engine.policy.model.state_dict().items(), 3)
     asked = [[3, 13], [4, 5, 13], [6]], 4, Sampling(6, 1.0, (1,)), 7
@@ -212,6 +210,19 @@ def test_only_what_may_pass_is_tried_again(waits):
 
     assert again(third, retries=2, what="x") == 7
     assert waits == [1, 2]
+
+
+def test_a_server_is_told_of_the_trainers_head_with_every_push_for_it_may_have_been_away(tmp_path, server):
+    for head, told in (("trainer", [("flowrl_head", "chunked")]), ("engine", [])):
+        server.called = []
+        more = ["--rollout.head", head, "--parallel.impl", "chunked", "--run.dir", str(tmp_path)]
+        config = config_file.override(Config(), fake_vllm.small(server.address, *more))
+        engine = ServerEngine(config, 14, tiny.ALONE)
+        for version in (1, 2):
+            engine.update_weights(server.engine.policy.model.state_dict().items(), version)
+        assert [call for call in server.called if call[0] == "flowrl_head"] == told * 2
+        assert [call[0] for call in server.called if call[0] == "flowrl_load"] == ["flowrl_load"] * 2
+        engine.close()
 
 
 def test_weights_are_written_whole_in_the_type_that_computes_and_in_files_of_a_size(tmp_path, monkeypatch):

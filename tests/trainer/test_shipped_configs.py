@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from flowrl_kernels.trainer import config_file, loop
+from flowrl_kernels.trainer import policy as policies
 from flowrl_kernels.trainer.config import check
 from flowrl_kernels.trainer.tasks import char_tokenizer
 
@@ -25,13 +26,18 @@ OWN = {
         "algorithm.minibatch_prompts 2  rollout.max_prompt_tokens 12  parallel.max_tokens 20  task.reward_workers 1 "
         " checkpoint.every 1  eval.every 1"
     ),
+    "smol": [],
+    "smol_gym": tiny.flags("task.size 8  task.held_out 4  task.reward_workers 1"),
 }
+NAMED = ("math_7b", "smol", "smol_gym")  # their model is a folder
 
 
 def model_and_data(folder):
-    cfg = tiny.config(model={"context": 24})
-    tiny.model(cfg).save_pretrained(folder / "model")
-    char_tokenizer(tiny.ALPHABET).save_pretrained(folder / "model")
+    """Flags that name a tiny model and nine sums, in place of a config's own."""
+    cfg = tiny.config(model={"context": 96})
+    letters = tiny.ALPHABET + " :SadefghilmnoprtwT-"  # those of a generator's question too
+    policies.build_model(cfg, char_tokenizer(letters), "sdpa").save_pretrained(folder / "model")
+    char_tokenizer(letters).save_pretrained(folder / "model")
     rows = [{"prompt": f"{i}+{j}=", "answer": str(i + j)} for i in range(3) for j in range(3)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = ["--model.name", str(folder / "model")]
@@ -43,7 +49,7 @@ def test_a_shipped_config_runs_to_its_end(tmp_path, file):
     shipped = config_file.load(file)
     check(shipped, 8 if file.stem == "math_7b" else 1)
     place = ["--run.dir", str(tmp_path / "run"), "--run.cache", str(tmp_path / "cache")]
-    own = model_and_data(tmp_path) if file.stem == "math_7b" else []
+    own = model_and_data(tmp_path) if file.stem in NAMED else []
     config = config_file.override(shipped, [*SMALLER, *OWN[file.stem], *place, *own])
     final = loop.train(config)
     assert {"accuracy", "reward", "length"} <= final.keys()

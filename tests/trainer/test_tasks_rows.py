@@ -299,9 +299,9 @@ def test_saved_datasets_are_read_without_datasets_and_ask_for_their_split(tmp_pa
 def test_numpy_cells_are_plain_python():
     import numpy as np
 
-    from flowrl_kernels.trainer.tasks.dataset import _plain
+    from flowrl_kernels.trainer.tasks.dataset import plain
 
-    got = _plain({"a": np.array([{"role": "user"}], dtype=object), "b": np.float32(0.5), "c": [np.int64(3)]})
+    got = plain({"a": np.array([{"role": "user"}], dtype=object), "b": np.float32(0.5), "c": [np.int64(3)]})
     assert got == {"a": [{"role": "user"}], "b": 0.5, "c": [3]}
     assert type(got["c"][0]) is int
 

@@ -8,6 +8,7 @@ from flowrl_kernels.trainer import config as configs
 from flowrl_kernels.trainer import config_file, loop, parallel, shaping
 from flowrl_kernels.trainer import run as runs
 from flowrl_kernels.trainer.config import Config
+from flowrl_kernels.trainer.records import Progress
 from flowrl_kernels.trainer.rollout.hf import HFEngine
 
 
@@ -19,7 +20,7 @@ def prepared(tmp_path, text):
 def first_minibatch(run, replay=True):
     """pi / pi_sampler of each token before anything was learned, with the trainer's log-probs over the kept tokens
     or over all."""
-    rollouts = loop.collect(run, 1)
+    rollouts = loop.collect(run, Progress())
     rollouts.reward = [0.0, 1.0] * (len(rollouts.texts) // 2)
     updates = loop.pack_updates(run, rollouts, shaping.shape(run.config, rollouts, run.world))
     batches = [batch for update in updates for batch in update.batches]
@@ -57,7 +58,7 @@ def test_the_weight_of_the_first_update_over_kept_tokens_is_one_to_the_bit(tmp_p
     if run.reference is not None:
         loop.score(run, run.reference, batches, "ref")
     shaping.finish(run.config, batches, run.world)
-    out = run.policy(run.loss(batches[0], tokens=9, sequences=3), batches[0].ids, batches[0].positions)
+    out = run.policy(run.loss(batches[0], tokens=9, sequences=3, update=1), batches[0].ids, batches[0].positions)
     assert batches[0].kept is not None
     assert out.weight.eq(1.0).all()
 
@@ -67,7 +68,7 @@ def test_an_engine_that_does_not_tell_what_it_kept_is_refused(tmp_path, monkeypa
     generate = HFEngine.generate
     monkeypatch.setattr(HFEngine, "generate", lambda *args: generate(*args)._replace(kept=None))
     with pytest.raises(RuntimeError, match=r"rollout\.engine: 'hf' did not return the tokens"):
-        loop.collect(run, 1)
+        loop.collect(run, Progress())
     monkeypatch.setattr(configs, "TELLS_KEPT", ())
     for text, key in (("top_p 0.9", "top_p: wanted 1.0"), ("top_k 3", "top_k: wanted 0"), ("min_p 0.1", "min_p: want")):
         with pytest.raises(ValueError, match=rf"rollout\.{key}.*'hf' does not return the tokens it kept"):

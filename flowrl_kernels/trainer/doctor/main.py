@@ -43,8 +43,7 @@ def doctor(
     config, newest = export.open_source(source, settings)
     run = Path(source).expanduser() if newest is not None else None
     config = config_file.expand(config_file.override(export.single(config), args, "flowrl doctor RUN_OR_FOLDER"))
-    for key in ("name", "reward"):
-        export.refuse_code_of(run, f"task.{key}", getattr(config.task, key))
+    export.refuse_code_of(run, config)
     world = export.start(config)
     check(config)
     task = build_task(config.task)

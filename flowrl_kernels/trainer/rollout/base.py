@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from flowrl_kernels.trainer.rollout.stops import Stops
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -21,6 +23,7 @@ class Sampling:
     top_p: float = 1.0  # the most likely tokens that hold this share of the mass; 1: all
     top_k: int = 0  # so many of the most likely tokens, and those as likely as the last of them; 0: all
     min_p: float = 0.0  # tokens at least this share as likely as the most likely one; 0: all
+    stops: Stops | None = None  # texts that end a response; the token that completes one is its last
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
@@ -33,6 +36,11 @@ class Sampling:
             raise ValueError(f"top_k: wanted at least 1, or 0 (all); got {self.top_k}")
         if not 0.0 <= self.min_p <= 1.0:
             raise ValueError(f"min_p: wanted a number in [0, 1]; got {self.min_p}")
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Token ids that end a response whatever came before."""
+        return self.stop if self.stops is None else (*self.stop, *self.stops.tokens)
 
     @property
     def truncated(self) -> bool:
@@ -65,7 +73,7 @@ class Generated(NamedTuple):
     logp: [B, T] fp32, log-probability of each token under the distribution it was drawn from (after the
         temperature and over the kept tokens), 0 after the end.
     length: [B] int64, tokens of each response.
-    finished: [B] bool, False where the budget ran out before an end token.
+    finished: [B] bool, False where the budget ran out before an end token or text.
     kept: what a truncated draw chose from; None where nothing was left out, or the engine does not tell.
     version: number of the update whose weights generated this.
     """
@@ -146,7 +154,7 @@ def draw(logits: Tensor, sampling: Sampling, u: Tensor) -> Drawn:
     z = logits / sampling.temperature
     keep = kept_tokens(z, sampling) if sampling.truncated else None
     logp = torch.log_softmax(z if keep is None else z.masked_fill(~keep, -math.inf), dim=-1)
-    cdf = logp.double().exp().cumsum(-1)
+    cdf = logp.to(torch.float64, copy=True).exp_().cumsum_(-1)  # in place: [B, V] is large beside what a token costs
     token = torch.searchsorted(cdf, (u * cdf[:, -1]).unsqueeze(-1), right=True).clamp_(max=logits.shape[-1] - 1)
     return Drawn(token.squeeze(-1), logp.gather(-1, token).squeeze(-1), keep)
 

@@ -18,7 +18,8 @@ class HFEngine:
 
     The batch is static: it starts with every prompt, ends with the last response, and sheds finished rows
     each time half of it has finished. Prompts are read once and their cache repeated for the n responses.
-    Under truncated sampling it tells what each token was drawn from, which waits for a GPU at every token.
+    Under truncated sampling it tells what each token was drawn from, and stop texts are looked for in what came: both
+    wait for a GPU at every token.
     """
 
     def __init__(self, policy: Policy, *, batch: int, device: torch.device):
@@ -49,7 +50,9 @@ class HFEngine:
         numbers = numbers if numbers is not None else list(range(len(prompts)))
         chunk = max(1, self.batch // n)
         parts = []
-        with parallel.whole(self.policy):
+        from flowrl_kernels.hf.decoding import decoding
+
+        with parallel.whole(self.policy), decoding(self.policy.model):
             for start in range(0, len(prompts), chunk):
                 part = slice(start, start + chunk)
                 parts.append(self._decode(prompts[part], n, sampling, seed, numbers[part]))
@@ -65,7 +68,7 @@ class HFEngine:
         )
 
     def _decode(self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, numbers: list[int]) -> Generated:
-        from transformers import DynamicCache
+        from flowrl_kernels.hf.decoding import roomy_cache
 
         device, policy = self.device, self.policy
         width, count = max(map(len, prompts)), len(prompts) * n
@@ -75,12 +78,12 @@ class HFEngine:
         columns = torch.arange(width, device=device)
         mask = (columns >= (width - lengths)[:, None]).long()
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache: Any = DynamicCache(config=policy.model.config)
+        cache: Any = roomy_cache(policy.model.config)
         z = policy(_last, ids, positions, mask if ragged else None, cache)  # [P, V]
         if n > 1:
             cache.batch_repeat_interleave(n)
             z, lengths, mask = (x.repeat_interleave(n, 0) for x in (z, lengths, mask))
-        stop = torch.tensor(sampling.stop, device=device, dtype=torch.int64)
+        stop, stops = torch.tensor(sampling.ends, device=device, dtype=torch.int64), sampling.stops
         alive = torch.arange(count, device=device)  # rows still in the batch
         number = torch.tensor([i * n + j for i in numbers for j in range(n)], device=device)
         done = torch.zeros(count, dtype=torch.bool, device=device)  # of those, finished
@@ -89,7 +92,7 @@ class HFEngine:
         length = torch.zeros(count, dtype=torch.int64, device=device)
         finished = torch.zeros(count, dtype=torch.bool, device=device)
         drawn_from: list[tuple[Tensor, Tensor, Tensor]] = []  # of each step: its responses, their kept ids, how many
-        every = 1 if device.type == "cpu" else 16  # looking at `done` waits for a GPU
+        every = 1 if device.type == "cpu" or stops is not None else 16  # looking at `done` waits for a GPU
         for t in range(sampling.max_new_tokens):
             token, logp, keep = draw(z, sampling, uniform(seed, number, t))
             if keep is not None:
@@ -99,6 +102,10 @@ class HFEngine:
             logps[alive, t] = logp.masked_fill(done, 0.0)
             length[alive] += ~done
             done = done | torch.isin(token, stop)
+            if stops is not None:
+                on = (~done).nonzero().squeeze(-1)
+                last = tokens[alive[on], max(0, t + 1 - stops.window) : t + 1].tolist()
+                done[on] = torch.tensor(stops.ended(last), dtype=torch.bool, device=device)
             finished[alive] = done
             if t + 1 == sampling.max_new_tokens:
                 break

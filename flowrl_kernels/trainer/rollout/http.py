@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import socket
 import threading
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,10 +29,15 @@ def check_address(address: str, field: str) -> None:
 class Http:
     """One server. Safe to use from several threads."""
 
-    def __init__(self, address: str, timeout: float):
-        self.address, self.timeout = address.rstrip("/"), timeout
+    def __init__(
+        self, address: str, timeout: float, headers: Mapping[str, str] | None = None, field: str = "rollout.servers"
+    ):
+        self.address, self.timeout, self.field = address.rstrip("/"), timeout, field
+        self.headers = dict(headers or {})
         self._parts = urlsplit(self.address)
         self._local = threading.local()
+        self._open: set[http.client.HTTPConnection] = set()
+        self._closed = False
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """The JSON that comes back (None for an empty answer).
@@ -54,7 +62,8 @@ class Http:
         if status != 200:
             said = f"{method} {path} answered {status}: {text[:300].decode(errors='replace')}"
             if 400 <= status < 500:
-                raise EngineError(f"rollout.servers: {self.address}: {said}; `make serve` starts one that takes it")
+                hint = "; `make serve` starts one that takes it" if self.field == "rollout.servers" else ""
+                raise EngineError(f"{self.field}: {self.address}: {said}{hint}")
             raise Fault(said)
         if not text:
             return None
@@ -67,8 +76,16 @@ class Http:
         """Closes this thread's connection."""
         connection = getattr(self._local, "connection", None)
         if connection is not None:
+            self._open.discard(connection)
             connection.close()
         self._local.connection = None
+
+    def close(self) -> None:
+        """Cuts every thread's connection; who waits for an answer gets a ConnectionError."""
+        self._closed = True
+        for connection in list(self._open):
+            with contextlib.suppress(OSError, AttributeError):  # gone already
+                connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _first(self, method: str, path: str, data: bytes | None) -> tuple[int, bytes]:
         try:
@@ -82,10 +99,14 @@ class Http:
 
     def _once(self, method: str, path: str, data: bytes | None) -> tuple[int, bytes]:
         connection = getattr(self._local, "connection", None)
+        if self._closed:
+            raise ConnectionError("closed by the trainer")
         if connection is None:
             kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
             connection = kind(self._parts.hostname or "", self._parts.port, timeout=self.timeout)
             self._local.connection = connection
-        connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})
+            self._open.add(connection)
+        headers = {"Content-Type": "application/json", **self.headers} if data else self.headers
+        connection.request(method, path, data, headers)
         answer = connection.getresponse()
         return answer.status, answer.read()

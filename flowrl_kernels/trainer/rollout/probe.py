@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from flowrl_kernels.trainer import objective, parallel
-from flowrl_kernels.trainer.batches import pack
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.records import Run
 from flowrl_kernels.trainer.rollout.base import Generated, Sampling
@@ -55,28 +54,24 @@ def gap(run: Run, version: int) -> float:
     # no stop: as many tokens on every rank, so ranks that hold shards of the model stay in step
     sampling = Sampling(min(TOKENS, config.rollout.max_new_tokens), config.rollout.temperature)
     out = run.engine.generate(prompts, 1, sampling, seed=version)
-    check_version(out, run)
-    batches = pack(
-        list(range(len(prompts))), list(map(np.asarray, prompts)), list(out.tokens.numpy()),
-        max_tokens=config.parallel.max_tokens, row_tokens=config.parallel.row_tokens,
-        device=run.world.device, alone=policy.packing == "alone",
-    )  # fmt: skip
+    check_version(out, run.pushed)
+    batches = run.packed(range(len(prompts)), list(map(np.asarray, prompts)), list(out.tokens.numpy()), policy)
     worst = torch.zeros((), dtype=torch.float64)
     for batch in batches:
-        logp = policy(objective.score_head(config, batch), batch.ids, batch.positions).logp
+        logp = policy(objective.score_head(config, batch), batch.ids, batch.positions, branch=batch.branch).logp
         sampled = torch.cat([out.logp[row] for row in batch.which.tolist()])
         worst = torch.maximum(worst, (logp.double().cpu() - sampled.double()).abs().max())
     far = torch.where(worst.isnan(), torch.inf, worst).reshape(1).to(run.world.device)
     return float(parallel.total(far, run.world, "max"))
 
 
-def check_version(out: Generated, run: Run) -> None:
-    """Refuses responses that were not sampled from the weights pushed last.
+def check_version(out: Generated, pushed: int) -> None:
+    """Refuses responses that were not sampled from the weights pushed before they were asked for.
 
     Raises:
         EngineError: naming both versions.
     """
-    if out.version != run.pushed:
+    if out.version != pushed:
         raise EngineError(
-            f"rollout.engine: responses of weights {out.version} came, those of {run.pushed} updates were pushed last"
+            f"rollout.engine: responses of weights {out.version} came, those of {pushed} updates were pushed last"
         )

@@ -45,7 +45,8 @@ def look_at(response: Response, sampling: Sampling, vocab: int, label: str) -> N
         raise Fault("log-probabilities that are no numbers below 0 came")
     if len(tokens) > sampling.max_new_tokens:
         raise Fault(f"{len(tokens)} tokens came, at most {sampling.max_new_tokens} were asked for")
-    ends = [i for i, token in enumerate(tokens) if token in sampling.stop]
+    last = set(sampling.ends)
+    ends = [i for i, token in enumerate(tokens) if token in last]
     if ends and ends[0] < len(tokens) - 1:
         raise Fault(f"a response goes on after its end token at {ends[0]}")
     if not ends and len(tokens) < sampling.max_new_tokens:
@@ -53,7 +54,15 @@ def look_at(response: Response, sampling: Sampling, vocab: int, label: str) -> N
 
 
 def together(responses: Sequence[Response], sampling: Sampling, version: int) -> Generated:
-    """One batch of all responses, those of a prompt next to each other."""
+    """One batch of all responses, those of a prompt next to each other, each up to its end.
+
+    An engine that ends by token ids alone samples on behind a stop text of several tokens: that is cut off here.
+    """
+    if sampling.stops is not None:
+        to = [sampling.stops.length(response.tokens) for response in responses]
+        responses = [r._replace(tokens=r.tokens[:n], logp=r.logp[:n]) for r, n in zip(responses, to)]
+    else:
+        to = [None] * len(responses)
     width = max(len(response.tokens) for response in responses)
     tokens = torch.zeros(len(responses), width, dtype=torch.int64)
     logp = torch.zeros(len(responses), width)
@@ -63,7 +72,8 @@ def together(responses: Sequence[Response], sampling: Sampling, version: int) ->
         if sampling.temperature > 0.0:  # greedy: probability 1
             logp[row, :n] = torch.tensor(response.logp)
     length = torch.tensor([len(response.tokens) for response in responses])
-    finished = torch.tensor([response.tokens[-1] in sampling.stop for response in responses])
+    last = set(sampling.ends)
+    finished = torch.tensor([n is not None or response.tokens[-1] in last for response, n in zip(responses, to)])
     return Generated(tokens, logp, length, finished, None, version)
 
 
@@ -73,6 +83,6 @@ def vllm_sampling(sampling: Sampling, n: int, seed: int) -> dict[str, object]:
         "n": n, "seed": seed, "max_tokens": sampling.max_new_tokens, "min_tokens": 0,
         "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p,
         "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
-        "stop_token_ids": list(sampling.stop), "ignore_eos": True,  # the end tokens are ours to name
+        "stop_token_ids": list(sampling.ends), "ignore_eos": True,  # the end tokens are ours to name
         "logprobs": 0, "detokenize": False,
     }  # fmt: skip

@@ -12,8 +12,9 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from flowrl_kernels.trainer import parallel
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.rollout.base import Generated, Sampling
-from flowrl_kernels.trainer.rollout.faults import Fault, again
+from flowrl_kernels.trainer.rollout.faults import EngineError, Fault, again
 from flowrl_kernels.trainer.rollout.http import Http
 from flowrl_kernels.trainer.rollout.responses import Response, draw_seed, look_at, together, vllm_sampling
 
@@ -43,12 +44,13 @@ class ServerEngine:
         r, self.vocab, self.world = config.rollout, vocab, world
         self.servers = [Http(address, r.timeout) for address in r.servers]
         self.retries, self.dtype = r.retries, parallel.DTYPES[config.parallel.dtype]
+        self.head = config.parallel.impl if r.head == "trainer" else ""
         self.root = Path(config.run.dir).resolve() / "weights"
         self.run = parallel.first(lambda: uuid.uuid4().hex[:12], world)
-        self.version, self.folder = -1, Path()
+        self.version, self.folder, self.closed = -1, Path(), False
         self.locks = [threading.Lock() for _ in self.servers]
         self.pool = ThreadPoolExecutor(AT_ONCE * len(self.servers), "rollout")
-        parallel.first(lambda: [self._again(k, lambda k=k: self._label(k)) for k in range(len(self.servers))], world)
+        parallel.first(lambda: [self._again(k, partial(self._label, k)) for k in range(len(self.servers))], world)
 
     # ------------------------------------------------------------------------------------------------ weights
 
@@ -63,7 +65,7 @@ class ServerEngine:
         self.version, self.folder = version, folder
 
         def push() -> None:
-            for done in [self.pool.submit(self._again, k, lambda k=k: self._load(k)) for k in range(len(self.servers))]:
+            for done in [self.pool.submit(self._again, k, partial(self._load, k)) for k in range(len(self.servers))]:
                 done.result()
             if before != folder and before.name:
                 shutil.rmtree(before, ignore_errors=True)
@@ -72,6 +74,8 @@ class ServerEngine:
 
     def _load(self, k: int) -> None:
         server = self.servers[k]
+        if self.head:
+            server.ask("POST", "/collective_rpc", {"method": "flowrl_head", "args": [self.head]})
         server.ask("POST", "/collective_rpc", {"method": "flowrl_load", "args": [str(self.folder)]})
         if server.ask("POST", "/reset_prefix_cache") != {"success": True}:
             raise Fault("the prefix cache, which is of old weights, was not emptied")
@@ -98,6 +102,20 @@ class ServerEngine:
         seed: int,
         numbers: list[int] | None = None,
     ) -> Generated:
+        return self.ask(prompts, n, sampling, seed, numbers)()
+
+    def ask(
+        self,
+        prompts: list[list[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        numbers: list[int] | None = None,
+    ) -> Callable[[], Generated]:
+        """Sends the prompts out. What comes back waits for the responses (every rank calls it) and raises what failed.
+
+        No weights may be pushed before that.
+        """
         if not prompts or min(map(len, prompts)) == 0:
             raise ValueError("prompts: wanted at least one prompt of at least one token each")
         asked = numbers if numbers is not None else list(range(len(prompts)))
@@ -107,10 +125,13 @@ class ServerEngine:
             params = vllm_sampling(sampling, n, draw_seed(seed, asked[i]))
             return self._again(k, lambda: self._ask(k, prompts[i], params, sampling))
 
-        def all_of_them() -> list[Response]:
-            return [response for group in self.pool.map(one, range(len(prompts))) for response in group]
+        under_way = [self.pool.submit(one, i) for i in range(len(prompts))]
 
-        return together(parallel.agree(all_of_them, self.world), sampling, self.version)
+        def answers() -> Generated:
+            responses = parallel.agree(lambda: [r for group in under_way for r in group.result()], self.world)
+            return together(responses, sampling, self.version)
+
+        return answers
 
     def _ask(self, k: int, prompt: list[int], params: dict[str, Any], sampling: Sampling) -> list[Response]:
         """A prompt's responses. Raises Fault where one of them is not what was asked for."""
@@ -132,8 +153,13 @@ class ServerEngine:
             if self._label(k) != self.label:
                 self._load(k)
 
-    def _again(self, k: int, action: Any) -> Any:
-        return again(action, retries=self.retries, what=f"rollout.servers: {self.servers[k].address}")
+    def _again(self, k: int, action: Callable[[], Any]) -> Any:
+        def unless_closed() -> Any:
+            if self.closed:
+                raise EngineError("the run is over")
+            return action()
+
+        return again(unless_closed, retries=self.retries, what=f"rollout.servers: {self.servers[k].address}")
 
     # ------------------------------------------------------------------------------------------------ the end
 
@@ -141,6 +167,10 @@ class ServerEngine:
         """Nothing to do: a server has memory of its own."""
 
     def close(self) -> None:
+        """Whatever is still asked for is given up at once."""
+        self.closed = True
+        for server in self.servers:
+            server.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
         if self.world.main:
             shutil.rmtree(self.root, ignore_errors=True)

@@ -21,7 +21,7 @@ from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.rollout.base import Generated, Sampling
 from flowrl_kernels.trainer.rollout.faults import EngineError, Fault
 from flowrl_kernels.trainer.rollout.responses import Response, draw_seed, look_at, together, vllm_sampling
-from flowrl_kernels.trainer.rollout.vllm_plugin import register
+from flowrl_kernels.trainer.rollout.vllm_plugin import EXTENSION, register
 
 SETTINGS = {  # of vLLM, unless somebody set them: in this process, no news sent out, threads left where they are
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -67,6 +67,8 @@ class VLLMEngine:
             save_shape(model.config, type(model).__name__, folder)
             with by_name("does not start with this model"), left_alone():
                 self.llm: Any = self._start(config, folder)
+                if r.head == "trainer":
+                    self.llm.collective_rpc("flowrl_head", args=(config.parallel.impl,))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -90,6 +92,7 @@ class VLLMEngine:
             max_num_seqs=min(r.batch, r.prompts * r.samples),
             enforce_eager=not self.cuda,
             enable_sleep_mode=self.cuda,
+            worker_extension_cls=EXTENSION,
         )
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:

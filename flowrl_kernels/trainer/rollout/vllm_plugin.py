@@ -55,6 +55,13 @@ def repack_tied(model: torch.nn.Module) -> int:
 class WorkerExtension:
     """Mixed into vLLM's workers (`--worker-extension-cls`); called by name through `/collective_rpc`."""
 
+    def flowrl_head(self, impl: str) -> bool:
+        """Takes the sampled tokens' log-probs by the trainer's head from now on (vllm_head.py)."""
+        from flowrl_kernels.trainer.rollout.vllm_head import install
+
+        worker: Any = self
+        return install(worker.model_runner, impl)
+
     def flowrl_load(self, folder: str) -> dict[str, int]:
         """Loads every tensor of a folder of safetensors files into the running model."""
         names = 0

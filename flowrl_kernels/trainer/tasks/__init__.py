@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
+from types import ModuleType
 from typing import Any
 
 from flowrl_kernels.trainer.config import TaskConfig
@@ -17,7 +19,9 @@ __all__ = ["Problem", "Task", "build_task", "char_tokenizer", "find_own"]
 def find_own(name: str, wanted: str) -> Any:
     """What "module:function" names, the current folder included, as `python -m` has it and a console script has not.
 
-    Raises ValueError, which begins with `wanted`, for whatever the import raises and for what cannot be called.
+    "file.py:function" names one in a file, which is run once as a module: what must not run with it stands behind
+    `if __name__ == "__main__"`. Raises ValueError, which begins with `wanted`, for whatever the import raises and for
+    what cannot be called.
     """
     module, _, way = name.partition(":")
     if not module or not way:
@@ -26,7 +30,7 @@ def find_own(name: str, wanted: str) -> Any:
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)  # last: a file here hides no installed package
     try:
-        found: Any = importlib.import_module(module)
+        found: Any = _of_file(module) if module.endswith(".py") else importlib.import_module(module)
         for part in way.split("."):
             found = getattr(found, part)
     except (Exception, SystemExit) as error:  # somebody's module: it may raise anything
@@ -34,6 +38,25 @@ def find_own(name: str, wanted: str) -> Any:
     if not callable(found):
         raise ValueError(f"{wanted}, got {name!r}, which is a {type(found).__name__}")
     return found
+
+
+def _of_file(file: str) -> ModuleType:
+    """The module that a file makes, under its whole path among `sys.modules`."""
+    path = os.path.abspath(os.path.expanduser(file))
+    if path not in sys.modules:
+        spec = importlib.util.spec_from_file_location(path, path)
+        if spec is None or spec.loader is None or not os.path.isfile(path):
+            raise FileNotFoundError(f"no such file: {path}")
+        made = importlib.util.module_from_spec(spec)
+        if os.path.dirname(path) not in sys.path:
+            sys.path.append(os.path.dirname(path))  # what it imports beside it
+        sys.modules[path] = made
+        try:
+            spec.loader.exec_module(made)
+        except BaseException:
+            del sys.modules[path]
+            raise
+    return sys.modules[path]
 
 
 def build_task(cfg: TaskConfig) -> Task:
@@ -62,9 +85,14 @@ def build_task(cfg: TaskConfig) -> Task:
         from flowrl_kernels.trainer.tasks.dataset import FileTask
 
         return FileTask.load(cfg)
+    if cfg.name == "maths":
+        from flowrl_kernels.trainer.tasks.maths import Maths
+
+        return Maths.load(cfg)
     if cfg.name.startswith("gym:"):
         from flowrl_kernels.trainer.tasks.gym import Gym
 
         return Gym.load(cfg)
-    wanted = "task.name must be sums, countdown, file, gym:NAME or module:function (a function of the task's settings)"
+    names = "sums, countdown, file, maths, gym:NAME"
+    wanted = f"task.name must be {names} or module:function (a function of the task's settings)"
     return find_own(cfg.name, wanted)(cfg)

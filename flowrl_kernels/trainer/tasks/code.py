@@ -8,6 +8,8 @@ program cannot pass by lying about itself.
 from __future__ import annotations
 
 import atexit
+import hashlib
+import json
 import math
 import re
 import tempfile
@@ -139,6 +141,7 @@ class Judged:
         self._until = math.inf
         self._why = self._reason = ""
         self.passed = self.failed = 0
+        self.seen: list[Any] = []  # what the program printed or returned, test by test, as plain data
         self.seconds = 0.0  # from the program's start until nothing of it is left
 
     def reward(self) -> float:
@@ -195,6 +198,7 @@ class Judged:
             # JSON escapes: up to six bytes for one
             run = self._receive(box, self._until, 6 * (most + 65536))
             how, code = run.get("how"), run.get("code")
+            self.seen.append([how, code, str(run.get("stdout", "")).split()])
             if how == "time":
                 self._fail("timed_out", f"no end within {seconds:.3g} s")
             elif how != "exit" or code != 0:
@@ -213,6 +217,7 @@ class Judged:
         loaded = self._receive(box, self._until, _MOST_VALUE)
         names = loaded.get("names")
         if not isinstance(names, dict):
+            self.seen.append(_kind(loaded))
             self._fail("raised", f"the program does not load: {_raised(loaded)}")
             return
         target = names.get(self._tests.entry_point)
@@ -225,6 +230,7 @@ class Judged:
             return
         for given, wanted in zip(self._tests.inputs, self._tests.outputs):
             answer = self._call(box, target, "__call__", encode(given), self._until_of_one())
+            self.seen.append(_kind(answer))
             try:
                 good = "value" in answer and same_value(decode(answer["value"]), wanted, self._tests.tolerance)
             except (ValueError, TypeError, RecursionError, ArithmeticError):
@@ -261,13 +267,41 @@ class Judged:
             if "call" not in message:
                 break
             box.send(message["call"], self._until, self._watched)
-            judge.send_bytes(box.receive_bytes(self._until_of_one(), self._watched), self._until, self._watched)
+            answer = box.receive_bytes(self._until_of_one(), self._watched)
+            self.seen.append(answer)
+            judge.send_bytes(answer, self._until, self._watched)
         if message["unsupported"]:
             raise ValueError(f"these tests cannot be put to a program in a sandbox: {message['unsupported']}")
         self.passed += message["passed"]
         if message["failed"]:
             self._fail("" if message["error"].startswith("an assertion") else "raised", message["error"])
             self.failed += message["failed"] - 1
+
+
+def behaviour(source: str, tests: CodeTests) -> str:
+    """A hash of what a program does on all of its row's tests, right or wrong: of the words it prints with its exit
+    code, of the values it returns, of the kinds of its exceptions; and of how it ends where its sandbox was ended.
+
+    Raises SandboxUnavailable where no sandbox starts.
+    """
+    judged = Judged(replace(tests, partial=True), source)
+    judged.reward()
+    seen = [_parsed(part) if isinstance(part, bytes) else part for part in judged.seen]
+    ended = judged._why if len(seen) < len(tests.inputs) or judged._why == "timed_out" else ""
+    return hashlib.sha256(json.dumps([seen, ended], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _parsed(answer: bytes) -> Any:
+    try:
+        return _kind(json.loads(answer))
+    except (ValueError, RecursionError):
+        return "garbage"
+
+
+def _kind(answer: Any) -> Any:
+    """A program's answer with the kind of an exception in place of its text, which may name addresses."""
+    raised = answer.get("raised") if isinstance(answer, dict) else None
+    return {"raised": raised[0] if isinstance(raised, list) and raised else ""} if raised is not None else answer
 
 
 def _raised(answer: dict[str, Any]) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from flowrl_kernels.trainer.config import TaskConfig
+from flowrl_kernels.trainer.config import TaskConfig, listed
 from flowrl_kernels.trainer.tasks.answers import equal, read_gold
 from flowrl_kernels.trainer.tasks.base import Problem, check_split
 from flowrl_kernels.trainer.tasks.countdown import read_wanted
@@ -31,6 +32,7 @@ class FileTask:
     max_prompt_tokens: None = None
     max_response_tokens: None = None
     solved: float = 0.5  # a reward above this counts as solved
+    sources: tuple[int, ...] = ()  # how many of the training rows are from each file, one behind the other
     trusted: bool = True  # exact comparison; other rewards run in their own processes
 
     @classmethod
@@ -39,26 +41,25 @@ class FileTask:
         if not cfg.train and not cfg.valid and not cfg.test:
             raise ValueError('task.name = "file" needs task.train, or task.test to evaluate; all are empty')
         read_answer = None
-        if cfg.reward == "code":
+        if "code" in listed(cfg.reward):
             from flowrl_kernels.trainer.tasks.code import row_reader
 
             read_answer = row_reader(cfg)
         keys = (cfg.prompt_key, cfg.answer_key, cfg.system, read_answer)
         found: dict[str, list[Problem]] = {}
-        for split, source in (("train", cfg.train), ("valid", cfg.valid), ("test", cfg.test)):
-            try:
-                found[split] = read_problems(source, *keys) if source else []
-            except (ValueError, FileNotFoundError) as error:
-                raise type(error)(f"task.{split}: {error}") from None
-            _comparable(found[split], split, cfg)
-            if cfg.suffix:
-                found[split] = [replace(p, prompt=_with_suffix(p.prompt, cfg.suffix)) for p in found[split]]
-        return cls(found, solved=1 - 1e-9 if read_answer else 0.5)
+        sources: list[int] = []
+        for split, parts in read_splits(cfg, lambda source: read_problems(source, *keys)):
+            found[split] = one_behind_the_other(parts, cfg.suffix)
+            sources += [len(part) for part in parts] if split == "train" else []
+            for reward in listed(cfg.reward) if read_answer is None else ():
+                _comparable(found[split], split, reward)
+        solved = 1 - 1e-9 if listed(cfg.reward)[0] == "code" else 0.5
+        return cls(found, solved=solved, sources=tuple(sources))
 
     def problems(self, split: str) -> Sequence[Problem]:
         return self.rows[check_split(split)]
 
-    def verify(self, problem: Problem, response: str) -> float:
+    def verify(self, problem: Problem, response: str) -> float | None:
         return exact_reward(problem.prompt, response, problem.answer)
 
     def correct(self, reward: float) -> bool:
@@ -80,11 +81,27 @@ class FileTask:
         return None
 
 
-def _comparable(problems: Sequence[Problem], split: str, cfg: TaskConfig) -> None:
-    """Refuse answers that the built-in reward could never compare, before the first step."""
-    if cfg.reward in ("", "exact", "math"):
+def read_splits(cfg: TaskConfig, read: Callable[[str], list[Problem]]) -> Iterator[tuple[str, list[list[Problem]]]]:
+    """Each split and the problems of its files. Raises ValueError or FileNotFoundError, which name the setting."""
+    for split, source in (("train", cfg.train), ("valid", cfg.valid), ("test", cfg.test)):
+        try:
+            parts = [read(one) for one in listed(source) if one]
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"task.{split}: {error}") from None
+        yield split, parts
+
+
+def one_behind_the_other(parts: list[list[Problem]], suffix: str) -> list[Problem]:
+    """The problems of several files, numbered anew, `suffix` behind every prompt."""
+    problems = [replace(p, id=i) for i, p in enumerate(itertools.chain.from_iterable(parts))]
+    return [replace(p, prompt=with_suffix(p.prompt, suffix)) for p in problems] if suffix else problems
+
+
+def _comparable(problems: Sequence[Problem], split: str, reward: str) -> None:
+    """Refuse answers that a built-in reward could never compare, before the first step."""
+    if reward in ("", "exact", "math"):
         wanted, fits = "text or a number", lambda answer: isinstance(answer, str | int | float)
-    elif cfg.reward == "countdown":
+    elif reward == "countdown":
         wanted, fits = '{"numbers": [...], "target": n}, or its JSON text', lambda a: read_wanted(a) is not None
     else:
         return
@@ -92,7 +109,7 @@ def _comparable(problems: Sequence[Problem], split: str, cfg: TaskConfig) -> Non
         if not fits(problem.answer):
             raise ValueError(
                 f"task.answer_key: the answer of problem {problem.id} of task.{split} must be {wanted} for "
-                f"task.reward = {cfg.reward or 'exact'!r}, got {problem.answer!r:.80}"
+                f"task.reward = {reward or 'exact'!r}, got {problem.answer!r:.80}"
             )
 
 
@@ -115,11 +132,11 @@ def read_problems(
     for where, row in rows(source):
         if not isinstance(row, Mapping):
             raise ValueError(f"{where}: wanted an object with {prompt_key!r}, {answer_key!r}, got {row!r:.80}")
-        prompt = _prompt(_value(row, prompt_key, where), system, where)
+        prompt = as_prompt(_value(row, prompt_key, where), system, where)
         if read_answer is None:
-            answer = _answer(_value(row, answer_key, where), answer_key, where)
+            answer = checked_answer(_value(row, answer_key, where), answer_key, where)
         else:
-            answer = read_answer(_plain(row), where)
+            answer = read_answer(plain(row), where)
         problems.append(Problem(len(problems), prompt, answer))
     if not problems:
         raise ValueError(f"{source}: no rows")
@@ -129,17 +146,17 @@ def read_problems(
 def _value(row: Mapping[str, Any], key: str, where: str) -> Any:
     """The cell called `key`, or at the end of its dotted way; as plain Python."""
     found: Any = row.get(key)
-    if "." in key and (way := _walk(row, key.split("."))) is not None:
+    if "." in key and (way := walk(row, key.split("."))) is not None:
         if found is not None:
             raise ValueError(f"{where}: {key!r} is both a column and a way into one; rename the column")
         found = way
     if found is None:
         columns = ", ".join(map(repr, row))
         raise ValueError(f"{where}: no {key!r} in this row (it has {columns or 'nothing'})")
-    return _plain(found)
+    return plain(found)
 
 
-def _walk(value: Any, way: list[str]) -> Any:
+def walk(value: Any, way: list[str]) -> Any:
     for key in way:
         if isinstance(value, Mapping):
             value = value.get(key)
@@ -150,16 +167,16 @@ def _walk(value: Any, way: list[str]) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Numpy arrays and numbers as lists and numbers: they come out of tables made by pandas."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _answer(answer: Any, key: str, where: str) -> Any:
+def checked_answer(answer: Any, key: str, where: str) -> Any:
     if isinstance(answer, float) and not math.isfinite(answer):
         raise ValueError(f"{where}: {key!r} is {answer}: no answer (an empty cell of a table?)")
     if isinstance(answer, str | list | dict) and not (answer.strip() if isinstance(answer, str) else answer):
@@ -170,7 +187,7 @@ def _answer(answer: Any, key: str, where: str) -> Any:
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def _prompt(prompt: Any, system: str, where: str) -> str | list[dict[str, str]]:
+def as_prompt(prompt: Any, system: str, where: str) -> str | list[dict[str, str]]:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError(f"{where}: the prompt is empty")
@@ -188,7 +205,7 @@ def _prompt(prompt: Any, system: str, where: str) -> str | list[dict[str, str]]:
     return chat
 
 
-def _with_suffix(prompt: str | list[dict[str, str]], suffix: str) -> str | list[dict[str, str]]:
+def with_suffix(prompt: str | list[dict[str, str]], suffix: str) -> str | list[dict[str, str]]:
     if isinstance(prompt, str):
         return prompt + suffix
     return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + suffix}]

@@ -47,6 +47,14 @@ def rows(source: str) -> Rows:
         yield from _file(path, split, str(source))
 
 
+def files_of(source: str) -> list[Path]:
+    """The files on disk that `source` is read from, sorted; [] for "" and for a name on the hub."""
+    path = _local(source)[0] if source else None
+    if path is None:
+        return []
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
 def _local(source: str) -> tuple[Path | None, str]:
     """The path on disk that `source` means and its split; None: a name on the hub."""
     path = Path(source).expanduser()
