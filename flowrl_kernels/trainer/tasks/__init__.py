@@ -10,10 +10,10 @@ from types import ModuleType
 from typing import Any
 
 from flowrl_kernels.trainer.config import TaskConfig
-from flowrl_kernels.trainer.tasks.base import Problem, Task
+from flowrl_kernels.trainer.tasks.base import OpenTask, Problem, Task
 from flowrl_kernels.trainer.tasks.tokenizer import char_tokenizer
 
-__all__ = ["Problem", "Task", "build_task", "char_tokenizer", "find_own"]
+__all__ = ["OpenTask", "Problem", "Task", "build_task", "char_tokenizer", "find_own"]
 
 
 def find_own(name: str, wanted: str) -> Any:

@@ -77,6 +77,35 @@ class Task(Protocol):
         """
 
 
+class OpenTask:
+    """What a task inherits whose answers nobody can list: each notion that a `Task` may lack, lacking."""
+
+    alphabet: str | None = None
+
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        return None
+
+    @property
+    def max_response_tokens(self) -> int | None:
+        return None
+
+    def canonical(self, problem: Problem, response: str) -> str | None:
+        return None
+
+    def solutions(self, problem: Problem) -> list[str] | None:
+        return None
+
+    def correct_texts(self, problem: Problem) -> list[tuple[str, str]] | None:
+        return None
+
+    def responses(self, problem: Problem) -> list[str] | None:
+        return None
+
+    def warm_start(self, rng: np.random.Generator, n: int) -> list[tuple[Problem, str]] | None:
+        return None
+
+
 def check_split(split: str) -> str:
     """Return `split`, or raise ValueError naming the three there are."""
     if split not in SPLITS:

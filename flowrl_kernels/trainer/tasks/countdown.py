@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flowrl_kernels.trainer.tasks.base import Problem, check_split
+from flowrl_kernels.trainer.tasks.base import OpenTask, Problem, check_split
 from flowrl_kernels.trainer.tasks.expressions import (
     Expression,
     chains,
@@ -52,7 +52,7 @@ def _count(numbers: tuple[int, ...], answer: str, distinct: bool) -> dict[int, i
 
 
 @dataclass(frozen=True)
-class Countdown:
+class Countdown(OpenTask):
     """Prompt "2,3,6=15:" asks for 15 from 2, 3 and 6, always given in rising order.
 
     answer: "chain" wants one true step after another, "2*6=12,3+12=15", each intermediate a non-negative
@@ -163,9 +163,6 @@ class Countdown:
     def correct_texts(self, problem: Problem) -> list[tuple[str, str]] | None:
         # needless parentheses make infinitely many infix texts
         return self._written(problem) if self.answer == "chain" else None
-
-    def responses(self, problem: Problem) -> None:
-        return None
 
     def warm_start(self, rng: np.random.Generator, n: int) -> list[tuple[Problem, str]]:
         """Random train problems, each with one of its right texts drawn uniformly."""

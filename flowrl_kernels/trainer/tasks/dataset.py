@@ -12,14 +12,14 @@ import numpy as np
 
 from flowrl_kernels.trainer.config import TaskConfig, listed
 from flowrl_kernels.trainer.tasks.answers import equal, read_gold
-from flowrl_kernels.trainer.tasks.base import Problem, check_split
+from flowrl_kernels.trainer.tasks.base import OpenTask, Problem, check_split
 from flowrl_kernels.trainer.tasks.countdown import read_wanted
 from flowrl_kernels.trainer.tasks.notation import after_marks, last_boxed
 from flowrl_kernels.trainer.tasks.rows import rows
 
 
 @dataclass(frozen=True)
-class FileTask:
+class FileTask(OpenTask):
     """Prompts and answers from files, one per split. Without `task.reward` a response is compared exactly.
 
     Right answers cannot be listed, so there is no warm start and no exact figure; equal final answers (what
@@ -28,9 +28,6 @@ class FileTask:
 
     rows: Mapping[str, Sequence[Problem]]
     name: str = "file"
-    alphabet: None = None
-    max_prompt_tokens: None = None
-    max_response_tokens: None = None
     solved: float = 0.5  # a reward above this counts as solved
     sources: tuple[int, ...] = ()  # how many of the training rows are from each file, one behind the other
     trusted: bool = True  # exact comparison; other rewards run in their own processes
@@ -64,21 +61,6 @@ class FileTask:
 
     def correct(self, reward: float) -> bool:
         return reward > self.solved
-
-    def canonical(self, problem: Problem, response: str) -> str | None:
-        return None
-
-    def solutions(self, problem: Problem) -> None:
-        return None
-
-    def correct_texts(self, problem: Problem) -> None:
-        return None
-
-    def responses(self, problem: Problem) -> None:
-        return None
-
-    def warm_start(self, rng: np.random.Generator, n: int) -> None:
-        return None
 
 
 def read_splits(cfg: TaskConfig, read: Callable[[str], list[Problem]]) -> Iterator[tuple[str, list[list[Problem]]]]:

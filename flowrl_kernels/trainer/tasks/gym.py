@@ -17,10 +17,8 @@ from functools import cached_property
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
-
 from flowrl_kernels.trainer.config import TaskConfig
-from flowrl_kernels.trainer.tasks.base import Problem, check_split
+from flowrl_kernels.trainer.tasks.base import OpenTask, Problem, check_split
 from flowrl_kernels.trainer.tasks.notation import last_boxed
 from flowrl_kernels.trainer.tasks.plain_reading import literal, sympy_expression
 
@@ -135,7 +133,7 @@ def final_answer(response: str) -> str:
 
 
 @dataclass(frozen=True)
-class Gym:
+class Gym(OpenTask):
     """Problems of one generator; no question stands in two splits.
 
     Split s of seed n is made from seeds (3 n + s) * 10**6 onward, and questions that an earlier one of test, valid,
@@ -149,9 +147,6 @@ class Gym:
     held_out: int = 200
     partial: bool = True
     suffix: str = ""
-    alphabet: None = None
-    max_prompt_tokens: None = None
-    max_response_tokens: None = None
     trusted: bool = False  # a scorer may be slow: scored where it can be killed
 
     @classmethod
@@ -231,18 +226,3 @@ class Gym:
     def correct(self, reward: float) -> bool:
         """The scorer's full mark."""
         return reward > 1 - 1e-9
-
-    def canonical(self, problem: Problem, response: str) -> str | None:
-        return None
-
-    def solutions(self, problem: Problem) -> None:
-        return None
-
-    def correct_texts(self, problem: Problem) -> None:
-        return None
-
-    def responses(self, problem: Problem) -> None:
-        return None
-
-    def warm_start(self, rng: np.random.Generator, n: int) -> None:
-        return None
