@@ -1,7 +1,7 @@
 """hidden -> log-probabilities in tiles of the vocabulary: 2NHV forward, 6NHV backward with recompute.
 
 Memory beyond inputs and outputs: one tile of logits, and on a CPU what `chunked/recompute.py` lets a forward keep (at
-most 48 MB), whose columns cost no second product. Row results are bit-identical under any batch layout: rows are
+most 48 MB a call), whose columns cost no second product. Row results are bit-identical under any batch layout: rows are
 padded to one fixed block, and columns reduced in fixed runs.
 """
 

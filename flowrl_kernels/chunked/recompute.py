@@ -4,7 +4,7 @@ from __future__ import annotations
 
 KEPT = 48 << 20  # bytes that may be kept: a bound that no size of batch or vocabulary moves
 LEAST = 4  # not less than this part of the vocabulary (1/4), or it saves less time than it costs memory
-MOST = 7, 8  # not more than this share of what all logits would take in the inputs' dtype: this library does without
+MOST = 13, 16  # not more than this share of what all logits would take in the inputs' dtype: this library does without
 WIDTH = 1024  # columns are kept in whole tiles of the forward
 
 
