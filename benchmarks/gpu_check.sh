@@ -114,6 +114,7 @@ if [[ $mode == bench ]]; then
   run scaling --case 'qwen2.5-7b-*-scaling' --repeats 5 --seconds 8 "${ours[@]}" \
     --impl liger-flce --impl cce --impl trl-chunked --impl verl-triton
   (($(left) > 30)) && within 60 "$python" -m benchmarks.several --device cuda --out "$out/several.json"
+  (($(left) > 30)) && within 60 "$python" -m benchmarks.sampled_time --device cuda --order --out "$out/sampled.json"
   (($(left) > 60)) && within 150 "$python" -m benchmarks end-to-end --device cuda --out "$out" --tag end-to-end
   run levels --case 'qwen2.5-7b-8k-*' --repeats 5 --seconds 5 "${ours[@]}"
   printf '{"kind": "bench", "gpu": true, %s"seconds": %s}\n' "$tags" "$((SECONDS - begin))" | tee "$out/bench.json"

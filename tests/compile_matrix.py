@@ -27,7 +27,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from flowrl_kernels.core.segments import Segments
-from flowrl_kernels.core.types import Anchors, Budget, Chunks, Head, Needs, Saved, Sequences, Upstream
+from flowrl_kernels.core.types import Anchors, Budget, Chunks, Draw, Head, Needs, Saved, Sequences, Upstream
 from flowrl_kernels.triton import tiles
 from tests import machine_code
 from tests.machine_code import Work
@@ -150,6 +150,10 @@ def compiling(
         mock.patch("flowrl_kernels.triton.linear_logprob.exact_matmul", contextlib.nullcontext),
         mock.patch("flowrl_kernels.triton.bounded.matmul_into"),
         mock.patch("flowrl_kernels.triton.bounded.read_plan", lambda plan, *_: (True, active_blocks(plan))),
+        mock.patch("flowrl_kernels.triton.sampled.matmul_into"),
+        mock.patch(
+            "flowrl_kernels.triton.sampled.read_edges", lambda first: [8192 // 256 * run for run in range(len(first))]
+        ),
         mock.patch("flowrl_kernels.triton.linear_residual.matmul_into"),
         mock.patch("flowrl_kernels.triton.linear_residual.exact_matmul", contextlib.nullcontext),
         torch.device("meta"),
@@ -174,13 +178,13 @@ def linear_logprob(
     target, temperature = torch.empty((n, ids) if ids else n, dtype=torch.int64), torch.empty(1)
     head = Head(weight, torch.empty(v, dtype=dtype) if bias else None, temperature, 1.0, softcap)
     into = RowStatistics(torch.empty(n, dtype=torch.int64), torch.empty(n)) if statistics else None
-    out = op.linear_logprob_fwd(hidden, target, head, entropy, stats, into)
+    out = op.linear_logprob_fwd(hidden, target, head, entropy, stats, statistics=into)
     op.linear_logprob_bwd(
         Upstream(out[0], out[2] if entropy else None), hidden, target, head, Saved(*out), Needs(True, True, bias)
     )
 
 
-def bounded(dtype, h=3584, v=152064, more=False) -> None:
+def bounded(dtype, h=3584, v=152064, more=False, budget=None) -> None:
     """The bounded backward; `more`: with a bias and into a main_grad."""
     from flowrl_kernels.triton import linear_logprob as op
 
@@ -190,8 +194,13 @@ def bounded(dtype, h=3584, v=152064, more=False) -> None:
     op.linear_logprob_bwd(
         Upstream(grad), hidden, torch.empty(n, dtype=torch.int64), Head(weight, b, torch.empty(1)),
         Saved(grad, torch.empty(2, n), grad, torch.empty(-(-v // 128), n, dtype=torch.float16)),
-        Needs(True, True, more), Budget(0.01), torch.empty(v, h) if more else None,
+        Needs(True, True, more), budget or Budget(0.01), torch.empty(v, h) if more else None,
     )  # fmt: skip
+
+
+def sampled(dtype, **settings) -> None:
+    """The sampled backward: the same kernels over runs of 128 columns, with a factor for each pair."""
+    bounded(dtype, **settings, budget=Budget(draw=Draw(0.1, 0)))
 
 
 def logprob(dtype, v=152064, softcap=None, entropy=True) -> None:
@@ -249,6 +258,9 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "bounded": lambda t: bounded(t),
     "bounded, bias, main_grad": lambda t: bounded(t, more=True),
     "bounded, odd H": lambda t: bounded(t, h=3583),
+    "sampled": lambda t: sampled(t),
+    "sampled, bias, main_grad": lambda t: sampled(t, more=True),
+    "sampled, odd H": lambda t: sampled(t, h=3583),
     "logits": lambda t: logprob(t),
     "logits plain": lambda t: logprob(t, entropy=False),
     "logits softcap, odd V": lambda t: logprob(t, v=151937, softcap=30.0),

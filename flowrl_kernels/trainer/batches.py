@@ -39,6 +39,7 @@ class MicroBatch:
     per_token: dict[str, Tensor] = field(default_factory=dict)  # [N] each: sampler, old, ref, value, advantage, returns
     kept: Kept | None = None  # what each response token was drawn from, where that was not everything
     rows: Tensor | None = None  # [N] int64, names each response token among those of all ranks
+    order: Tensor | None = None  # [V] int64, the vocabulary as a sampled backward cuts it (token_order.py)
 
     @property
     def sequences(self) -> int:

@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from flowrl_kernels.trainer import fingerprint, parallel, safe_reading
 from flowrl_kernels.trainer.parallel import World, barrier, gather
+
+COUNTS = "token_order.safetensors"
 
 
 class CheckpointError(RuntimeError):
@@ -73,6 +75,7 @@ def choose(run: Path, world: World) -> tuple[Path | None, dict[Path, str]]:
 def save(
     run: Path, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any],
     world: World, keep: int, inputs: dict[str, str] | None = None, ahead: dict[str, torch.Tensor] | None = None,
+    counts: torch.Tensor | None = None,
 ) -> Path:  # fmt: skip
     """Writes everything the next step depends on; every rank must call it.
 
@@ -81,6 +84,7 @@ def save(
         keep: newest checkpoints that stay.
         inputs: hashes of what the run is made from, for whoever resumes it.
         ahead: this rank's part of the batch that was sampled ahead (overlap.py).
+        counts: of the tokens sampled so far, the same on every rank (token_order.py).
 
     Raises:
         CheckpointError: on every rank, where any rank could not write (a full disk, say). What was half
@@ -114,6 +118,9 @@ def save(
         mine = [f for f in partial.iterdir() if f.name.startswith(own)]
         if world.main:
             mine += [partial / ".metadata", partial / "progress.json"]
+            if counts is not None:
+                save_file({"counts": counts}, partial / COUNTS)
+                mine.append(partial / COUNTS)
         files = fingerprint.seal(mine)
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -202,6 +209,12 @@ def _read(state: dict[str, Any], path: Path, *, no_dist: bool) -> None:
 def facts(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: the loop's progress, sizes of the logs, hashes of the inputs."""
     return json.loads((path / "progress.json").read_text(encoding="utf-8"))
+
+
+def counts(path: Path | None) -> torch.Tensor | None:
+    """[V] int64, how often each token had been sampled (token_order.py); None where that was not written."""
+    file = None if path is None else path / COUNTS
+    return load_file(file)["counts"] if file is not None and file.exists() else None
 
 
 def log_size(path: Path | None, name: str) -> int:

@@ -107,6 +107,9 @@ def _steps(run: Run, progress: Progress, watch: stop.Watch) -> None:
             rollouts, extra = dynamic.refill(run, rollouts, partial(again, run, progress))
             run.engine.release()
             lap("dynamic")
+        if run.token_order is not None:
+            run.token_order.add(rollouts.responses, run.world)
+            rollouts.order = run.token_order.order().to(run.world.device)
         shaped = shaping.shape(config, rollouts, run.world)
         updates = pack_updates(run, rollouts, shaped)
         batches = [batch for update in updates for batch in update.batches]
@@ -297,7 +300,7 @@ def fill(batch: MicroBatch, rollouts: Rollouts, shaped: Shaped, rows: Tensor) ->
     sampled = [rollouts.logp[row, :n] for row, n in zip(rows.tolist(), lengths)]
     batch.per_token["sampler"] = torch.cat(sampled).to(device)
     names = [(rollouts.numbers[row] << 32) + torch.arange(n) for row, n in zip(rows.tolist(), lengths)]
-    batch.rows = torch.cat(names).to(device)
+    batch.rows, batch.order = torch.cat(names).to(device), rollouts.order
     if rollouts.kept is not None:
         first = np.cumsum([0, *map(len, rollouts.responses)])
         own = [torch.arange(n) + int(first[row]) for row, n in zip(rows.tolist(), lengths)]
@@ -372,6 +375,7 @@ def save(run: Run, progress: Progress) -> None:
         checkpoint.save(
             run.folder, progress.step, run.policy, run.optimizer, vars(progress), run.world,
             run.config.checkpoint.keep, run.inputs, overlap.tensors(run),
+            None if run.token_order is None else run.token_order.counts,
         )  # fmt: skip
     except checkpoint.CheckpointError as error:
         run.log.note(str(error), progress.step)

@@ -143,8 +143,16 @@ def partial_of(config: Config, batch: MicroBatch, update: int) -> Partial:
     """What the configuration says, for one micro-batch; a draw is the run's seed, the update and the token's name."""
     p, device = config.parallel, batch.ids.device
     if p.share > 0:
-        return Partial(0.0, torch.zeros(4, device=device), Sampled(p.share, (config.run.seed, update), batch.rows))
+        draw = Sampled(p.share, (config.run.seed, update), batch.rows, batch.order)
+        return Partial(0.0, torch.zeros(4, device=device), draw)
     return Partial(p.epsilon, torch.zeros(3, device=device)) if p.epsilon > 0 else EXACT
+
+
+def summed_alike(config: Config, batch: MicroBatch) -> Partial:
+    """For log-probs without a gradient: a draw that nothing is drawn by, whose order gives them an update's bits."""
+    if batch.order is None:
+        return EXACT
+    return Partial(sampled=Sampled(config.parallel.share, (0,), order=batch.order))
 
 
 class Scores(NamedTuple):
@@ -176,7 +184,7 @@ def score_head(
             temperature=temperature or config.rollout.temperature,
             **actor.scales._asdict(),
             entropy=entropy,
-            **(partial or EXACT)._asdict(),
+            **(partial or summed_alike(config, batch))._asdict(),
             kept=batch.kept,
             impl=config.parallel.impl,
         )

@@ -24,6 +24,7 @@ from flowrl_kernels.trainer.reward import Scorer
 from flowrl_kernels.trainer.rollout import Engine, Generated, Kept, Sampling
 from flowrl_kernels.trainer.rollout.faults import EngineError
 from flowrl_kernels.trainer.tasks import Problem, Task
+from flowrl_kernels.trainer.token_order import TokenOrder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,6 +104,7 @@ class Run:
     mixture: Mixture | None  # how several training files are mixed
     inputs: dict[str, str]  # hashes of the data, the task's code and the model
     saved: dict[str, Any] | None  # what the checkpoint says that this run was resumed from
+    token_order: TokenOrder | None = None  # with `parallel.share`
     pushed: int = -1  # updates that the weights given to the engine last have seen
     probe_gap: float = 0.0  # between the engine's log-probabilities and the trainer's, nats, after that push
     ahead: Ahead | None = None  # the next step's batch, with `rollout.overlap`
@@ -160,6 +162,7 @@ class Rollouts:
     kept: Kept | None = None  # what each token was drawn from; None: everything
     reward: list[float | None] = field(default_factory=list)
     parts: dict[str, list[float | None]] = field(default_factory=dict)  # of several rewards, each by its name
+    order: Tensor | None = None  # [V] int64, the vocabulary as a sampled backward cuts it in this step
 
 
 @dataclass

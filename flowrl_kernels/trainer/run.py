@@ -35,6 +35,7 @@ from flowrl_kernels.trainer.reward import Scorer
 from flowrl_kernels.trainer.rollout import Sampling, probe
 from flowrl_kernels.trainer.rollout.stops import Stops
 from flowrl_kernels.trainer.tasks import Problem, build_task
+from flowrl_kernels.trainer.token_order import TokenOrder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,10 @@ def prepare(config: Config, world: World) -> Run:
             mixture=settled.mixture,
             inputs=inputs,
             saved=saved,
+            token_order=token_order(config, actor, found.checkpoint),
         )
+        if found.checkpoint and run.token_order is not None and not run.token_order.counts.any():
+            log.note(f"{found.checkpoint.name} has no counts of sampled tokens: their order starts anew", found.step)
         # before the first step, where a broken path should show
         probe.push(run, saved["updates"] if saved else 0)
         parallel.first(lambda: run_folder.commit(folder), world)
@@ -173,6 +177,17 @@ def training_sampling(config: Config, stop: tuple[int, ...], stops: Stops | None
     """How a step draws its responses."""
     r = config.rollout
     return Sampling(r.max_new_tokens, r.temperature, stop, r.top_p, r.top_k, r.min_p, stops)
+
+
+def token_order(config: Config, actor: Policy, saved: Path | None) -> TokenOrder | None:
+    """The order that a sampled backward cuts the vocabulary in, as a checkpoint left it; None without such a backward.
+
+    Raises:
+        ValueError: the checkpoint's is of another head.
+    """
+    if config.parallel.share == 0:
+        return None
+    return TokenOrder(actor.head.weight.shape[0], checkpoint.counts(saved))
 
 
 def make_models(job: Job, source: str) -> tuple[Policy, policy.Scored | None]:

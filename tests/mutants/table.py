@@ -527,5 +527,23 @@ ROWS = [
     ("a stale batch weighed as a fresh one", LOOP, "behaviour = overlap.by_sampler(config)", "behaviour = False",
      of("trainer/test_overlap.py", "test_the_ratio_is_to_the_weights_that_sampled_or_with_a_correction_to_those_of_the_"
         "steps_start[flowrl-]")),
+    # --- the order of a sampled backward
+    ("tokens sampled least come first", "trainer/token_order.py", "argsort(descending=True,",
+     "argsort(descending=False,",
+     of("trainer/test_token_order.py", "test_ids_sampled_most_come_first_and_those_as_often_by_id")),
+    ("each rank counts its own", "trainer/token_order.py", "+ whole * ONE", "+ torch.from_numpy(new) * ONE",
+     of("trainer/test_token_order.py", "test_every_rank_has_the_counts_of_all")),
+    ("nothing is forgotten", "trainer/token_order.py", " - (self.counts >> SHIFT)", "",
+     of("trainer/test_token_order.py",
+        "test_what_was_sampled_long_ago_counts_for_less_and_a_little_for_ever")),
+    ("old log-probs summed by id", OBJECTIVE, "if batch.order is None:", "if True:",
+     of("trainer/test_token_order.py",
+        "test_old_log_probs_and_those_of_the_first_update_are_summed_in_one_order[flowrl]")),
+    ("a resumed run counts anew", "trainer/run.py", "checkpoint.counts(saved))", "None)",
+     of("trainer/test_token_order.py",
+        "test_a_resumed_run_cuts_the_vocabulary_as_one_that_was_never_stopped")),
+    ("an order that no update takes", LOOP, "rollouts.order = run.token_order.order().to(run.world.device)", "pass",
+     of("trainer/test_token_order.py",
+        "test_old_log_probs_and_those_of_the_first_update_are_summed_in_one_order[grpo]")),
 ]  # fmt: skip
 MUTANTS = [Mutant(*row) for row in ROWS]
