@@ -38,6 +38,7 @@ class Settings(NamedTuple):
     main_grad: Tensor | None
     group: ProcessGroup | None
     impl: str
+    keep: bool = False  # logits of whole rows, where a call without kept sets keeps them
 
 
 class Ways(NamedTuple):
@@ -49,6 +50,7 @@ class Ways(NamedTuple):
     z: Tensor  # [E] logits of the entries
     wide: Wide | None
     tile_lse: Tensor  # of the whole rows, or [0, 0]
+    logits: Tensor | None  # of the whole rows, [N, C]
 
 
 class KeptLogProb(OnceDifferentiable):
@@ -61,7 +63,7 @@ class KeptLogProb(OnceDifferentiable):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor,
         settings: Settings,
     ):  # fmt: skip
-        kept, logit_scale, softcap, ignore_index, entropy, _, _, group, _ = settings
+        kept, logit_scale, softcap, ignore_index, entropy, _, _, group, *_ = settings
         start: Tensor | int = 0
         vocab_size: Tensor | int = len(weight)
         if group is not None:
@@ -111,12 +113,12 @@ class KeptLogProb(OnceDifferentiable):
 
 def _flat(ways: Ways) -> list[Tensor | None]:
     wide: tuple[Tensor | None, ...] = (None, None) if ways.wide is None else ways.wide
-    return [ways.target, ways.whole, *ways.lists, ways.z, *wide, ways.tile_lse]
+    return [ways.target, ways.whole, *ways.lists, ways.z, *wide, ways.tile_lse, ways.logits]
 
 
 def _ways(flat: list[Any]) -> Ways:
-    target, whole, *lists, z, wide_rows, bits, tile_lse = flat
-    return Ways(target, whole, Lists(*lists), z, None if bits is None else Wide(wide_rows, bits), tile_lse)
+    target, whole, *lists, z, wide_rows, bits, tile_lse, logits = flat
+    return Ways(target, whole, Lists(*lists), z, None if bits is None else Wide(wide_rows, bits), tile_lse, logits)
 
 
 def _of_rows(rows: Tensor, head: Head) -> Head:
@@ -128,11 +130,17 @@ def _forward(hidden: Tensor, target: Tensor, head: Head, kept: Kept, settings: S
     lists, wide = make_lists(kept, target, len(head.weight))
     saved, z = launchers(STEM, settings.impl).linear_logprob_kept_fwd(hidden, lists, head, settings.entropy)
     logp, lse, ent, nothing, *_ = saved
-    tile_lse = nothing
+    tile_lse, logits = nothing, None
     if kept.whole is not None:
         alone = torch.where(kept.whole, target, -1)
         partial = settings.budget.epsilon > 0.0
-        made = launchers(exact.STEM, settings.impl).linear_logprob_fwd(hidden, alone, head, settings.entropy, partial)
+        more: dict[str, Tensor] = {}
+        if settings.keep:
+            logits = exact.logits_to_keep(hidden, head.weight, True)
+            more = {"kept": logits}
+        made = launchers(exact.STEM, settings.impl).linear_logprob_fwd(
+            hidden, alone, head, settings.entropy, partial, **more
+        )
         logp, lse = torch.where(kept.whole, made.logp, logp), torch.where(kept.whole, made.lse, lse)
         ent = torch.where(kept.whole, made.entropy, ent) if settings.entropy else ent
         tile_lse = made.tile_lse
@@ -145,14 +153,14 @@ def _forward(hidden: Tensor, target: Tensor, head: Head, kept: Kept, settings: S
     skipped = target < 0
     logp, lse = logp.masked_fill(skipped, 0.0), lse.masked_fill(skipped, 0.0)
     ent = ent.masked_fill(skipped, 0.0) if settings.entropy else ent
-    return Saved(logp, lse, ent, nothing), Ways(target, kept.whole, lists, z, wide, tile_lse)
+    return Saved(logp, lse, ent, nothing), Ways(target, kept.whole, lists, z, wide, tile_lse, logits)
 
 
 def _backward(
     grad: Upstream, hidden: Tensor, head: Head, saved: Saved, ways: Ways, need: Needs, settings: Settings
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden and bias in the accumulator's dtype, of weight in its own or in main_grad."""
-    target, whole, lists, z, wide, tile_lse = ways
+    target, whole, lists, z, wide, tile_lse, logits = ways
     main_grad, budget, weight = settings.main_grad, settings.budget, head.weight
     several = whole is not None or wide is not None
     into, made = main_grad, None
@@ -165,8 +173,9 @@ def _backward(
     if whole is not None:
         alone = torch.where(whole, target, -1)
         more = launchers(exact.STEM, settings.impl).linear_logprob_bwd(
-            grad, hidden, alone, head, saved._replace(tile_lse=tile_lse), need, budget, into, wide_hidden=True
-        )
+            grad, hidden, alone, head, saved._replace(tile_lse=tile_lse, kept=logits), need, budget, into,
+            wide_hidden=True,
+        )  # fmt: skip
         dhidden, dbias = _plus(dhidden, more[0]), _plus(dbias, more[2])
     else:
         budget.tell(0.0, 1.0, budget.epsilon > 0.0)
@@ -196,4 +205,6 @@ def apply(hidden: Tensor, target: Tensor, head: Head, settings: Settings) -> Log
             return reference.linear_logprob_kept(
                 hidden, weight, target, settings.kept, *head[1:], settings.ignore_index, settings.entropy
             )
+        whole = settings.kept.whole is not None and settings.group is None
+        settings = settings._replace(keep=whole and exact.keeps(hidden, head, settings.budget, settings.impl))
         return LogProb(*KeptLogProb.call(hidden, weight, bias, target, temperature, settings))
