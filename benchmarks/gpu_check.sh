@@ -116,6 +116,7 @@ if [[ $mode == bench ]]; then
   (($(left) > 30)) && within 60 "$python" -m benchmarks.several --device cuda --out "$out/several.json"
   (($(left) > 30)) && within 60 "$python" -m benchmarks.sampled_time --device cuda --order --out "$out/sampled.json"
   (($(left) > 60)) && within 150 "$python" -m benchmarks end-to-end --device cuda --out "$out" --tag end-to-end
+  (($(left) > 60)) && within 60 "$python" -m benchmarks.kept --device cuda --out "$out/kept.json"
   run levels --case 'qwen2.5-7b-8k-*' --repeats 5 --seconds 5 "${ours[@]}"
   printf '{"kind": "bench", "gpu": true, %s"seconds": %s}\n' "$tags" "$((SECONDS - begin))" | tee "$out/bench.json"
   exit $status

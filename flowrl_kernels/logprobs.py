@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 
@@ -13,13 +13,13 @@ from flowrl_kernels.core.head import (
     checked_head,
     fitting,
     flat_targets,
-    kept_of,
     refuse_reference,
     sampled_of,
     stem_of,
     targets_of,
     temperature_of,
 )
+from flowrl_kernels.core.kept import kept_of
 from flowrl_kernels.core.types import LogProb, LogProbStatistics, Sampled
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class _Settings(TypedDict, total=False):
     epsilon: float
     report: Tensor | None
     main_grad: Tensor | None
-    kept: tuple[Tensor, Tensor] | None
+    kept: Any
     vocab_parallel: ProcessGroup | None
     sampled: Sampled | None
     impl: str
@@ -76,7 +76,7 @@ def linear_logprob(
     epsilon: float = 0.0,
     report: Tensor | None = None,
     main_grad: Tensor | None = None,
-    kept: tuple[Tensor, Tensor] | None = None,
+    kept: Any = None,
     vocab_parallel: ProcessGroup | None = None,
     sampled: Sampled | None = None,
     statistics: bool = False,
@@ -110,13 +110,19 @@ def linear_logprob(
             dlogits as estimated from what was kept (0 where all was computed).
         main_grad: fp32 [V, H]; the weight's gradient is added to it and `weight.grad` stays untouched. Refused beside
             a weight that wants no gradient. Under no_grad both are taken and left as they are.
-        kept: (ids [K], offsets [N+1]), the token ids a sampler kept per row (top-k, top-p), packed: log-probs are
-            renormalised over them, in O(K H). The target counts as kept. Runs in torch on any device, whatever `impl`.
+        kept: the token ids that a sampler kept per row (top-k, top-p, min-p): log-probs and entropies are over them, at
+            2KH FLOP forward and 4KH backward for K ids in all; rows of more than V/8 ids cost a dense row. The target
+            counts as kept, an id that is listed twice once. Integers on the CPU or beside `hidden`, as they come:
+            (ids [K], offsets [N+1]), rows packed one after the other; vLLM's mask (token_ids, offsets), or nested
+            token_ids; SGLang's list of a list a token, or its (token_ids, lengths); prime-rl's mask (ids, counts),
+            where count 0 is a row over the whole vocabulary; or a list of such masks, whose rows are N together. In a
+            list of rows, None is the whole vocabulary too; an empty row elsewhere keeps its target alone. Rows over
+            the whole vocabulary have the bits of a call without `kept`, and are all that epsilon is spent on.
         vocab_parallel: a ProcessGroup over which the rows of `weight` (and `bias`) are split, in rank order. Targets
             are global ids, `hidden` is the same on every rank, and its gradient is summed over the group.
         sampled: a `Sampled`, for a backward from a random part of the vocabulary whose expectation is the exact one;
-            epsilon stays 0 beside it. A softcap or an entropy gradient makes the backward exact, and the report says
-            so. "chunked" and "triton" have it.
+            epsilon stays 0 beside it, and kept None. A softcap or an entropy gradient makes the backward exact, and
+            the report says so. "chunked" and "triton" have it.
         statistics: return a `LogProbStatistics`, which also has each row's argmax, whether the targets are it (token
             accuracy) and the mean logit: from the same products, without gradient. Not beside `kept`, `vocab_parallel`
             or `sampled.order`. The log-probs keep their bits.
@@ -138,7 +144,7 @@ def linear_logprob(
     )
     shape = tuple(target.shape)
     budget = checked_budget(flat, head, epsilon, report, main_grad, sampled_of(sampled, leading, head))
-    chosen = dispatch.resolve(stem_of(budget), impl, flat)
+    chosen = dispatch.resolve(stem_of(budget) if kept is None else "linear_logprob_kept", impl, flat)
     if checks.flag("statistics", statistics):
         for name, given in (
             ("kept", kept is not None),
@@ -153,8 +159,9 @@ def linear_logprob(
                 checks.fail("target", f"one id a row beside {name}", f"{ids.shape[1]} ids")
     if vocab_parallel is not None:
         checks.process_group("vocab_parallel", vocab_parallel)
-    exact_only = "kept" if kept is not None else "vocab_parallel"
-    if kept is not None or vocab_parallel is not None:
+    if kept is not None and sampled is not None:
+        checks.fail("kept", "no sampled beside it: its backward is exact", "both")
+    if vocab_parallel is not None:
         for name, given in (
             ("epsilon", budget.epsilon > 0.0),
             ("report", report is not None),
@@ -162,22 +169,24 @@ def linear_logprob(
             ("sampled", sampled is not None),
         ):
             if given:
-                checks.fail(exact_only, "neither epsilon, report, main_grad nor sampled beside it", name)
-    if kept is not None:
+                checks.fail("vocab_parallel", "neither epsilon, report, main_grad nor sampled beside it", name)
+    if chosen == "reference":
         if vocab_parallel is not None:
-            checks.fail("kept", "no vocab_parallel beside it", "both")
-        listed = kept_of(kept, flat, len(head.weight))
+            raise RuntimeError("impl='reference' knows no vocab_parallel: use 'chunked' or 'triton'")
+        refuse_reference(budget, main_grad)
+    if kept is not None:
+        listed = kept_of(kept, flat, None if vocab_parallel is not None else len(head.weight))
         from flowrl_kernels.ops import kept as op
 
-        return _shaped(op.apply(flat, ids, *listed, head, ignore_index, entropy), shape, leading)
+        scale, softcap = head.logit_scale, head.softcap
+        settings = op.Settings(
+            listed, scale, softcap, ignore_index, entropy, budget, main_grad, vocab_parallel, chosen
+        )  # fmt: skip
+        return _shaped(op.apply(flat, ids, head, settings), shape, leading)
     if vocab_parallel is not None:
-        if chosen == "reference":
-            raise RuntimeError("impl='reference' knows no vocab_parallel: use 'chunked' or 'triton'")
         from flowrl_kernels.ops import vocab_parallel as sharded
 
         return _shaped(sharded.apply(flat, ids, head, ignore_index, entropy, vocab_parallel, chosen), shape, leading)
-    if chosen == "reference":
-        refuse_reference(budget, main_grad)
     from flowrl_kernels.ops.linear_logprob import apply
 
     out = apply(flat, ids, head, ignore_index, entropy, chosen, budget, main_grad, statistics)

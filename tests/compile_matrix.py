@@ -198,6 +198,21 @@ def bounded(dtype, h=3584, v=152064, more=False, budget=None) -> None:
     )  # fmt: skip
 
 
+def kept(dtype, h=3584, v=152064, more=False) -> None:
+    """Over 20 ids a row; `more`: with a bias, a softcap and into a main_grad."""
+    from flowrl_kernels.chunked.kept_lists import Lists
+    from flowrl_kernels.triton import linear_logprob_kept as op
+
+    n, entries = 8192, 8192 * 21
+    hidden, weight = torch.empty(n, h, dtype=dtype), torch.empty(v, h, dtype=dtype)
+    lists = Lists(*(torch.empty(size, dtype=torch.int64) for size in (entries, entries, n + 1, n)))
+    head = Head(weight, torch.empty(v, dtype=dtype) if more else None, torch.empty(1), 1.0, 30.0 if more else None)
+    saved, z = op.linear_logprob_kept_fwd(hidden, lists, head, more)
+    grad, need = Upstream(saved.logp, saved.entropy if more else None), Needs(True, True, more)
+    main_grad = torch.empty(v, h) if more else None
+    op.linear_logprob_kept_bwd(grad, hidden, lists, z, head, saved, need, main_grad)
+
+
 def sampled(dtype, **settings) -> None:
     """The sampled backward: the same kernels over runs of 128 columns, with a factor for each pair."""
     bounded(dtype, **settings, budget=Budget(draw=Draw(0.1, 0)))
@@ -258,6 +273,8 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "bounded": lambda t: bounded(t),
     "bounded, bias, main_grad": lambda t: bounded(t, more=True),
     "bounded, odd H": lambda t: bounded(t, h=3583),
+    "kept": lambda t: kept(t),
+    "kept, bias, softcap, main_grad": lambda t: kept(t, more=True),
     "sampled": lambda t: sampled(t),
     "sampled, bias, main_grad": lambda t: sampled(t, more=True),
     "sampled, odd H": lambda t: sampled(t, h=3583),
@@ -274,6 +291,7 @@ QUICK = [
     ("entropy+stats", "bf16", None),
     ("single pass", "bf16", None),
     ("bounded", "bf16", None),
+    ("kept, bias, softcap, main_grad", "bf16", None),
     ("logits", "bf16", None),
     ("residual, groups", "bf16", None),
     ("plain", "fp32", FORWARD),

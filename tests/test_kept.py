@@ -86,10 +86,12 @@ def test_an_id_that_is_listed_twice_counts_once_in_any_order_and_an_empty_list_k
 
 
 def test_ids_outside_make_their_row_nan_where_looking_would_cost_a_sync():
-    from flowrl_kernels.ops.kept import KeptLogProb
+    from flowrl_kernels.core.types import EXACT, Head, Kept
+    from flowrl_kernels.ops.kept import Settings, apply
 
     hidden, weight, target = peaked_inputs(4, 8, 40)
     target[3] = 40
     ids, offsets = torch.tensor([1, 2, 99, 3, -7, 4]), torch.tensor([0, 2, 4, 5, 6])
-    logp, _ = KeptLogProb.call(hidden, weight, target, ids, offsets, None, torch.ones(1), 1.0, None, -100, False)
+    settings = Settings(Kept(ids, offsets, None, 2), 1.0, None, -100, False, EXACT, None, None, "chunked")
+    logp, _ = apply(hidden, target, Head(weight, None, torch.ones(1)), settings)
     assert logp.isnan().tolist() == [False, True, True, True]

@@ -8,7 +8,15 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "flowrl_kernels"
 CONTRACTS = {"core.types", "core.checks", "core.segments"}
-SETTLED = CONTRACTS | {"core.dispatch", "core.layout", "core.head", "core.settle", "core.correction", "presets"}
+SETTLED = CONTRACTS | {
+    "core.dispatch",
+    "core.layout",
+    "core.head",
+    "core.kept",
+    "core.settle",
+    "core.correction",
+    "presets",
+}
 # a room may import the rooms named here (and itself); what is not named is not allowed. Lowest first
 ALLOWED = {
     "core.types": set(),
@@ -19,6 +27,7 @@ ALLOWED = {
     "presets": {"core.checks"},
     "core.layout": {"core.checks", "core.dispatch", "core.segments"},
     "core.head": {"core.checks", "core.counter", "core.dispatch", "core.types"},
+    "core.kept": {"core.checks", "core.dispatch", "core.types"},
     "core.correction": {"core.checks", "core.segments"},
     "core.settle": SETTLED,
     "reference": {"core.types", "core.segments", "presets"},

@@ -70,6 +70,7 @@ def linear_logprob_fwd(
     entropy: bool,
     stats: bool,
     order: Tensor | None = None,  # [V] the id at each place; targets are places then
+    bits: Tensor | None = None,  # [N, ceil(V/8)] uint8: the columns that count, of rows that all take part
     statistics: RowStatistics | None = None,  # written, where there is no order
     kept: Tensor | None = None,  # [N, C] filled with logits for the backward
 ) -> Saved:
@@ -85,13 +86,14 @@ def linear_logprob_fwd(
     hidden, target = take(rows, hidden, target)
     temperature = temperature if temperature.numel() == 1 else take(rows, temperature)[0]
     num_rows = hidden.shape[0]
-    block = tiles.row_block(hidden_size, vocab_size)
+    block = tiles.row_block(hidden_size, vocab_size) if bits is None else tiles.WIDE_ROWS
     padded = -(-num_rows // block) * block
     dtype = tiles.accumulator_dtype(hidden.dtype)
     hidden = torch.nn.functional.pad(tiles.operand(hidden), (0, 0, 0, padded - num_rows))
     target = torch.cat([target, target.new_full((padded - num_rows, *target.shape[1:]), vocab_size)])
     if temperature.numel() > 1:
         temperature = torch.nn.functional.pad(temperature, (0, padded - num_rows), value=1.0)
+    bits = None if bits is None else torch.nn.functional.pad(bits, (0, 0, 0, padded - num_rows))
     temperature = temperature.to(dtype)[:, None]
     blocks = [slice(start, start + block) for start in range(0, padded, block)]
     like = hidden.new_empty(0, dtype=dtype)
@@ -112,6 +114,7 @@ def linear_logprob_fwd(
                 tiles.divide_by_temperature(z, temperature if temperature.numel() == 1 else temperature[own])
                 if into is not None and not keep:
                     into.copy_(z[: len(into)])
+                tiles.keep_(z, None if bits is None else bits[own], start)
                 local = target[own] - start
                 picked = pick(z, local)
                 mine = (local >= 0) & (local < stop - start)
@@ -152,6 +155,7 @@ def linear_logprob_bwd(
     budget: Budget = EXACT,
     main_grad: Tensor | None = None,  # [V, H] fp32
     wide_hidden: bool = False,  # hidden's gradient as it was accumulated, not rounded to hidden's dtype
+    bits: Tensor | None = None,  # [N, ceil(V/8)] uint8: the columns that count
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias; those not needed are None (weight's goes into main_grad if given)."""
     (grad_logp, grad_entropy), (logp, lse, entropy, tile_lse, kept) = grad, saved
@@ -221,7 +225,8 @@ def linear_logprob_bwd(
         if order is not None:  # nothing of it depends on an order
             ids = torch.nn.functional.pad(order, (0, 1), value=vocab_size)[rows_in.target]
             rows_in = rows_in._replace(target=ids)
-        _exact_backward(rows_in, head, into, several, None if kept is None else Kept(kept, place))
+        own_bits = None if bits is None else take(rows, bits)[0]
+        _exact_backward(rows_in, head, into, several, None if kept is None else Kept(kept, place), own_bits)
     if inverse is not None:
         dbias = None if dbias is None else dbias.mul_(inverse)
         dhidden = None if dhidden is None else dhidden.mul_(inverse)
@@ -258,8 +263,9 @@ def buffer_width(num_rows: int, beside_kept: bool) -> int:
 
 
 def _exact_backward(
-    rows: Rows, head: Head, into: Sinks, several: Several | None = None, kept: Kept | None = None
-) -> None:
+    rows: Rows, head: Head, into: Sinks, several: Several | None = None, kept: Kept | None = None,
+    bits: Tensor | None = None,
+) -> None:  # fmt: skip
     """Fills the gradients, a tile of the vocabulary and a block of rows at a time."""
     dhidden, dweight, main_grad, dbias = into
     num_rows, end = len(rows.x), 0 if kept is None else kept.logits.shape[1]
@@ -275,8 +281,9 @@ def _exact_backward(
             for low in range(0, num_rows, row_step):
                 own = slice(low, min(low + row_step, num_rows))
                 part = rows.part(own)
+                at_ids = None if several is None else several.part(own)
                 z = None if kept is None else kept.part(own, start, stop)
-                dz = _dlogits(part, columns, start, None if several is None else several.part(own), z)
+                dz = _dlogits(part, columns, start, at_ids, z, None if bits is None else bits[own])
                 if dbias is not None:
                     dbias[start:stop] += dz.sum(0)
                 dz = dz.to(part.x.dtype)
@@ -297,14 +304,16 @@ def _exact_backward(
                 store(dweight, main_grad, start, stop, tile_grad)
 
 
-def _dlogits(rows: Rows, columns: Head, start: int, several: Several | None, kept: Tensor | None = None) -> Tensor:
+def _dlogits(
+    rows: Rows, columns: Head, start: int, several: Several | None, kept: Tensor | None, bits: Tensor | None
+) -> Tensor:
     """Gradient of the product hidden weight^T in the columns from `start` on, fp32; `kept` logits stay. [R, C]"""
     local, entropy = (rows.target - start)[:, None], None if rows.entropy is None else rows.entropy[:, None]
     slope, z = None, kept
     if z is None:
         z = tiles.logits_tile(rows.x, columns.weight, columns.bias, columns.logit_scale, columns.softcap)
         slope = None if columns.softcap is None else (z / columns.softcap).square_().neg_().add_(1.0)
-        z = tiles.divide_by_temperature(z, rows.temperature)
+        z = tiles.keep_(tiles.divide_by_temperature(z, rows.temperature), bits, start)
     dz = dlogits_(z, local, rows.logp[:, None], rows.lse, rows.scale, rows.entropy_scale, entropy, kept is not None)
     if several is not None:
         put_(dz, several, start)

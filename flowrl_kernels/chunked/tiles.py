@@ -15,6 +15,7 @@ from flowrl_kernels.core.types import TILE
 
 COLUMNS = WIDTH  # vocabulary columns of one forward tile; a multiple of TILE
 BUFFER = 1 << 22  # elements of one backward buffer (16 MB in fp32)
+WIDE_ROWS = 16  # rows of one block of those that have a bit a column: they are few
 FLOOR = -1e4  # stands in for -inf where it meets a factor 0; exp(FLOOR) is 0
 
 
@@ -128,6 +129,15 @@ def divide_by_temperature(z: Tensor, temperature: Tensor) -> Tensor:
     if temperature.numel() == 1 and temperature.device.type == "cpu" and float(temperature) == 1.0:
         return z
     return z.div_(temperature)
+
+
+def keep_(z: Tensor, bits: Tensor | None, start: int) -> Tensor:
+    """-inf in the columns without a bit, in place: z [R, C] from column `start`, a multiple of 8, on."""
+    if bits is None:
+        return z
+    part = bits[:, start // 8 : (start + z.shape[1] + 7) // 8]
+    on = (part[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=z.device)).bitwise_and_(1)
+    return z.masked_fill_(on.flatten(1)[:, : z.shape[1]] == 0, -torch.inf)
 
 
 class Rows(NamedTuple):

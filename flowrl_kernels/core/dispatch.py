@@ -25,12 +25,20 @@ STEMS = {
     "chunked": (
         "linear_logprob",
         "linear_logprob_sampled",
+        "linear_logprob_kept",
         "linear_residual",
         "logprob",
         "residual",
         "context_parallel",
     ),
-    "triton": ("linear_logprob", "linear_logprob_sampled", "linear_residual", "logprob", "residual"),
+    "triton": (
+        "linear_logprob",
+        "linear_logprob_sampled",
+        "linear_logprob_kept",
+        "linear_residual",
+        "logprob",
+        "residual",
+    ),
 }
 # Triton's interpreter reads the bits of bfloat16 as integers; a test that mends it says so here
 interpreter_multiplies_bfloat16 = False

@@ -210,21 +210,3 @@ def accumulator(name: str, value: Any, wanted: tuple[int, ...], like: Tensor) ->
     if value.requires_grad:
         checks.fail(name, "a tensor without requires_grad", "requires_grad=True")
     checks.same_device(name, value, "hidden", like)
-
-
-def kept_of(kept: Any, hidden: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    if not (isinstance(kept, tuple) and len(kept) == 2):
-        checks.fail("kept", "a pair (ids [K], offsets [N+1])", type(kept).__name__)
-    ids = checks.integers("kept ids", kept[0]).long()
-    offsets = checks.integers("kept offsets", kept[1], (hidden.shape[0] + 1,)).long()
-    if ids.dim() != 1:
-        checks.fail("kept ids", "shape [K]", checks.shape(ids))
-    for name, value in (("kept ids", ids), ("kept offsets", offsets)):
-        checks.same_device(name, value, "hidden", hidden)
-    if can_look(hidden):
-        bounds = offsets.tolist()
-        if bounds[0] != 0 or bounds[-1] != len(ids) or bounds != sorted(bounds):
-            checks.fail("kept offsets", f"rising boundaries from 0 to {len(ids)}", bounds)
-        if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
-            checks.fail("kept ids", f"ids in [0, {vocab_size})", f"{int(ids.min())} to {int(ids.max())}")
-    return ids, offsets

@@ -53,6 +53,15 @@ class Needs(NamedTuple):
     bias: bool
 
 
+class Kept(NamedTuple):
+    """The ids that a sampler kept, by rows: what log-probs are renormalised over. As the launchers read them."""
+
+    ids: Tensor  # [K] int64
+    offsets: Tensor  # [N + 1] int64, from 0 to K
+    whole: Tensor | None  # [N] bool: rows that are over the whole vocabulary; None without such rows
+    widest: int  # no row lists more ids; K where the host does not know better
+
+
 class Sampled(NamedTuple):
     """A backward from a random part of the (row, run of 128 columns) pairs: unbiased, at the cost of the part.
 

@@ -31,6 +31,36 @@ def shard(group: dist.ProcessGroup, rows: int, device: torch.device) -> tuple[Te
     return counts[: dist.get_rank(group)].sum(), counts.sum()
 
 
+def across(
+    own: Saved, elsewhere: Tensor, ignored: Tensor, wrong: Tensor, entropy: bool, group: ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """logp like target, log-sum-exp [2, N] and entropy [N] of all shards from one's own. Bool like target each: it is
+    in another shard, it does not count, it is no id."""
+    own_logp, (own_top, own_log_sum), ent, *_ = own
+    one = own_logp.dim() == 1
+    # a MAX may lose a NaN: +inf cannot be lost, and makes the other ranks' masses 0 or NaN; the SUM spreads it
+    top = own_top.masked_fill(own_top.isnan(), torch.inf)
+    dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+    shift = own_top - top.clamp_min(torch.finfo(top.dtype).min)  # -inf in a shard that is all -inf
+    shift = shift.masked_fill(own_top.isnan(), torch.nan)
+    mass = (shift + own_log_sum).exp()
+    back = (own_log_sum, shift, own_top)
+    log_sum, up, own_top = back if one else (part[:, None] for part in back)
+    picked = (own_logp + log_sum + up).masked_fill(own_top == -torch.inf, -torch.inf)  # z_y minus top
+    picked = torch.where(elsewhere | ignored, 0.0, picked)
+    moment = torch.zeros_like(mass)
+    if entropy:
+        moment = (mass * (ent - own_log_sum - shift)).masked_fill(mass == 0, 0.0)  # no mass, no part: 0 * -inf
+    parts = torch.cat([mass[None], moment[None], picked[None] if one else picked.T])  # [2 + K, N]
+    dist.all_reduce(parts, group=group)
+    (total, moment), target_shifted = parts[:2], parts[2:].T.reshape(own_logp.shape)
+    nothing = rows_ignored(ignored)
+    lse = torch.stack([top, total.log()]).masked_fill(nothing, 0.0)
+    logp = finish(target_shifted - (lse[1] if one else lse[1, :, None]), ignored, wrong)
+    whole = (moment / total + total.log()).masked_fill(nothing, 0.0) if entropy else None
+    return logp, lse, whole
+
+
 class VocabParallel(OnceDifferentiable):
     """logp like target, entropy [N] or None; gradients: own rows of the weight, hidden summed over the group."""
 
@@ -48,29 +78,10 @@ class VocabParallel(OnceDifferentiable):
         local = target - start
         elsewhere = (local < 0) | (local >= weight.shape[0])
         local = local.masked_fill(elsewhere, weight.shape[0]).masked_fill(ignored, -1)
-        own_logp, (own_top, own_log_sum), ent, *_ = launchers(STEM, impl).linear_logprob_fwd(
+        own = launchers(STEM, impl).linear_logprob_fwd(
             hidden, local, Head(weight, bias, temperature, logit_scale, softcap), entropy, False
         )
-        # a MAX may lose a NaN: +inf cannot be lost, and makes the other ranks' masses 0 or NaN; the SUM spreads it
-        top = own_top.masked_fill(own_top.isnan(), torch.inf)
-        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-        shift = own_top - top.clamp_min(torch.finfo(top.dtype).min)  # -inf in a shard that is all -inf
-        shift = shift.masked_fill(own_top.isnan(), torch.nan)
-        mass = (shift + own_log_sum).exp()
-        back = (own_log_sum, shift, own_top)
-        log_sum, up, own_top = back if target.dim() == 1 else (part[:, None] for part in back)
-        picked = (own_logp + log_sum + up).masked_fill(own_top == -torch.inf, -torch.inf)  # z_y minus top
-        picked = torch.where(elsewhere | ignored, 0.0, picked)
-        moment = torch.zeros_like(mass)
-        if entropy:
-            moment = (mass * (ent - own_log_sum - shift)).masked_fill(mass == 0, 0.0)  # no mass, no part: 0 * -inf
-        parts = torch.cat([mass[None], moment[None], picked[None] if target.dim() == 1 else picked.T])  # [2 + K, N]
-        dist.all_reduce(parts, group=group)
-        (total, moment), target_shifted = parts[:2], parts[2:].T.reshape(target.shape)
-        nothing = rows_ignored(ignored)
-        lse = torch.stack([top, total.log()]).masked_fill(nothing, 0.0)
-        logp = finish(target_shifted - (lse[1] if target.dim() == 1 else lse[1, :, None]), ignored, wrong)
-        whole = (moment / total + total.log()).masked_fill(nothing, 0.0) if entropy else None
+        logp, lse, whole = across(own, elsewhere, ignored, wrong, entropy, group)
         ctx.save_for_backward(hidden, weight, local, bias, temperature, logp, lse, whole, ignored)
         ctx.settings, ctx.group, ctx.impl = (logit_scale, softcap), group, impl
         ctx.set_materialize_grads(False)

@@ -22,11 +22,15 @@ def linear_logprob(
     statistics: bool = False,
 ) -> LogProb | LogProbStatistics:
     """z = softcap(logit_scale (hidden weight^T + bias)) / temperature; logp = log_softmax(z)[target]."""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     ignored = target.long() == ignore_index
     ignored = ignored if target.dim() == 1 else ignored.all(1)
+    logits = product(hidden, weight, bias, ignored) * logit_scale
+    return logprob(logits, target, temperature, softcap, ignore_index, entropy, statistics)
+
+
+def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, ignored: Tensor) -> Tensor:
+    """hidden weight^T + bias [N, V], in fp32 (float64 of float64); an ignored row's hidden state counts as 0."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     hidden = hidden.masked_fill(ignored[:, None], 0.0)  # such a row may hold anything, and 0 * NaN is NaN
-    logits = hidden.to(dtype) @ weight.to(dtype).T  # [N, V]
-    if bias is not None:
-        logits = logits + bias.to(dtype)
-    return logprob(logits * logit_scale, target, temperature, softcap, ignore_index, entropy, statistics)
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    return logits if bias is None else logits + bias.to(dtype)

@@ -16,6 +16,7 @@ def logprob(
     ignore_index: int = -100,
     entropy: bool = False,
     statistics: bool = False,
+    kept: Tensor | None = None,  # [N, V] bool: what the softmax is over, all if None
 ) -> LogProb | LogProbStatistics:
     """logp = log_softmax(softcap(logits) / temperature)[target]; a target outside the vocabulary gives NaN."""
     target = target.long()
@@ -31,6 +32,8 @@ def logprob(
         z = z / temperature.to(z.dtype).reshape(-1, 1)
     else:
         z = z / temperature
+    if kept is not None:
+        z = z.masked_fill(~(kept | ignored[:, None]), -torch.inf)
     known = (target >= 0) & (target < z.shape[-1])
     all_logp = torch.log_softmax(z, dim=-1)  # [N, V]
     ids = target.where(known, 0)

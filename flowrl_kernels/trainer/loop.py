@@ -33,7 +33,7 @@ from flowrl_kernels.trainer.plot import plot_runs
 from flowrl_kernels.trainer.policy import Scored
 from flowrl_kernels.trainer.prompts import prompt_numbers
 from flowrl_kernels.trainer.records import Lap, Progress, Prompts, Result, Rollouts, Run, Shaped, Update
-from flowrl_kernels.trainer.rollout import Kept, probe
+from flowrl_kernels.trainer.rollout import probe
 from flowrl_kernels.trainer.rollout.faults import EngineError
 from flowrl_kernels.trainer.run import export, prepare, resume
 
@@ -304,7 +304,7 @@ def fill(batch: MicroBatch, rollouts: Rollouts, shaped: Shaped, rows: Tensor) ->
     if rollouts.kept is not None:
         first = np.cumsum([0, *map(len, rollouts.responses)])
         own = [torch.arange(n) + int(first[row]) for row, n in zip(rows.tolist(), lengths)]
-        batch.kept = Kept(*(part.to(device) for part in rollouts.kept.rows(torch.cat(own))))
+        batch.kept = rollouts.kept.rows(torch.cat(own))  # on the CPU, where what is in them is known without a wait
 
 
 @torch.no_grad()

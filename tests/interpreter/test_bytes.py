@@ -1,5 +1,6 @@
 """What the row kernels read and write, counted in the interpreter, against the model in benchmarks/cases.py."""
 
+import numpy as np
 import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
@@ -20,13 +21,13 @@ def moved(monkeypatch):
     def size(pointers):
         return pointers.get_element_ty().primitive_bitwidth // 8
 
-    def counting_load(self, pointers, mask, *rest):
-        read.append(int(mask.data.sum()) * size(pointers))
-        return load(self, pointers, mask, *rest)
+    def counting_load(self, pointers, mask, *rest, **named):
+        read.append(int(np.asarray(mask.data).sum()) * size(pointers))
+        return load(self, pointers, mask, *rest, **named)
 
-    def counting_store(self, pointers, value, mask, *rest):
-        written.append(int(mask.data.sum()) * size(pointers))
-        return store(self, pointers, value, mask, *rest)
+    def counting_store(self, pointers, value, mask, *rest, **named):
+        written.append(int(np.asarray(mask.data).sum()) * size(pointers))
+        return store(self, pointers, value, mask, *rest, **named)
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
