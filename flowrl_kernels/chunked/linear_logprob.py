@@ -1,10 +1,13 @@
 """hidden -> log-probabilities in tiles of the vocabulary: 2NHV forward, 6NHV backward with recompute.
 
-Memory beyond inputs and outputs: one tile of logits. Row results are bit-identical under any batch layout: rows are
+Memory beyond inputs and outputs: one tile of logits, and on a CPU what `chunked/recompute.py` lets a forward keep (at
+most 48 MB a call), whose columns cost no second product. Row results are bit-identical under any batch layout: rows are
 padded to one fixed block, and columns reduced in fixed runs.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +45,24 @@ def clean(keep: Tensor, hidden: Tensor, temperature: Tensor) -> tuple[Tensor, Te
     return hidden, temperature if temperature.numel() == 1 else temperature.masked_fill(~keep, 1.0)
 
 
+class Kept(NamedTuple):
+    """Logits that a forward left."""
+
+    logits: Tensor  # [N, C] of the first columns
+    place: Tensor | None  # [R] where each row of a backward stands there; None for all in order
+
+    def part(self, own: slice, start: int, stop: int) -> Tensor | None:
+        """Of some rows in a tile of columns, if it is one of those. [R, C]"""
+        if stop > self.logits.shape[1]:
+            return None
+        return self.logits[own if self.place is None else self.place[own], start:stop]
+
+
+def room_for(kept: Tensor, own: slice, start: int, stop: int) -> Tensor | None:
+    """Where a block's logits of one tile are kept, fewer rows than it has at the end; None if they are not."""
+    return kept[own, start:stop] if stop <= kept.shape[1] and own.start < len(kept) else None
+
+
 def linear_logprob_fwd(
     hidden: Tensor,  # [N, H]
     target: Tensor,  # [N] or [N, K] int64; -1 skips the id, V means no target here
@@ -50,6 +71,7 @@ def linear_logprob_fwd(
     stats: bool,
     order: Tensor | None = None,  # [V] the id at each place; targets are places then
     statistics: RowStatistics | None = None,  # written, where there is no order
+    kept: Tensor | None = None,  # [N, C] filled with logits for the backward
 ) -> Saved:
     """logp like target (-inf without one here), log-sum-exp [2, N] as maximum and log of the sum, entropy [N] or [0],
     tile log-sum-exp [ceil(V/128), N] fp16 or [0, 0]; all 0 in skipped rows."""
@@ -84,15 +106,19 @@ def linear_logprob_fwd(
             columns = tiles.operand(weight[own_columns])
             tile_bias = None if bias is None else bias[own_columns]
             for i, (own, running) in enumerate(zip(blocks, sums)):
-                z = tiles.logits_tile(hidden[own], columns, tile_bias, logit_scale, softcap)
+                into = None if kept is None else room_for(kept, own, start, stop)
+                keep = into is not None and len(into) == block
+                z = tiles.logits_tile(hidden[own], columns, tile_bias, logit_scale, softcap, into if keep else None)
                 tiles.divide_by_temperature(z, temperature if temperature.numel() == 1 else temperature[own])
+                if into is not None and not keep:
+                    into.copy_(z[: len(into)])
                 local = target[own] - start
                 picked = pick(z, local)
                 mine = (local >= 0) & (local < stop - start)
                 target_logit[own] = torch.where(mine, picked, target_logit[own])
                 if tops:
                     tops[i].add(z, start)
-                runs = running.add(z)
+                runs = running.add(z, keep)
                 if stats:
                     first = start // TILE
                     tile_lse[first : first + runs.shape[1], own] = tiles.round_up_to_half(runs).T
@@ -110,10 +136,10 @@ def linear_logprob_fwd(
         skipped = rows_of(target) < 0
         logp, lse = logp.masked_fill(target < 0, 0.0), lse.masked_fill(skipped, 0.0)
         ent = ent.masked_fill(skipped, 0.0) if entropy else ent
-        return Saved(logp, lse, ent, (tile_lse.masked_fill(skipped, 0.0) if stats else tile_lse).contiguous())
+        return Saved(logp, lse, ent, (tile_lse.masked_fill(skipped, 0.0) if stats else tile_lse).contiguous(), kept)
     stats_out = put(rows, tile_lse.T, num_tokens).T.contiguous() if stats else tile_lse
     ent = put(rows, ent, num_tokens) if entropy else ent
-    return Saved(put(rows, logp, num_tokens), put(rows, lse.T, num_tokens).T.contiguous(), ent, stats_out)
+    return Saved(put(rows, logp, num_tokens), put(rows, lse.T, num_tokens).T.contiguous(), ent, stats_out, kept)
 
 
 def linear_logprob_bwd(
@@ -128,21 +154,24 @@ def linear_logprob_bwd(
     wide_hidden: bool = False,  # hidden's gradient as it was accumulated, not rounded to hidden's dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias; those not needed are None (weight's goes into main_grad if given)."""
-    (grad_logp, grad_entropy), (logp, lse, entropy, tile_lse) = grad, saved
+    (grad_logp, grad_entropy), (logp, lse, entropy, tile_lse, kept) = grad, saved
     weight, _, temperature, logit_scale, softcap = head
     order = None if budget.draw is None else budget.draw.order
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
     dtype, out_dtype = tiles.accumulator_dtype(hidden.dtype), hidden.dtype
-    one, several = None if target.dim() == 1 else as_one(grad, target, logp, entropy), None
+    one, several, live = None if target.dim() == 1 else as_one(grad, target, logp, entropy), None, rows_of(target) >= 0
     if one is None:
-        active = (target >= 0) & (grad_logp != 0)
+        active = live & (grad_logp != 0)
         if grad_entropy is not None:
-            active |= (target >= 0) & (grad_entropy != 0)
+            active |= live & (grad_entropy != 0)
     else:
         active, grad_logp = one.live, one.total
         several = Several(target.masked_fill(~active[:, None], vocab_size), one.value)
         target, logp = torch.full_like(target[:, 0], vocab_size), torch.zeros_like(one.total)
     rows = kept_rows(active)
+    place = None  # of each row among the kept ones
+    if kept is not None and not torch.equal(active, live):
+        place = (live.cumsum(0) - 1)[active]
     if rows is None and not tiles.host_knows(hidden):
         hidden, temperature = clean(active, hidden, temperature)
         target, lse = target.masked_fill(~active, vocab_size), lse.masked_fill(~active, torch.inf)  # p = 0 there
@@ -192,7 +221,7 @@ def linear_logprob_bwd(
         if order is not None:  # nothing of it depends on an order
             ids = torch.nn.functional.pad(order, (0, 1), value=vocab_size)[rows_in.target]
             rows_in = rows_in._replace(target=ids)
-        _exact_backward(rows_in, head, into, several)
+        _exact_backward(rows_in, head, into, several, None if kept is None else Kept(kept, place))
     if inverse is not None:
         dbias = None if dbias is None else dbias.mul_(inverse)
         dhidden = None if dhidden is None else dhidden.mul_(inverse)
@@ -222,60 +251,81 @@ def store(dweight: Tensor | None, main_grad: Tensor | None, start: int, stop: in
             dweight[start:stop] = part
 
 
-def _exact_backward(rows: Rows, head: Head, into: Sinks, several: Several | None = None) -> None:
+def buffer_width(num_rows: int, beside_kept: bool) -> int:
+    """Columns of a backward's buffer, which adds to what is kept."""
+    most = (2 if beside_kept else 8) * tiles.COLUMNS
+    return max(tiles.COLUMNS, min(most, tiles.BUFFER // max(1, num_rows) // TILE * TILE))
+
+
+def _exact_backward(
+    rows: Rows, head: Head, into: Sinks, several: Several | None = None, kept: Kept | None = None
+) -> None:
     """Fills the gradients, a tile of the vocabulary and a block of rows at a time."""
     dhidden, dweight, main_grad, dbias = into
-    num_rows = len(rows.x)
-    width = max(tiles.COLUMNS, min(8 * tiles.COLUMNS, tiles.BUFFER // max(1, num_rows) // TILE * TILE))
+    num_rows, end = len(rows.x), 0 if kept is None else kept.logits.shape[1]
+    width = buffer_width(num_rows, end > 0)
     row_step = max(1, tiles.BUFFER // width)
     with tiles.exact_products():
-        for start, stop in tiles.column_tiles(len(head.weight), width):
+        for start, stop in (*tiles.column_tiles(end, width), *tiles.column_tiles(len(head.weight), width, end)):
             w = tiles.operand(head.weight[start:stop])
             columns = head._replace(weight=w, bias=None if head.bias is None else head.bias[start:stop])
-            tile_grad = None
+            tile_grad = target_grad = None  # in a buffer, or where it belongs
+            if dweight is not None and dweight.dtype == rows.x.dtype == rows.scale.dtype and num_rows > 0:
+                target_grad = dweight[start:stop]
             for low in range(0, num_rows, row_step):
-                own = slice(low, low + row_step)
+                own = slice(low, min(low + row_step, num_rows))
                 part = rows.part(own)
-                dz = _dlogits(part, columns, start, None if several is None else several.part(own))
+                z = None if kept is None else kept.part(own, start, stop)
+                dz = _dlogits(part, columns, start, None if several is None else several.part(own), z)
                 if dbias is not None:
                     dbias[start:stop] += dz.sum(0)
                 dz = dz.to(part.x.dtype)
                 if dhidden is not None:
                     accumulate(dhidden[own], dz, w)
                 if dweight is not None or main_grad is not None:
-                    product = tiles.product(dz.T, part.x)
-                    tile_grad = product if tile_grad is None else tile_grad.add_(product)
+                    if target_grad is None:
+                        product = tiles.product(dz.T, part.x)
+                        tile_grad = product if tile_grad is None else tile_grad.add_(product)
+                    elif low == 0:
+                        torch.mm(dz.T, part.x, out=target_grad)
+                    else:
+                        target_grad.addmm_(dz.T, part.x)
+                del dz  # or the next would stand beside it
             if tile_grad is not None and rows.inverse is not None:
                 tile_grad.mul_(rows.inverse)
-            store(dweight, main_grad, start, stop, tile_grad)
+            if target_grad is None:
+                store(dweight, main_grad, start, stop, tile_grad)
 
 
-def _dlogits(rows: Rows, columns: Head, start: int, several: Several | None) -> Tensor:
-    """Gradient of the product hidden weight^T in the columns from `start` on, fp32. [R, C]"""
-    z = tiles.logits_tile(rows.x, columns.weight, columns.bias, columns.logit_scale, columns.softcap)
-    slope = None if columns.softcap is None else (z / columns.softcap).square_().neg_().add_(1.0)
-    z = tiles.divide_by_temperature(z, rows.temperature)
+def _dlogits(rows: Rows, columns: Head, start: int, several: Several | None, kept: Tensor | None = None) -> Tensor:
+    """Gradient of the product hidden weight^T in the columns from `start` on, fp32; `kept` logits stay. [R, C]"""
     local, entropy = (rows.target - start)[:, None], None if rows.entropy is None else rows.entropy[:, None]
-    dz = dlogits_(z, local, rows.logp[:, None], rows.lse, rows.scale, rows.entropy_scale, entropy)
+    slope, z = None, kept
+    if z is None:
+        z = tiles.logits_tile(rows.x, columns.weight, columns.bias, columns.logit_scale, columns.softcap)
+        slope = None if columns.softcap is None else (z / columns.softcap).square_().neg_().add_(1.0)
+        z = tiles.divide_by_temperature(z, rows.temperature)
+    dz = dlogits_(z, local, rows.logp[:, None], rows.lse, rows.scale, rows.entropy_scale, entropy, kept is not None)
     if several is not None:
         put_(dz, several, start)
     return dz if slope is None else dz.mul_(slope)
 
 
 def dlogits_(
-    z: Tensor,  # [R, C] logits, overwritten
+    z: Tensor,  # [R, C] logits, overwritten unless kept
     local: Tensor,  # [R, 1] target minus the first column
     target_logp: Tensor,  # [R, 1]
     lse: Tensor,  # [2, R, 1]
     scale: Tensor,  # [R, 1]
     entropy_scale: Tensor | None = None,  # [R, 1]
     entropy: Tensor | None = None,  # [R, 1]
+    keep: bool = False,
 ) -> Tensor:
     """scale (1{v=y} - p_v) - entropy_scale p_v (log p_v + H); the target's 1 - p from its own log p. [R, C]"""
     columns = z.shape[1]
     mine = (local >= 0) & (local < columns)
     local = local.clamp(0, columns - 1)
-    shifted = z.sub_(lse[0])
+    shifted = z.sub(lse[0]) if keep else z.sub_(lse[0])
     if entropy_scale is None:
         dz = shifted.exp_().mul_(-scale * lse[1].neg().exp())  # the sum divides a row's factor, not its elements
         kept_back = torch.zeros_like(scale)

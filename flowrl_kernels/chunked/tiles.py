@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowrl_kernels.chunked.recompute import WIDTH
 from flowrl_kernels.core.types import TILE
 
-COLUMNS = 1024  # vocabulary columns of one forward tile; a multiple of TILE
+COLUMNS = WIDTH  # vocabulary columns of one forward tile; a multiple of TILE
 BUFFER = 1 << 22  # elements of one backward buffer (16 MB in fp32)
 FLOOR = -1e4  # stands in for -inf where it meets a factor 0; exp(FLOOR) is 0
 
@@ -27,9 +28,9 @@ def row_block(hidden_size: int, vocab_size: int) -> int:
     return 256 if hidden_size * vocab_size >= 1 << 22 else 64
 
 
-def column_tiles(vocab_size: int, width: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, vocab_size, width):
-        yield start, min(start + width, vocab_size)
+def column_tiles(end: int, width: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    for first in range(start, end, width):
+        yield first, min(first + width, end)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -109,9 +110,10 @@ def logits_tile(
     bias: Tensor | None,  # [C]
     logit_scale: float,
     softcap: float | None,
+    out: Tensor | None = None,  # [R, C]
 ) -> Tensor:
-    """softcap(logit_scale (hidden weight^T + bias)), fp32, before the temperature. [R, C]"""
-    z = product(hidden, weight.T)
+    """softcap(logit_scale (hidden weight^T + bias)), fp32, before the temperature; in `out` if given. [R, C]"""
+    z = product(hidden, weight.T) if out is None else torch.mm(hidden, weight.T, out=out)
     if bias is not None:
         z.add_(bias.to(z.dtype))
     if logit_scale != 1.0:
@@ -169,15 +171,15 @@ class Sums:
         self.total = like.new_zeros(rows)
         self.moment = like.new_zeros(rows) if entropy else None
 
-    def add(self, z: Tensor) -> Tensor:
-        """Take in one tile of logits [R, C] (overwritten); returns the log-sum-exp of each run, [R, ceil(C/TILE)]."""
-        rows, columns = z.shape
+    def add(self, z: Tensor, keep: bool = False) -> Tensor:
+        """Take in logits [R, C], overwritten unless kept; returns the log-sum-exp of each run, [R, ceil(C/TILE)]."""
+        columns = z.shape[1]
         if columns % TILE:
             z = torch.nn.functional.pad(z, (0, TILE - columns % TILE), value=-torch.inf)
-        z = z.view(rows, -1, TILE)
+        z = z.unflatten(1, (-1, TILE))
         top = z.amax(-1)  # [R, runs]
         shift = top.clamp_min(torch.finfo(top.dtype).min)  # a run of -inf alone must not make -inf - -inf
-        z.sub_(shift[..., None])
+        z = z.sub(shift[..., None]) if keep else z.sub_(shift[..., None])
         if self.moment is None:
             run_total = z.exp_().sum(-1)
             run_moment = None

@@ -35,6 +35,7 @@ class Saved(NamedTuple):
     lse: Tensor  # [2, N] log-sum-exp as maximum and log of the sum
     entropy: Tensor  # [N] or [0]
     tile_lse: Tensor  # [ceil(V/128), N] fp16 or [0, 0]
+    kept: Tensor | None = None  # [N, C] logits of the first C columns, of rows with a target, in order
 
 
 class Upstream(NamedTuple):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from flowrl_kernels import reference
+from flowrl_kernels.chunked import sampled, tiles
+from flowrl_kernels.chunked.recompute import kept_shape
 from flowrl_kernels.core.dispatch import launchers
 from flowrl_kernels.core.types import (
     EXACT,
@@ -84,9 +86,10 @@ def linear_logprob(
     order: Tensor | None = None,  # [V] int64
     group: str = "",
     statistics: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keep: bool = False,  # logits for the backward, as chunked/recompute.py says
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logp like target, entropy [N] or [0], lse [2, N], tile statistics [ceil(V/128), N] or [0, 0], argmax and
-    mean logit [N] or [0] each.
+    mean logit [N] or [0] each, kept logits [N, C] or [0, 0].
 
     lse is a row's log-sum-exp as its maximum and the log of the sum relative to it: of a confident row, the sum of the
     two keeps nothing of what is left to the other tokens.
@@ -96,18 +99,27 @@ def linear_logprob(
     room, partial = launchers(STEM, impl), epsilon > 0.0 or share > 0.0
     count, dtype = len(hidden) if statistics else 0, torch.float64 if hidden.dtype == torch.float64 else torch.float32
     into = RowStatistics(hidden.new_empty(count, dtype=torch.int64), hidden.new_empty(count, dtype=dtype))
+    kept, more = logits_to_keep(hidden, weight, keep), dict[str, Any]()
     if statistics:
-        logp, lse, ent, stats = room.linear_logprob_fwd(hidden, clean, head, entropy, partial, statistics=into)
-    elif order is None:
-        logp, lse, ent, stats = room.linear_logprob_fwd(hidden, clean, head, entropy, partial)
-    else:
-        logp, lse, ent, stats = room.linear_logprob_fwd(hidden, places(clean, order), head, entropy, partial, order)
-    return finish(logp, ignored, wrong), ent, lse, stats, *into
+        more["statistics"] = into
+    elif order is not None:
+        more["order"], clean = order, places(clean, order)
+    if keep:
+        more["kept"] = kept
+    logp, lse, ent, stats, _ = room.linear_logprob_fwd(hidden, clean, head, entropy, partial, **more)
+    return finish(logp, ignored, wrong), ent, lse, stats, *into, kept
+
+
+def logits_to_keep(hidden: Tensor, weight: Tensor, keep: bool) -> Tensor:
+    """Room for them. [N, C] or [0, 0]"""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    shape = kept_shape(hidden.shape[0], weight.shape[0], hidden.dtype.itemsize) if keep else (0, 0)
+    return hidden.new_empty(shape, dtype=dtype)
 
 
 @linear_logprob.register_fake
 def _(hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_index, entropy, epsilon, report,
-      main_grad, impl, share=0.0, draw=0, rows=None, order=None, group="", statistics=False):  # fmt: skip
+      main_grad, impl, share=0.0, draw=0, rows=None, order=None, group="", statistics=False, keep=False):  # fmt: skip
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     runs = (vocab_size + TILE - 1) // TILE
@@ -118,6 +130,7 @@ def _(hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_in
         hidden.new_empty((runs, num_tokens) if epsilon > 0.0 or share > 0.0 else (0, 0), dtype=torch.float16),
         hidden.new_empty(num_tokens if statistics else 0, dtype=torch.int64),
         hidden.new_empty(num_tokens if statistics else 0, dtype=dtype),
+        logits_to_keep(hidden, weight, keep),
     )
 
 
@@ -149,10 +162,11 @@ def linear_logprob_bwd(
     rows: Tensor | None = None,  # [N]
     order: Tensor | None = None,  # [V]
     group: str = "",
+    kept: Tensor | None = None,  # [N, C]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden [N, H], weight [V, H], bias [V]; [0] where not needed or kept in main_grad."""
     clean, ignored, _ = clean_target(target, weight.shape[0], ignore_index)
-    head, saved = Head(weight, bias, temperature, logit_scale, softcap), Saved(logp, lse, ent, stats)
+    head, saved = Head(weight, bias, temperature, logit_scale, softcap), Saved(logp, lse, ent, stats, kept)
     clean = clean if order is None else places(clean, order)
     budget = Budget(epsilon, report, Draw(share, draw, rows, order, group) if share > 0.0 else None)
     dhidden, dweight, dbias = launchers(STEM, impl).linear_logprob_bwd(
@@ -182,10 +196,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, target, bias, temperature, *settings = inputs
     logit_scale, softcap, ignore_index, ctx.entropy, epsilon, report, main_grad, impl, *draw = settings
     share, key, rows, order, group = draw[:5] or NO_DRAW
-    logp, ent, lse, stats, *statistics = output
+    keep = len(draw) > 6 and draw[6]  # a call may leave out what stands at the end
+    logp, ent, lse, stats, *statistics, kept = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, stats, *statistics)
-    ctx.save_for_backward(hidden, weight, target, bias, temperature, logp, lse, ent, stats, rows, order)
+    ctx.mark_non_differentiable(lse, stats, *statistics, kept)
+    kept = kept if keep else None
+    ctx.save_for_backward(hidden, weight, target, bias, temperature, logp, lse, ent, stats, rows, order, kept)
     ctx.draw = share, key, group
     # what the backward writes, so no saved value: it may change between forward and backward, and twice
     ctx.written = report, main_grad
@@ -196,15 +212,15 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple:
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     report, main_grad = ctx.written
-    nothing = (None,) * 19
-    *saved, rows, order = ctx.saved_tensors
+    nothing = (None,) * 20
+    *saved, rows, order, kept = ctx.saved_tensors
     share, key, group = ctx.draw
     grad_entropy = grad_entropy if ctx.entropy else None
     if grad_logp is None and grad_entropy is None:
         return nothing
     dhidden, dweight, dbias = linear_logprob_bwd(
         grad_logp, grad_entropy, *saved, report, main_grad, *ctx.settings,
-        need_hidden, need_weight, need_bias, ctx.impl, share, key, rows, order, group,
+        need_hidden, need_weight, need_bias, ctx.impl, share, key, rows, order, group, kept,
     )  # fmt: skip
     return (
         dhidden if need_hidden else None,
@@ -213,6 +229,22 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
         dbias if need_bias else None,
         *nothing[4:],
     )
+
+
+def keeps(hidden: Tensor, head: Head, budget: Budget, impl: str) -> bool:
+    """Whether the forward leaves logits for an exact backward: on a CPU, where a product costs more than its memory.
+
+    A sampled backward that is known to be the exact one has that one's bits.
+    """
+    draw = budget.draw
+    exact = budget.epsilon == 0.0 and (draw is None or (draw.share >= sampled.FALL_BACK and draw.order is None))
+    wanted = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)
+    )
+    return (
+        impl == "chunked" and tiles.host_knows(hidden) and exact and wanted and head.softcap is None
+        and kept_shape(hidden.shape[0], head.weight.shape[0], hidden.dtype.itemsize) != (0, 0)
+    )  # fmt: skip
 
 
 def apply(
@@ -224,9 +256,10 @@ def apply(
     with torch.autocast(hidden.device.type, enabled=False):
         if impl == "reference":
             return reference.linear_logprob(hidden, head.weight, target, *head[1:], ignore_index, entropy, statistics)
-        logp, ent, _, _, argmax, mean_logits = linear_logprob(
+        logp, ent, _, _, argmax, mean_logits, _ = linear_logprob(
             hidden, head.weight, target, head.bias, head.temperature, head.logit_scale, head.softcap, ignore_index,
             entropy, budget.epsilon, budget.report, main_grad, impl, *(budget.draw or NO_DRAW), statistics,
+            keeps(hidden, head, budget, impl),
         )  # fmt: skip
     if not statistics:
         return LogProb(logp, ent if entropy else None)

@@ -48,7 +48,7 @@ class VocabParallel(OnceDifferentiable):
         local = target - start
         elsewhere = (local < 0) | (local >= weight.shape[0])
         local = local.masked_fill(elsewhere, weight.shape[0]).masked_fill(ignored, -1)
-        own_logp, (own_top, own_log_sum), ent, _ = launchers(STEM, impl).linear_logprob_fwd(
+        own_logp, (own_top, own_log_sum), ent, *_ = launchers(STEM, impl).linear_logprob_fwd(
             hidden, local, Head(weight, bias, temperature, logit_scale, softcap), entropy, False
         )
         # a MAX may lose a NaN: +inf cannot be lost, and makes the other ranks' masses 0 or NaN; the SUM spreads it

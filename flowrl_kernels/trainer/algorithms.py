@@ -96,6 +96,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ppo":           Algorithm("1707.06347", "raw",        "token",    (0.8, 1.2),           "token-mean", "gae"),
     "reinforce_pp":  Algorithm("2501.03262", "raw",        "token",    (0.8, 1.2),           "token-mean", "returns",
                                kl="return"),
+    "reinforce_pp_baseline":
+                     Algorithm("2501.03262", "centred",    "token",    (0.8, 1.2),           "token-mean", "returns"),
     "rloo":          Algorithm("2402.14740", "left out",   "none",     UNCLIPPED,            "seq-mean-token-sum"),
     "opo":           Algorithm("2505.23585", "by length",  "none",     UNCLIPPED,            "seq-mean-token-sum"),
     "raft":          Algorithm("2304.06767", "good",       "none",     UNCLIPPED,            "token-mean"),

@@ -9,6 +9,7 @@ from flowrl_kernels.trainer import algorithms, mismatch, objective, packages
 from flowrl_kernels.trainer.batches import SHORT_ROW, plan
 from flowrl_kernels.trainer.config import Config, LoraConfig, RolloutConfig
 from flowrl_kernels.trainer.evaluate import chosen
+from flowrl_kernels.trainer.policy import named
 from flowrl_kernels.trainer.rollout.http import check_address
 from flowrl_kernels.trainer.tasks import Problem, Task
 
@@ -168,7 +169,8 @@ def shape_of(config: Config) -> Any:
     """The configuration of the model that `model.name` names."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(config.model.name, trust_remote_code=config.model.trust_remote_code)
+    with named(config.model.name):
+        return AutoConfig.from_pretrained(config.model.name, trust_remote_code=config.model.trust_remote_code)
 
 
 def prompt_limit(config: Config, context: int | None) -> int | None:

@@ -13,7 +13,19 @@ from typing import Any, Literal
 from flowrl_kernels.trainer.limits import LEAST
 
 AlgorithmName = Literal[
-    "flowrl", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "ppo", "reinforce_pp", "rloo", "opo", "raft", "reinforce_rej"
+    "flowrl",
+    "grpo",
+    "dapo",
+    "dr_grpo",
+    "gspo",
+    "cispo",
+    "ppo",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "rloo",
+    "opo",
+    "raft",
+    "reinforce_rej",
 ]
 
 
@@ -220,11 +232,11 @@ class AlgorithmConfig:
     epochs: int = 1
     """Passes over each batch of rollouts."""
     kl: float = 0.0
-    """Weight of the KL to the reference in policy-gradient losses, nats."""
+    """Weight of the KL to the reference in policy-gradient losses (reinforce_pp: in the reward), nats."""
     entropy: float = 0.0
     """Weight of the entropy bonus in policy-gradient losses."""
     gamma: float = 1.0
-    """For ppo: discount per token."""
+    """For ppo, reinforce_pp and reinforce_pp_baseline: discount per token."""
     gae_lambda: float = 1.0
     """For ppo: lambda of the generalised advantage."""
     value_clip: float = 0.2

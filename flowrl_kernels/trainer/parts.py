@@ -17,7 +17,7 @@ from flowrl_kernels.trainer.records import Run, Text
 from flowrl_kernels.trainer.rollout import Engine
 from flowrl_kernels.trainer.rollout.hf import HFEngine
 from flowrl_kernels.trainer.rollout.stops import Stops
-from flowrl_kernels.trainer.tasks import Problem, Task, char_tokenizer
+from flowrl_kernels.trainer.tasks import Problem, Task, char_tokenizer, check_characters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,6 +72,8 @@ def make_encoder(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase)
 
     def tokens(prompt: str | list[dict[str, str]]) -> list[int]:
         if isinstance(prompt, str) and not wrap:
+            if task.alphabet is not None and not config.model.name:
+                check_characters([prompt], task.alphabet, "prompt")
             return tokenizer(prompt, add_special_tokens=task.alphabet is None)["input_ids"]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if config.task.system and messages[0]["role"] != "system":

@@ -28,7 +28,7 @@ from flowrl_kernels.trainer.log import Log
 from flowrl_kernels.trainer.objective import score_head
 from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.records import Job
-from flowrl_kernels.trainer.tasks import Problem, Task
+from flowrl_kernels.trainer.tasks import Problem, Task, check_characters
 
 RECIPE = 2  # part of the hash: raise it when the supervised steps change
 
@@ -160,6 +160,8 @@ def train(job: Job, actor: Policy, log: Log) -> None:
         if pairs is None:
             raise ValueError(f"warm.steps: task {task.name!r} has no examples to learn from; set it to 0")
         prompts = [np.asarray(job.text.encode(problem)) for problem, _ in pairs]
+        if task.alphabet is not None and not config.model.name:
+            check_characters([text for _, text in pairs], task.alphabet, "warm start's answer")
         texts = tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"]
         answers = [np.asarray(ids + end) for ids in texts]
         tokens = sum(map(len, answers))

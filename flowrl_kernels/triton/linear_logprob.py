@@ -250,7 +250,7 @@ def _backward(
     grad: Upstream, hidden: Tensor, target: Tensor, head: Head, saved: Saved, need: Needs, budget: Budget,
     main_grad: Tensor | None, wide_hidden: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    (grad_logp, grad_entropy), (logp, lse, entropy, _), (epsilon, report, draw) = grad, saved, budget
+    (grad_logp, grad_entropy), (logp, lse, entropy, *_), (epsilon, report, draw) = grad, saved, budget
     weight, _, temperature, logit_scale, softcap = head
     if report is not None:
         report.zero_()

@@ -98,7 +98,7 @@ def shape(responses, a, budget):
     for r in live:
         own = torch.tensor([reward[id(m)] for m in members[r.group]], dtype=torch.float64)
         x = reward[id(r)]
-        how = a["reward"] if a["name"] == "flowrl" else a["shape"]
+        how = a["shape"]
         if how in TARGET:
             x = x - float(own.mean()) if len(own) > 1 else 0.0
         if how == "zscore":
@@ -270,7 +270,7 @@ def step(policy, reference, responses, a, o, *, temperature, budget, groups_per_
             r.value = value_of(policy, states) if a["name"] == "ppo" else None
     live = shape(responses, a, budget)
     correct(live, a)
-    if a["name"] in ("ppo", "reinforce_pp"):
+    if a["name"] in ("ppo", "reinforce_pp", "reinforce_pp_baseline"):
         per_token(live, a)
     if a["log_z"] == "group":
         group_log_z(live, a["beta"])

@@ -1,16 +1,25 @@
 """The table of algorithms and what follows from a row."""
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import tiny
+from test_golden_steps import CASES
 
 from flowrl_kernels.trainer import algorithms, checks, objective
 from flowrl_kernels.trainer.config import AlgorithmConfig, AlgorithmName
 
 
 def test_the_names_a_config_may_give_are_those_of_the_table():
-    assert get_args(AlgorithmName) == tuple(algorithms.ALGORITHMS)
+    assert list(get_args(AlgorithmName)) == list(algorithms.ALGORITHMS)  # in the table's order
+
+
+def test_every_row_has_a_golden_step_and_a_line_in_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text()
+    for name in algorithms.ALGORITHMS:
+        assert any(case.split(",")[0].split()[0] == name for case in CASES), f"test_golden_steps.CASES has no {name!r}"
+        assert f"\n| `{name}` |" in page, f"no line of {name} in docs/trainer.md"
 
 
 def test_a_row_that_pays_its_kl_in_the_return_has_returns():

@@ -64,7 +64,7 @@ BAD = [
     (["train", "a.toml", "--task.reward_timeout", "0"], "task.reward_timeout"),
     (["train", "a.toml", *ROWS, "--task.train", "none.jsonl"], "none.jsonl"),
     (["train", "a.toml", *ROWS, "--task.train", "torn.jsonl", "--model.name", "model"], "torn.jsonl:1"),
-    (["train", "a.toml", "--model.name", "./none"], "none"),
+    (["train", "a.toml", "--model.name", "./none"], "model.name: './none' cannot be loaded"),
     (["train", "a.toml", "--model.name", "empty"], "empty"),
     (["train", "a.toml", "--model.liger", "True"], "liger"),
     (["train", "a.toml", "--log.tensorboard", "True"], "log.tensorboard: tensorboard is not installed"),

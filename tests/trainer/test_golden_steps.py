@@ -29,12 +29,14 @@ SETTINGS = tiny.flags(f"""
     algorithm.epochs 2  algorithm.minibatch_prompts 2  parallel.max_tokens 24
     optim.lr 0.01  optim.warmup 1  optim.weight_decay 0.1  optim.max_grad_norm 0.7
 """)
-SHAPES = {
+SHAPES = {  # the advantage by name, a second time: from the papers, not from the table
+    **dict.fromkeys(("grpo", "dapo", "gspo", "cispo"), "zscore"),
     "dr_grpo": "centred",
     "rloo": "left out",
     "opo": "by length",
     "ppo": "raw",
     "reinforce_pp": "raw",
+    "reinforce_pp_baseline": "centred",
     "raft": "raw",
     "reinforce_rej": "raw",
 }
@@ -67,6 +69,8 @@ CASES = {
     "ppo": ("algorithm.name ppo  algorithm.gamma 0.9  algorithm.gae_lambda 0.8  algorithm.value_clip 0.01 "
             "critic.lr 0.02  algorithm.kl 0.1  optim.lr 0.002", MISSING),
     "reinforce_pp": ("algorithm.name reinforce_pp  algorithm.kl 0.3  algorithm.gamma 0.95", MISSING),
+    "reinforce_pp_baseline": (
+        "algorithm.name reinforce_pp_baseline  algorithm.kl 0.3  algorithm.gamma 0.95", MISSING),
     "rloo": ("algorithm.name rloo  algorithm.kl 0.1  algorithm.entropy 0.02", MISSING),
     "opo": ("algorithm.name opo", MISSING),
     "raft": ("algorithm.name raft  algorithm.entropy 0.02", MISSING),
@@ -164,7 +168,7 @@ class Recorder:
 
 def expected(config, recorder):
     a, o = dataclasses.asdict(config.algorithm), dataclasses.asdict(config.optim)
-    a["shape"] = SHAPES.get(a["name"], "zscore")
+    a["shape"] = SHAPES[a["name"]] if a["name"] != "flowrl" else a["reward"]
     a["filter"] = a["filter_groups"] or a["name"] in FILTERED
     a["old"] = a["epochs"] > 1 or a["minibatch_prompts"] > 0 or a["name"] == "ppo"
     a["beta"] = a["beta"] or BETA[a["preset"]]

@@ -11,9 +11,9 @@ from typing import Any
 
 from flowrl_kernels.trainer.config import TaskConfig
 from flowrl_kernels.trainer.tasks.base import OpenTask, Problem, Task
-from flowrl_kernels.trainer.tasks.tokenizer import char_tokenizer
+from flowrl_kernels.trainer.tasks.tokenizer import char_tokenizer, check_characters
 
-__all__ = ["OpenTask", "Problem", "Task", "build_task", "char_tokenizer", "find_own"]
+__all__ = ["OpenTask", "Problem", "Task", "build_task", "char_tokenizer", "check_characters", "find_own"]
 
 
 def find_own(name: str, wanted: str) -> Any:
@@ -95,4 +95,17 @@ def build_task(cfg: TaskConfig) -> Task:
         return Gym.load(cfg)
     names = "sums, countdown, file, maths, gym:NAME"
     wanted = f"task.name must be {names} or module:function (a function of the task's settings)"
-    return find_own(cfg.name, wanted)(cfg)
+    return _whole(find_own(cfg.name, wanted)(cfg), cfg.name)
+
+
+def _whole(task: Any, name: str) -> Task:
+    """A task of somebody's own; refused by what it lacks."""
+    if isinstance(task, type):
+        raise ValueError(f"task.name: {name!r} must return a task, got the class {task.__name__} itself")
+    lacking = [part for part in dir(Task) if not part.startswith("_") and not hasattr(task, part)]
+    if lacking:
+        raise ValueError(
+            f"task.name: {name!r} must return a task, got {type(task).__name__}, which lacks {', '.join(lacking)}; "
+            "OpenTask has all but name, trusted, problems, verify and correct"
+        )
+    return task

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PAD, EOS = "<pad>", "<eos>"
+
+
+def check_characters(texts: Iterable[str], alphabet: str, what: str) -> None:
+    """Raises ValueError for a text that the alphabet cannot spell."""
+    for text in texts:
+        strange = "".join(dict.fromkeys(c for c in text if c not in alphabet))
+        if strange:
+            raise ValueError(f"task: alphabet {alphabet!r} lacks {strange!r}, which the {what} {text!r} has")
 
 
 def char_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
