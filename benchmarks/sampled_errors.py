@@ -110,7 +110,7 @@ def draws(made: Statistics, share: float, count: int, first: int = 0) -> Iterato
 
 def epsilon_of(made: Statistics, share: float) -> float:
     """The threshold rule's epsilon at which it computes this share of its pairs of 1024 columns."""
-    case, (logp, lse, _, tile_lse) = made.case, made.saved
+    case, (logp, lse, _, tile_lse, _) = made.case, made.saved
     gradient = case.batch.grad.float().abs() / case.level.temperature
     low, high = 0.0, 1.0
     for _ in range(14):

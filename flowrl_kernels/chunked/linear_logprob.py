@@ -45,7 +45,7 @@ def clean(keep: Tensor, hidden: Tensor, temperature: Tensor) -> tuple[Tensor, Te
     return hidden, temperature if temperature.numel() == 1 else temperature.masked_fill(~keep, 1.0)
 
 
-class Kept(NamedTuple):
+class KeptLogits(NamedTuple):
     """Logits that a forward left."""
 
     logits: Tensor  # [N, C] of the first columns
@@ -226,7 +226,7 @@ def linear_logprob_bwd(
             ids = torch.nn.functional.pad(order, (0, 1), value=vocab_size)[rows_in.target]
             rows_in = rows_in._replace(target=ids)
         own_bits = None if bits is None else take(rows, bits)[0]
-        _exact_backward(rows_in, head, into, several, None if kept is None else Kept(kept, place), own_bits)
+        _exact_backward(rows_in, head, into, several, None if kept is None else KeptLogits(kept, place), own_bits)
     if inverse is not None:
         dbias = None if dbias is None else dbias.mul_(inverse)
         dhidden = None if dhidden is None else dhidden.mul_(inverse)
@@ -263,7 +263,7 @@ def buffer_width(num_rows: int, beside_kept: bool) -> int:
 
 
 def _exact_backward(
-    rows: Rows, head: Head, into: Sinks, several: Several | None = None, kept: Kept | None = None,
+    rows: Rows, head: Head, into: Sinks, several: Several | None = None, kept: KeptLogits | None = None,
     bits: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fills the gradients, a tile of the vocabulary and a block of rows at a time."""
