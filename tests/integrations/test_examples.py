@@ -22,7 +22,8 @@ OWN = {
     "arithmetic",
     "from_python",
     "smol",
-}  # data and rewards: tests/trainer/test_own_data.py, test_entry.py, test_smol.py
+    "topk_distillation",
+}  # data, rewards and a loss: tests/trainer/test_own_data.py, test_entry.py, test_smol.py, tests/test_several.py
 
 
 def test_every_example_is_run_by_a_test():
