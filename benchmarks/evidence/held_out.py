@@ -1,0 +1,241 @@
+"""Held-out Countdown by the trainer: each method trains a small transformer, and is judged on problems it never saw.
+
+Every right answer to a problem is listed, so pass@k and the number of different solutions among k responses are exact
+for the policy at hand: no responses are drawn for them. Each cell is a process of the trainer; what held_out.json holds
+is not run again. Dials are chosen on the valid split with one seed; only then test seeds run, and the test split is
+read. Validation cells train on a task that has no test split.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence import plan
+from benchmarks.machine import describe
+
+HERE = Path(__file__).parent
+OUT, SETTINGS = HERE / "held_out.json", HERE / "held_out.toml"
+KS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+# [algorithm] of each method at a dial. Rewards are 0 and 1 as they come; one update a batch, sampled by the policy
+# that it changes. rloo_kl_in_reward is trained by the preset "tba": at such a batch its gradient is that of RLOO on
+# r - weight (log pi - log pi_ref), times 2 (G - 1) / (G weight) (tests/test_evidence_held_out.py).
+ALGORITHM: dict[str, Callable[[float], dict[str, Any]]] = {
+    "tb": lambda beta: {"name": "flowrl", "preset": "tb", "reward": "raw", "beta": beta},
+    "paper": lambda beta: {"name": "flowrl", "preset": "paper", "reward": "raw", "beta": beta},
+    "rloo_kl_in_reward": lambda weight: {"name": "flowrl", "preset": "tba", "reward": "raw", "beta": 1 / weight},
+    "grpo": lambda weight: {"name": "grpo", "kl": weight},
+    "dapo": lambda bonus: {"name": "dapo", "entropy": bonus},
+}
+
+
+def without_test(task: Any) -> Any:
+    """The task of validation cells: `task.name = "benchmarks.evidence.held_out:without_test"`."""
+    from flowrl_kernels.trainer.tasks.countdown import Countdown
+
+    class Closed(Countdown):
+        def problems(self, split: str) -> Sequence[Any]:
+            return [] if split == "test" else super().problems(split)
+
+    taken = [
+        field.name for field in dataclasses.fields(Countdown) if hasattr(task, field.name) and field.name != "name"
+    ]
+    return Closed(**{name: getattr(task, name) for name in taken})
+
+
+def settings(cell: plan.HeldOut, scratch: Path) -> Any:
+    """The whole configuration of a cell's run."""
+    from flowrl_kernels.trainer import config_file
+
+    name = cell.key().replace(": ", "-").replace(", ", "-").replace(" ", "-")
+    places = {"dir": str(scratch / name), "cache": str(scratch / "cache"), "overwrite": True}
+    changed: dict[str, Any] = {
+        "run": {"seed": cell.seed, **places},
+        "algorithm": ALGORITHM[cell.method](cell.dial),
+    }
+    if cell.split == "valid":
+        changed["task"] = {"name": "benchmarks.evidence.held_out:without_test"}
+    return config_file.merge(config_file.load(SETTINGS), changed)
+
+
+def run(cell: plan.HeldOut, scratch: Path) -> dict[str, Any]:
+    """Trains one cell in a process of its own, which judges it on its split too."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    open_task(cell)
+    # forked, so that no cell lists all solutions anew (12 s)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        made = pool.submit(trained, cell, scratch).result()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return made | {"seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1)}
+
+
+def open_task(cell: plan.HeldOut) -> Any:
+    """The cell's task, all solutions listed, which this process then knows."""
+    from flowrl_kernels.trainer.tasks import build_task
+
+    task = build_task(settings(cell, Path()).task)
+    task.problems("train")
+    return task
+
+
+def trained(cell: plan.HeldOut, scratch: Path) -> dict[str, Any]:
+    """Trains and judges; the model it starts from is made once for each seed, and kept."""
+    from flowrl_kernels.trainer import loop
+    from flowrl_kernels.trainer.log import read_lines
+
+    config = settings(cell, scratch)
+    folder = Path(config.run.dir)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
+            contextlib.redirect_stderr(log):  # fmt: skip
+        began = time.process_time()
+        final = loop.train(config)
+        steps = read_lines(folder / "metrics.jsonl", "train")
+        made: dict[str, Any] = {
+            "training_seconds": round(time.process_time() - began, 1),  # with the start, where it was not kept
+            "rollouts": sum(config.rollout.prompts * config.rollout.samples for _ in steps),
+            "sampled_accuracy": _short(final["accuracy"]),  # the trainer's own, of a few responses a problem
+            "training_accuracy": [_short(line["accuracy"]) for line in steps[9::10]],
+        }
+        return made | judged(folder, cell.split, start=False)
+
+
+def judged(folder: Path, split: str, *, start: bool) -> dict[str, Any]:
+    """Exact figures of a run's policy, or of the model it started from, on every problem of a split."""
+    import torch
+
+    from flowrl_kernels.trainer import export, parallel, policy
+    from flowrl_kernels.trainer.parts import make_text
+    from flowrl_kernels.trainer.tasks import build_task
+
+    torch.set_num_threads(1)
+    config, newest = export.open_run(folder)
+    config = export.single(config)
+    world, source = export.start(config), export.source_of(config)
+    if start:
+        attention = parallel.attention_of(config.model, config.parallel, world.device)
+        actor = policy.make_policy(config, world, policy.load_model(source, config.model, attention))
+    else:
+        actor = export.restore(config, newest, world)
+    task = build_task(config.task)
+    text = make_text(config, task, policy.load_tokenizer(source, config.model))
+    problems = [(problem, task.correct_texts(problem)) for problem in task.problems(split)]
+    found = iter(masses(config, world, actor, text, [(problem, answer) for problem, right in problems
+                                                     for answer, _ in right]))  # fmt: skip
+    accuracy, distinct = [], {k: [] for k in KS}
+    for _, right in problems:
+        mass: dict[str, float] = {}
+        for _, key in right:
+            mass[key] = mass.get(key, 0.0) + next(found)
+        accuracy.append(sum(mass.values()))
+        for k in KS:
+            distinct[k].append(sum(at_least_one(p, k) for p in mass.values()))
+    solutions = [len({key for _, key in right}) for _, right in problems]
+    return {
+        "pass": {str(k): _short(mean([at_least_one(p, k) for p in accuracy])) for k in KS},
+        "distinct": {str(k): _short(mean(distinct[k])) for k in KS},
+        "found_in_128": _short(mean([d / n for d, n in zip(distinct[128], solutions)])),
+        "accuracy_of": [_short(p) for p in accuracy],
+        "distinct_at_128_of": [_short(d) for d in distinct[128]],
+        "solutions_of": solutions,
+    }
+
+
+def masses(config: Any, world: Any, actor: Any, text: Any, pairs: Sequence[tuple[Any, str]]) -> list[float]:
+    """The probability of each (problem, response) with its end, at temperature 1."""
+    import numpy as np
+    import torch
+
+    from flowrl_kernels.trainer import objective
+    from flowrl_kernels.trainer.batches import pack
+
+    end = [text.tokenizer.eos_token_id]
+    tokens = text.tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+    prompts = [np.asarray(text.encode(problem)) for problem, _ in pairs]
+    answers = [np.asarray(ids + end) for ids in tokens]
+    p, total = config.parallel, torch.zeros(len(pairs), dtype=torch.float64)
+    with torch.no_grad():
+        for batch in pack(list(range(len(pairs))), prompts, answers, max_tokens=p.max_tokens, row_tokens=p.row_tokens,
+                          device=world.device, alone=actor.packing == "alone"):  # fmt: skip
+            scored = actor(objective.score_head(config, batch, temperature=1.0), batch.ids, batch.positions)
+            summed = torch.zeros(batch.sequences, dtype=torch.float64)
+            total[batch.which] = summed.index_add_(0, batch.segment(), scored.logp.double())
+    return total.exp().tolist()
+
+
+def at_least_one(p: float, k: int) -> float:
+    """The chance that one of k independent responses is what has probability p."""
+    return -math.expm1(k * math.log1p(-min(p, 1.0 - 1e-12)))
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def made_so_far(path: Path) -> dict[str, Any]:
+    if path.exists():
+        return json.loads(path.read_text())
+    return {"validation": plan.HELD_OUT_VALIDATION, "test": plan.HELD_OUT_TEST, "chosen": None, "cells": {}}
+
+
+def chosen(made: dict[str, Any]) -> dict[str, float] | None:
+    """Each method's dial with the best found_in_128 on the valid split; None while a validation cell is missing."""
+    found = {cell: made["cells"].get(cell.key()) for cell in plan.held_out_validation()}
+    if None in found.values():
+        return None
+    best: dict[str, plan.HeldOut] = {}
+    for cell, result in found.items():
+        if cell.method not in best or result["found_in_128"] > found[best[cell.method]]["found_in_128"]:
+            best[cell.method] = cell
+    return {method: best[method].dial for method in plan.HELD_OUT}
+
+
+def fill(path: Path, scratch: Path, minutes: float, one: Callable[..., dict[str, Any]] = run) -> tuple[int, int]:
+    """Runs what is missing, one cell after another, until `minutes` have gone; (cells done, cells of the plan)."""
+    made, ends = made_so_far(path), time.monotonic() + 60 * minutes
+    for wanted in (lambda: plan.held_out_validation(), lambda: plan.held_out_test(made["chosen"])):
+        for cell in wanted():
+            if cell.key() in made["cells"] or time.monotonic() > ends:
+                continue
+            made["cells"][cell.key()] = result = one(cell, scratch)
+            made["machine"] = describe("cpu")
+            write(path, made)
+            print(f"{cell.key()}: found in 128 {result['found_in_128']:.3f}, {result['seconds']:.0f} s", flush=True)
+        made["chosen"] = chosen(made)
+        if made["chosen"] is None:
+            break
+    wanted_keys = {cell.key() for cell in plan.held_out_validation()}
+    if made["chosen"] is not None:
+        wanted_keys |= {cell.key() for cell in plan.held_out_test(made["chosen"])}
+        write(path, made)
+    of = len(plan.held_out_validation()) + len(plan.HELD_OUT) * len(plan.HELD_OUT_TEST)
+    return len(wanted_keys & set(made["cells"])), of
+
+
+def write(path: Path, made: dict[str, Any]) -> None:
+    """Whole or not at all; a cell's lists a line each."""
+    head = json.dumps({name: value for name, value in made.items() if name != "cells"}, indent=1)
+    cells = []
+    for key, cell in made["cells"].items():
+        lines = ",\n".join(f"   {json.dumps(name)}: {json.dumps(value)}" for name, value in cell.items())
+        cells.append(f"  {json.dumps(key)}: {{\n{lines}\n  }}")
+    text = head.removesuffix("\n}") + ',\n "cells": {\n' + ",\n".join(cells) + "\n }\n}\n"
+    json.loads(text)
+    beside = path.with_suffix(".part")
+    beside.write_text(text)
+    os.replace(beside, path)
