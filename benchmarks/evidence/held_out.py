@@ -16,16 +16,30 @@ import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from benchmarks.evidence import plan
 from benchmarks.machine import describe
+from flowrl_kernels.trainer import config_file, export, loop, objective, parallel, policy
+from flowrl_kernels.trainer.batches import pack
+from flowrl_kernels.trainer.config import Config
+from flowrl_kernels.trainer.log import read_lines
+from flowrl_kernels.trainer.parallel import World
+from flowrl_kernels.trainer.parts import make_text
+from flowrl_kernels.trainer.policy import Policy
+from flowrl_kernels.trainer.records import Text
+from flowrl_kernels.trainer.tasks import build_task
+from flowrl_kernels.trainer.tasks.countdown import Countdown
 
 HERE = Path(__file__).parent
 OUT, SETTINGS = HERE / "held_out.json", HERE / "held_out.toml"
+CLOSED = "benchmarks.evidence.held_out:without_test"
 KS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 # [algorithm] of each method at a dial. Rewards are 0 and 1 as they come; one update a batch, sampled by the policy
@@ -42,7 +56,6 @@ ALGORITHM: dict[str, Callable[[float], dict[str, Any]]] = {
 
 def without_test(task: Any) -> Any:
     """The task of validation cells: `task.name = "benchmarks.evidence.held_out:without_test"`."""
-    from flowrl_kernels.trainer.tasks.countdown import Countdown
 
     class Closed(Countdown):
         def problems(self, split: str) -> Sequence[Any]:
@@ -53,71 +66,74 @@ def without_test(task: Any) -> Any:
 
 
 def settings(cell: plan.HeldOut, scratch: Path) -> Any:
-    """The whole configuration of a cell's run."""
-    from flowrl_kernels.trainer import config_file
-
+    """The whole configuration of a cell's run, from the start that `warm_start` leaves."""
     name = cell.key().replace(": ", "-").replace(", ", "-").replace(" ", "-")
-    places = {"dir": str(scratch / name), "cache": str(scratch / "cache"), "overwrite": True}
     changed: dict[str, Any] = {
-        "run": {"seed": cell.seed, **places},
+        "run": {"seed": cell.seed, "dir": str(scratch / name), "cache": str(scratch / "cache"), "overwrite": True},
         "algorithm": ALGORITHM[cell.method](cell.dial),
+        "model": {"name": str(scratch / "warm" / "start")},
+        "warm": {"steps": 0},
     }
     if cell.split == "valid":
-        changed["task"] = {"name": "benchmarks.evidence.held_out:without_test"}
+        changed["task"] = {"name": CLOSED}
     return config_file.merge(config_file.load(SETTINGS), changed)
+
+
+def warm_start(scratch: Path) -> float:
+    """Makes the model that every cell starts from, unless it is there; its processor seconds."""
+    folder, began = scratch / "warm", time.process_time()
+    if not (folder / "final").exists():
+        run = {"seed": plan.HELD_OUT_START, "steps": 1, "dir": str(folder), "cache": str(scratch / "cache")}
+        changed = {"run": run | {"overwrite": True}, "task": {"name": CLOSED}, "algorithm": ALGORITHM["tb"](1.0)}
+        with quietly(folder):
+            loop.train(config_file.merge(config_file.load(SETTINGS), changed))
+    return round(time.process_time() - began, 1)
+
+
+@contextlib.contextmanager
+def quietly(folder: Path) -> Iterator[None]:
+    """What a run prints goes into a file beside its folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(folder.with_name(folder.name + ".log"), "w", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stdout(log))
+        stack.enter_context(contextlib.redirect_stderr(log))
+        yield
 
 
 def run(cell: plan.HeldOut, scratch: Path) -> dict[str, Any]:
     """Trains one cell in a process of its own, which judges it on its split too."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    open_task(cell)
-    # forked, so that no cell lists all solutions anew (12 s)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        made = pool.submit(trained, cell, scratch).result()
+    made = forked(trained, cell, scratch)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return made | {"seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1)}
 
 
-def open_task(cell: plan.HeldOut) -> Any:
-    """The cell's task, all solutions listed, which this process then knows."""
-    from flowrl_kernels.trainer.tasks import build_task
-
-    task = build_task(settings(cell, Path()).task)
-    task.problems("train")
-    return task
+def forked(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function` in a process of its own, which knows the solutions that this one has listed (12 s)."""
+    build_task(config_file.load(SETTINGS).task).problems("train")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def trained(cell: plan.HeldOut, scratch: Path) -> dict[str, Any]:
-    """Trains and judges; the model it starts from is made once for each seed, and kept."""
-    from flowrl_kernels.trainer import loop
-    from flowrl_kernels.trainer.log import read_lines
-
     config = settings(cell, scratch)
     folder = Path(config.run.dir)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
-            contextlib.redirect_stderr(log):  # fmt: skip
-        began = time.process_time()
+    with quietly(folder):
         final = loop.train(config)
-        steps = read_lines(folder / "metrics.jsonl", "train")
-        made: dict[str, Any] = {
-            "training_seconds": round(time.process_time() - began, 1),  # with the start, where it was not kept
-            "rollouts": sum(config.rollout.prompts * config.rollout.samples for _ in steps),
+    steps = read_lines(folder / "metrics.jsonl", "train")
+    return (
+        {
+            "rollouts": len(steps) * config.rollout.prompts * config.rollout.samples,
             "sampled_accuracy": _short(final["accuracy"]),  # the trainer's own, of a few responses a problem
             "training_accuracy": [_short(line["accuracy"]) for line in steps[9::10]],
         }
-        return made | judged(folder, cell.split, start=False)
+        | judged(folder, cell.split)
+    )
 
 
-def judged(folder: Path, split: str, *, start: bool) -> dict[str, Any]:
+def judged(folder: Path, split: str, *, start: bool = False) -> dict[str, Any]:
     """Exact figures of a run's policy, or of the model it started from, on every problem of a split."""
-    import torch
-
-    from flowrl_kernels.trainer import export, parallel, policy
-    from flowrl_kernels.trainer.parts import make_text
-    from flowrl_kernels.trainer.tasks import build_task
-
-    torch.set_num_threads(1)
     config, newest = export.open_run(folder)
     config = export.single(config)
     world, source = export.start(config), export.source_of(config)
@@ -128,6 +144,12 @@ def judged(folder: Path, split: str, *, start: bool) -> dict[str, Any]:
         actor = export.restore(config, newest, world)
     task = build_task(config.task)
     text = make_text(config, task, policy.load_tokenizer(source, config.model))
+    return figures(config, world, actor, text, split)
+
+
+def figures(config: Config, world: World, actor: Policy, text: Text, split: str) -> dict[str, Any]:
+    """pass@k, different solutions among k responses, and the share of a problem's solutions among 128."""
+    task = text.task
     problems = [(problem, task.correct_texts(problem)) for problem in task.problems(split)]
     found = iter(masses(config, world, actor, text, [(problem, answer) for problem, right in problems
                                                      for answer, _ in right]))  # fmt: skip
@@ -152,11 +174,6 @@ def judged(folder: Path, split: str, *, start: bool) -> dict[str, Any]:
 
 def masses(config: Any, world: Any, actor: Any, text: Any, pairs: Sequence[tuple[Any, str]]) -> list[float]:
     """The probability of each (problem, response) with its end, at temperature 1."""
-    import numpy as np
-    import torch
-
-    from flowrl_kernels.trainer import objective
-    from flowrl_kernels.trainer.batches import pack
 
     end = [text.tokenizer.eos_token_id]
     tokens = text.tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]

@@ -132,7 +132,7 @@ HELD_OUT = {
     "grpo": (0.3, 0.03, 0.0),
     "dapo": (0.1, 0.01, 0.0),
 }
-HELD_OUT_VALIDATION, HELD_OUT_TEST = 100, (0, 1, 2)
+HELD_OUT_START, HELD_OUT_VALIDATION, HELD_OUT_TEST = 50, 100, (0, 1, 2)
 
 
 def held_out_validation() -> list[HeldOut]:
