@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.evidence import plan
 from benchmarks.machine import describe
-from flowrl_kernels.trainer import config_file, export, loop, objective, parallel, policy
+from flowrl_kernels.trainer import config_file, export, loop, objective, policy
 from flowrl_kernels.trainer.batches import pack
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.log import read_lines
@@ -34,7 +34,7 @@ from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.parts import make_text
 from flowrl_kernels.trainer.policy import Policy
 from flowrl_kernels.trainer.records import Text
-from flowrl_kernels.trainer.tasks import build_task
+from flowrl_kernels.trainer.tasks import Problem, build_task
 from flowrl_kernels.trainer.tasks.countdown import Countdown
 
 HERE = Path(__file__).parent
@@ -132,24 +132,27 @@ def trained(cell: plan.HeldOut, scratch: Path) -> dict[str, Any]:
     )
 
 
-def judged(folder: Path, split: str, *, start: bool = False) -> dict[str, Any]:
-    """Exact figures of a run's policy, or of the model it started from, on every problem of a split."""
+def judged(folder: Path, split: str) -> dict[str, Any]:
+    """Exact figures of a run's policy on every problem of a split."""
     config, newest = export.open_run(folder)
     config = export.single(config)
-    world, source = export.start(config), export.source_of(config)
-    if start:
-        attention = parallel.attention_of(config.model, config.parallel, world.device)
-        actor = policy.make_policy(config, world, policy.load_model(source, config.model, attention))
-    else:
-        actor = export.restore(config, newest, world)
-    task = build_task(config.task)
-    text = make_text(config, task, policy.load_tokenizer(source, config.model))
-    return figures(config, world, actor, text, split)
+    world = export.start(config)
+    actor = export.restore(config, newest, world)
+    return figures(config, world, actor, split)
 
 
-def figures(config: Config, world: World, actor: Policy, text: Text, split: str) -> dict[str, Any]:
+def judged_start(cell: plan.HeldOut, scratch: Path) -> dict[str, Any]:
+    """The same of the model that every cell starts from, on the cell's split."""
+    config = export.single(settings(cell, scratch))
+    world = export.start(config)
+    actor, _ = export.open_policy(config, None, world)
+    return figures(config, world, actor, cell.split)
+
+
+def figures(config: Config, world: World, actor: Policy, split: str) -> dict[str, Any]:
     """pass@k, different solutions among k responses, and the share of a problem's solutions among 128."""
-    task = text.task
+    task = build_task(config.task)
+    text = make_text(config, task, policy.load_tokenizer(export.source_of(config), config.model))
     problems = [(problem, task.correct_texts(problem)) for problem in task.problems(split)]
     found = iter(masses(config, world, actor, text, [(problem, answer) for problem, right in problems
                                                      for answer, _ in right]))  # fmt: skip
@@ -172,7 +175,9 @@ def figures(config: Config, world: World, actor: Policy, text: Text, split: str)
     }
 
 
-def masses(config: Any, world: Any, actor: Any, text: Any, pairs: Sequence[tuple[Any, str]]) -> list[float]:
+def masses(
+    config: Config, world: World, actor: Policy, text: Text, pairs: Sequence[tuple[Problem, str]]
+) -> list[float]:
     """The probability of each (problem, response) with its end, at temperature 1."""
 
     end = [text.tokenizer.eos_token_id]
@@ -240,6 +245,18 @@ def fill(path: Path, scratch: Path, minutes: float, one: Callable[..., dict[str,
         write(path, made)
     of = len(plan.held_out_validation()) + len(plan.HELD_OUT) * len(plan.HELD_OUT_TEST)
     return len(wanted_keys & set(made["cells"])), of
+
+
+def make(path: Path, scratch: Path, minutes: float) -> tuple[int, int]:
+    """The start, the cells that `path` lacks, and the start's own figures; (cells done, cells of the plan)."""
+    spent = forked(warm_start, scratch)
+    done, of = fill(path, scratch, minutes)
+    made = made_so_far(path)
+    made.setdefault("warm_seconds", spent)
+    if done == of and "start" not in made:
+        made["start"] = forked(judged_start, plan.held_out_test(made["chosen"])[0], scratch)
+    write(path, made)
+    return done, of
 
 
 def write(path: Path, made: dict[str, Any]) -> None:
