@@ -82,7 +82,7 @@ def settings(cell: plan.HeldOut, scratch: Path) -> Any:
 def warm_start(scratch: Path) -> float:
     """Makes the model that every cell starts from, unless it is there; its processor seconds."""
     folder, began = scratch / "warm", time.process_time()
-    if not (folder / "final").exists():
+    if not (folder / "start").exists():
         run = {"seed": plan.HELD_OUT_START, "steps": 1, "dir": str(folder), "cache": str(scratch / "cache")}
         changed = {"run": run | {"overwrite": True}, "task": {"name": CLOSED}, "algorithm": ALGORITHM["tb"](1.0)}
         with quietly(folder):
