@@ -79,14 +79,15 @@ def settings(cell: plan.HeldOut, scratch: Path) -> Any:
     return config_file.merge(config_file.load(SETTINGS), changed)
 
 
-def warm_start(scratch: Path) -> float:
-    """Makes the model that every cell starts from, unless it is there; its processor seconds."""
+def warm_start(scratch: Path) -> float | None:
+    """Makes the model that every cell starts from: processor seconds, or None where it is there."""
     folder, began = scratch / "warm", time.process_time()
-    if not (folder / "start").exists():
-        run = {"seed": plan.HELD_OUT_START, "steps": 1, "dir": str(folder), "cache": str(scratch / "cache")}
-        changed = {"run": run | {"overwrite": True}, "task": {"name": CLOSED}, "algorithm": ALGORITHM["tb"](1.0)}
-        with quietly(folder):
-            loop.train(config_file.merge(config_file.load(SETTINGS), changed))
+    if (folder / "start").exists():
+        return None
+    run = {"seed": plan.HELD_OUT_START, "steps": 1, "dir": str(folder), "cache": str(scratch / "cache")}
+    changed = {"run": run | {"overwrite": True}, "task": {"name": CLOSED}, "algorithm": ALGORITHM["tb"](1.0)}
+    with quietly(folder):
+        loop.train(config_file.merge(config_file.load(SETTINGS), changed))
     return round(time.process_time() - began, 1)
 
 
@@ -252,7 +253,8 @@ def make(path: Path, scratch: Path, minutes: float) -> tuple[int, int]:
     spent = forked(warm_start, scratch)
     done, of = fill(path, scratch, minutes)
     made = made_so_far(path)
-    made.setdefault("warm_seconds", spent)
+    if spent is not None:
+        made["warm_seconds"] = spent
     if done == of and "start" not in made:
         made["start"] = forked(judged_start, plan.held_out_test(made["chosen"])[0], scratch)
     write(path, made)
