@@ -23,16 +23,16 @@ def result(found=0.5):
     return {"found_in_128": found, "seconds": 1.0}
 
 
-def test_every_method_has_two_dials_and_no_seed_or_split_serves_twice():
+def test_every_method_has_three_dials_and_no_seed_or_split_serves_twice():
     validation, test = plan.held_out_validation(), plan.held_out_test(DIALS)
-    assert (len(validation), len(test)) == (10, 15)
+    assert (len(validation), len(test)) == (15, 15)
     assert {cell.split for cell in validation} == {"valid"}
     assert {cell.split for cell in test} == {"test"}
     assert not {cell.seed for cell in validation} & {cell.seed for cell in test}
     for method in plan.HELD_OUT:
-        assert len({cell.dial for cell in validation if cell.method == method}) == 2
+        assert len({cell.dial for cell in validation if cell.method == method}) == 3
         assert {cell.seed for cell in test if cell.method == method} == {0, 1, 2}
-    assert len({cell.key() for cell in validation + test}) == 25
+    assert len({cell.key() for cell in validation + test}) == 30
 
 
 def test_cells_differ_in_seed_and_algorithm_alone_and_only_test_cells_can_see_the_test_split(tmp_path):
@@ -59,21 +59,21 @@ def test_what_is_there_is_not_run_again_and_the_test_split_waits_for_every_dial(
 
     def one(cell, scratch):
         asked.append(cell)
-        if len(asked) in (4, 15):
+        if len(asked) in (4, 20):
             raise KeyboardInterrupt
-        return result(0.9 if cell.dial == plan.HELD_OUT[cell.method][1] else 0.1)
+        return result(0.9 if cell.dial == plan.HELD_OUT[cell.method][2] else 0.1)
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             held_out.fill(path, tmp_path, 1.0, one)
-    assert held_out.fill(path, tmp_path, 1.0, one) == (25, 25)
-    assert [cell.split for cell in asked] == ["valid"] * 11 + ["test"] * 16
-    assert len({cell.key() for cell in asked}) == 25  # but for the two that were cut off, none ran twice
+    assert held_out.fill(path, tmp_path, 1.0, one) == (30, 30)
+    assert [cell.split for cell in asked] == ["valid"] * 16 + ["test"] * 16
+    assert len({cell.key() for cell in asked}) == 30  # but for the two that were cut off, none ran twice
     made = json.loads(path.read_text())
-    assert made["chosen"] == {method: dials[1] for method, dials in plan.HELD_OUT.items()}
-    assert {cell.dial for cell in asked if cell.method == "tb" and cell.split == "test"} == {10.0}
-    assert held_out.fill(path, tmp_path, 0.0, one) == (25, 25)
-    assert len(asked) == 27
+    assert made["chosen"] == {method: dials[2] for method, dials in plan.HELD_OUT.items()}
+    assert {cell.dial for cell in asked if cell.method == "tb" and cell.split == "test"} == {2.0}
+    assert held_out.fill(path, tmp_path, 0.0, one) == (30, 30)
+    assert len(asked) == 32
 
 
 def test_on_a_fresh_batch_the_preset_tba_has_the_gradient_of_rloo_with_the_kl_in_its_reward():

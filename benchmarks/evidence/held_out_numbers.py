@@ -102,4 +102,4 @@ def dials_table() -> str:
             text = f"{dial:g}: {result['pass']['1']:.3f}, {result['found_in_128']:.3f}".replace("0.", ".")
             row.append(f"**{text}**" if made["chosen"] and made["chosen"][method] == dial else text)
         rows.append(row)
-    return table(("method", "one dial: pass@1, found in 128", "the other"), rows)
+    return table(("method", "one dial: pass@1, found in 128", "another", "the third"), rows)
