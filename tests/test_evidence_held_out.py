@@ -19,8 +19,8 @@ from flowrl_kernels.trainer.tasks import build_task
 DIALS = {method: dials[0] for method, dials in plan.HELD_OUT.items()}
 
 
-def result(found=0.5):
-    return {"found_in_128": found, "seconds": 1.0}
+def result(found=0.5, right=0.2):
+    return {"found_in_128": found, "pass": {"1": right}, "seconds": 1.0}
 
 
 def test_every_method_has_three_dials_and_no_seed_or_split_serves_twice():
@@ -61,19 +61,22 @@ def test_what_is_there_is_not_run_again_and_the_test_split_waits_for_every_dial(
         asked.append(cell)
         if len(asked) in (4, 20):
             raise KeyboardInterrupt
-        return result(0.9 if cell.dial == plan.HELD_OUT[cell.method][2] else 0.1)
+        third = cell.dial == plan.HELD_OUT[cell.method][2]
+        return result(0.9 if third else 0.1, 0.4 if third == (cell.method == "tb") else 0.1)
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             held_out.fill(path, tmp_path, 1.0, one)
-    assert held_out.fill(path, tmp_path, 1.0, one) == (30, 30)
-    assert [cell.split for cell in asked] == ["valid"] * 16 + ["test"] * 16
-    assert len({cell.key() for cell in asked}) == 30  # but for the two that were cut off, none ran twice
+    assert held_out.fill(path, tmp_path, 1.0, one) == (42, 42)
+    assert [cell.split for cell in asked] == ["valid"] * 16 + ["test"] * 28
+    assert len({cell.key() for cell in asked}) == 42  # but for the two that were cut off, none ran twice
+    thirds = {method: dials[2] for method, dials in plan.HELD_OUT.items()}
+    firsts = {method: dials[0] for method, dials in plan.HELD_OUT.items()}
     made = json.loads(path.read_text())
-    assert made["chosen"] == {method: dials[2] for method, dials in plan.HELD_OUT.items()}
-    assert {cell.dial for cell in asked if cell.method == "tb" and cell.split == "test"} == {2.0}
-    assert held_out.fill(path, tmp_path, 0.0, one) == (30, 30)
-    assert len(asked) == 32
+    assert made["chosen"] == {"found_in_128": thirds, "pass_1": firsts | {"tb": 2.0}}
+    assert {cell.dial for cell in asked if cell.method == "tb" and cell.split == "test"} == {2.0}  # one for both aims
+    assert held_out.fill(path, tmp_path, 0.0, one) == (42, 42)
+    assert len(asked) == 44
 
 
 def test_on_a_fresh_batch_the_preset_tba_has_the_gradient_of_rloo_with_the_kl_in_its_reward():
@@ -138,8 +141,7 @@ def test_an_interval_over_seeds_and_problems_is_never_inside_that_of_either_alon
 def test_the_cells_that_are_kept_are_those_of_the_plan_and_their_figures_agree_with_the_trainers_own():
     made = held_out.made_so_far(held_out.OUT)
     assert made["chosen"] == held_out.chosen(made)
-    cells = [*plan.held_out_validation(), *plan.held_out_test(made["chosen"])]
-    assert list(made["cells"]) == [cell.key() for cell in cells]
+    assert set(made["cells"]) == {cell.key() for cell in held_out.cells_of(made)}
     gaps = []
     for result in made["cells"].values():
         assert len(result["accuracy_of"]) == len(result["distinct_at_128_of"]) == len(result["solutions_of"])

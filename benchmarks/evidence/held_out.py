@@ -214,49 +214,53 @@ def made_so_far(path: Path) -> dict[str, Any]:
     return {"validation": plan.HELD_OUT_VALIDATION, "test": plan.HELD_OUT_TEST, "chosen": None, "cells": {}}
 
 
-def chosen(made: dict[str, Any]) -> dict[str, float] | None:
-    """Each method's dial with the best found_in_128 on the valid split; None while a validation cell is missing."""
+def chosen(made: dict[str, Any]) -> dict[str, dict[str, float]] | None:
+    """aim -> each method's dial that is best by it on the valid split; None while a validation cell is missing."""
     found = {cell: made["cells"].get(cell.key()) for cell in plan.held_out_validation()}
     if None in found.values():
         return None
-    best: dict[str, plan.HeldOut] = {}
-    for cell, result in found.items():
-        if cell.method not in best or result["found_in_128"] > found[best[cell.method]]["found_in_128"]:
-            best[cell.method] = cell
-    return {method: best[method].dial for method in plan.HELD_OUT}
+    best: dict[str, dict[str, float]] = {}
+    for aim in plan.HELD_OUT_AIMS:
+        of = {method: [cell for cell in found if cell.method == method] for method in plan.HELD_OUT}
+        best[aim] = {method: max(own, key=lambda cell: figure(found[cell], aim)).dial for method, own in of.items()}
+    return best
+
+
+def figure(result: dict[str, Any], aim: str) -> float:
+    return result["pass"]["1"] if aim == "pass_1" else result[aim]
+
+
+def cells_of(made: dict[str, Any]) -> list[plan.HeldOut]:
+    """The cells that are known to be wanted, in the order in which they run: the test seeds' when dials are chosen."""
+    tested = [plan.held_out_test(dials) for dials in (made["chosen"] or {}).values()]
+    return list(dict.fromkeys([*plan.held_out_validation(), *(cell for cells in tested for cell in cells)]))
 
 
 def fill(path: Path, scratch: Path, minutes: float, one: Callable[..., dict[str, Any]] = run) -> tuple[int, int]:
-    """Runs what is missing, one cell after another, until `minutes` have gone; (cells done, cells of the plan)."""
+    """Runs what is missing, one cell after another, until `minutes` have gone; (cells done, cells wanted so far)."""
     made, ends = made_so_far(path), time.monotonic() + 60 * minutes
-    for wanted in (lambda: plan.held_out_validation(), lambda: plan.held_out_test(made["chosen"])):
-        for cell in wanted():
-            if cell.key() in made["cells"] or time.monotonic() > ends:
-                continue
-            made["cells"][cell.key()] = result = one(cell, scratch)
-            made["machine"] = describe("cpu")
-            write(path, made)
-            print(f"{cell.key()}: found in 128 {result['found_in_128']:.3f}, {result['seconds']:.0f} s", flush=True)
+    while True:
         made["chosen"] = chosen(made)
-        if made["chosen"] is None:
-            break
-    wanted_keys = {cell.key() for cell in plan.held_out_validation()}
-    if made["chosen"] is not None:
-        wanted_keys |= {cell.key() for cell in plan.held_out_test(made["chosen"])}
+        missing = [cell for cell in cells_of(made) if cell.key() not in made["cells"]]
+        if not missing or time.monotonic() > ends:
+            return len(cells_of(made)) - len(missing), len(cells_of(made))
+        cell = missing[0]
+        made["cells"][cell.key()] = result = one(cell, scratch)
+        made["machine"] = describe("cpu")
+        made["chosen"] = chosen(made)
         write(path, made)
-    of = len(plan.held_out_validation()) + len(plan.HELD_OUT) * len(plan.HELD_OUT_TEST)
-    return len(wanted_keys & set(made["cells"])), of
+        print(f"{cell.key()}: found in 128 {result['found_in_128']:.3f}, {result['seconds']:.0f} s", flush=True)
 
 
 def make(path: Path, scratch: Path, minutes: float) -> tuple[int, int]:
-    """The start, the cells that `path` lacks, and the start's own figures; (cells done, cells of the plan)."""
+    """The start, the cells that `path` lacks, and the start's own figures; (cells done, cells wanted)."""
     spent = forked(warm_start, scratch)
     done, of = fill(path, scratch, minutes)
     made = made_so_far(path)
     if spent is not None:
         made["warm_seconds"] = spent
     if done == of and "start" not in made:
-        made["start"] = forked(judged_start, plan.held_out_test(made["chosen"])[0], scratch)
+        made["start"] = forked(judged_start, cells_of(made)[-1], scratch)
     write(path, made)
     return done, of
 
