@@ -211,7 +211,13 @@ def _short(value: float) -> float:
 def made_so_far(path: Path) -> dict[str, Any]:
     if path.exists():
         return json.loads(path.read_text())
-    return {"validation": plan.HELD_OUT_VALIDATION, "test": plan.HELD_OUT_TEST, "chosen": None, "cells": {}}
+    return {
+        "validation": plan.HELD_OUT_VALIDATION,
+        "test": plan.HELD_OUT_TEST,
+        "chosen": None,
+        "starts": {},
+        "cells": {},
+    }
 
 
 def chosen(made: dict[str, Any]) -> dict[str, dict[str, float]] | None:
@@ -259,8 +265,10 @@ def make(path: Path, scratch: Path, minutes: float) -> tuple[int, int]:
     made = made_so_far(path)
     if spent is not None:
         made["warm_seconds"] = spent
-    if done == of and "start" not in made:
-        made["start"] = forked(judged_start, cells_of(made)[-1], scratch)
+    if done == of:
+        for cell in (cells_of(made)[0], cells_of(made)[-1]):
+            if cell.split not in made["starts"]:
+                made["starts"][cell.split] = forked(judged_start, cell, scratch)
     write(path, made)
     return done, of
 

@@ -44,11 +44,14 @@ def over_both(rows: Sequence[Sequence[float]]) -> Estimate:
     return Estimate(mean, t_quantile(0.975, max(1, int(freedom))) * math.sqrt(a + b))
 
 
-def tests_of(made: dict[str, Any], method: str) -> list[dict[str, Any]]:
-    """A method's test cells, by seed; none while one is missing."""
+AIMS = {"found_in_128": "found in 128", "pass_1": "pass@1"}
+
+
+def tests_of(made: dict[str, Any], aim: str, method: str) -> list[dict[str, Any]]:
+    """A method's test cells at the dial that an aim chose, by seed; none while one is missing."""
     if made["chosen"] is None:
         return []
-    cells = [cell for cell in plan.held_out_test(made["chosen"]) if cell.method == method]
+    cells = [cell for cell in plan.held_out_test(made["chosen"][aim]) if cell.method == method]
     return [made["cells"][cell.key()] for cell in cells] if all(c.key() in made["cells"] for c in cells) else []
 
 
@@ -62,35 +65,35 @@ def gap(results: list[dict[str, Any]], others: list[dict[str, Any]], figure: Fig
     return over_both([[x - y for x, y in zip(figure(a), figure(b))] for a, b in pairs])
 
 
+FIGURES: tuple[Figure, ...] = (passed(1), passed(8), passed(128), distinct, found)
+
+
 def test_table() -> str:
-    """The chosen dials on the test seeds and the test split, most found first; the start above them."""
+    """The chosen dials on the test seeds and the test split, by aim and as the plan has them; the start above them."""
     made = held_out.made_so_far(held_out.OUT)
-    plain = tests_of(made, "tb")
-    rows = []
-    for method in plan.HELD_OUT:
-        results = tests_of(made, method)
-        if not results or not plain:
-            continue
-        rows.append((
-            of(results, found).mean, f"{NAMES[method]}, {made['chosen'][method]:g}",
-            *(of(results, figure).text() for figure in (passed(1), passed(8), passed(128), distinct, found)),
-            *("" if method == "tb" else gap(results, plain, figure).text() for figure in (passed(1), found)),
-        ))  # fmt: skip
-    rows.sort(reverse=True)
-    lines = [row[1:] for row in rows]
-    if "start" in made:
-        start = made["start"]
-        shares = (held_out.mean(figure(start)) for figure in (passed(1), passed(8), passed(128), distinct, found))
-        lines.insert(0, ("the start", *(f"{share:.3f}".replace("0.", ".", 1) for share in shares), "", ""))
-    head = ("method, its dial", "pass@1", "pass@8", "pass@128", "different solutions in 128", "found in 128",
-            "pass@1 less tb", "found in 128 less tb")  # fmt: skip
-    return table(head, lines)
+    start = (f"{held_out.mean(figure(made['starts']['test'])):.3f}".removeprefix("0") for figure in FIGURES)
+    rows = [("", "the start", *start, "", "")]
+    for aim, name in AIMS.items():
+        plain = tests_of(made, aim, "tb")
+        for method in plan.HELD_OUT:
+            results = tests_of(made, aim, method)
+            if not results or not plain:
+                continue
+            gaps = ("" if method == "tb" else gap(results, plain, figure).text() for figure in (passed(1), found))
+            label = f"{NAMES[method]}, {made['chosen'][aim][method]:g}"
+            rows.append((name, label, *(of(results, figure).text() for figure in FIGURES), *gaps))
+    head = ("dial chosen by", "method, its dial", "pass@1", "pass@8", "pass@128", "different in 128", "found in 128",
+            "pass@1 less tb's", "found in 128 less tb's")  # fmt: skip
+    return table(head, rows)
 
 
 def dials_table() -> str:
     """The valid split and one seed: what the dials were chosen by."""
     made = held_out.made_so_far(held_out.OUT)
-    rows = []
+    start = made["starts"]["valid"]
+    aims = ("pass_1", "found_in_128")
+    at_start = ", ".join(f"{held_out.figure(start, aim):.3f}".removeprefix("0") for aim in aims)
+    rows = [["the start", at_start, "", ""]]
     for method, dials in plan.HELD_OUT.items():
         row = [NAMES[method]]
         for dial in dials:
@@ -99,7 +102,9 @@ def dials_table() -> str:
             if result is None:
                 row.append("")
                 continue
-            text = f"{dial:g}: {result['pass']['1']:.3f}, {result['found_in_128']:.3f}".replace("0.", ".")
-            row.append(f"**{text}**" if made["chosen"] and made["chosen"][method] == dial else text)
+            texts = [f"{held_out.figure(result, aim):.3f}".removeprefix("0") for aim in aims]
+            for i, aim in enumerate(aims):
+                texts[i] = f"**{texts[i]}**" if made["chosen"] and made["chosen"][aim][method] == dial else texts[i]
+            row.append(f"{dial:g}: {', '.join(texts)}")
         rows.append(row)
     return table(("method", "one dial: pass@1, found in 128", "another", "the third"), rows)
