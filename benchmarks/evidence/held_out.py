@@ -267,7 +267,7 @@ def make(path: Path, scratch: Path, minutes: float) -> tuple[int, int]:
         made["warm_seconds"] = spent
     if done == of:
         for cell in (cells_of(made)[0], cells_of(made)[-1]):
-            if cell.split not in made["starts"]:
+            if cell.split not in made.setdefault("starts", {}):
                 made["starts"][cell.split] = forked(judged_start, cell, scratch)
     write(path, made)
     return done, of
