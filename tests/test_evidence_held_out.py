@@ -2,11 +2,12 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
 
-from benchmarks.evidence import held_out, held_out_numbers, plan
+from benchmarks.evidence import held_out, held_out_numbers, numbers, plan
 from benchmarks.evidence.held_out import ALGORITHM, KS
 from flowrl_kernels import flowrl_loss, policy_gradient_loss
 from flowrl_kernels.advantages import leave_one_out
@@ -150,3 +151,19 @@ def test_the_cells_that_are_kept_are_those_of_the_plan_and_their_figures_agree_w
     # the trainer's: two responses to each of 200 problems, deviation at most .025 in one cell
     assert max(map(abs, gaps)) < 0.1
     assert abs(held_out.mean(gaps)) < 0.03
+
+
+def test_each_interval_in_the_pages_words_is_one_that_the_results_give():
+    made, known = held_out.made_so_far(held_out.OUT), set()
+    for aim in plan.HELD_OUT_AIMS:
+        plain = held_out_numbers.tests_of(made, aim, "tb")
+        for method in plan.HELD_OUT:
+            results = held_out_numbers.tests_of(made, aim, method)
+            for figure in (held_out_numbers.passed(1), held_out_numbers.found):
+                known.add(held_out_numbers.gap(results, plain, figure).text())
+                known.add(held_out_numbers.gained(results, made["starts"]["test"], figure).text())
+    section = numbers.PAGE.read_text().partition("**Held-out Countdown**")[2].partition("## What was done")[0]
+    words = " ".join(line for line in section.splitlines() if not line.startswith("|"))
+    told = re.findall(r"-?\.\d+ ± +\.\d+", words)
+    assert len(told) > 10
+    assert {re.sub(" +", " ", one) for one in told} <= known

@@ -65,6 +65,11 @@ def gap(results: list[dict[str, Any]], others: list[dict[str, Any]], figure: Fig
     return over_both([[x - y for x, y in zip(figure(a), figure(b))] for a, b in pairs])
 
 
+def gained(results: list[dict[str, Any]], start: dict[str, Any], figure: Figure) -> Estimate:
+    """What training changed, each problem beside itself at the start."""
+    return gap(results, [start] * len(results), figure)
+
+
 FIGURES: tuple[Figure, ...] = (passed(1), passed(8), passed(128), distinct, found)
 
 
