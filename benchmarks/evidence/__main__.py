@@ -1,8 +1,11 @@
 """`python -m benchmarks.evidence [short] [--out FILE.json]`: cells that must reach what is claimed for them (CI).
 `... sweep [--minutes N] [--only TEXT]`: the points of plan.py that frontier.json lacks, each written when it is done.
+`... held-out [--minutes N] [--scratch FOLDER]`: the trainer's cells on held-out Countdown that held_out.json lacks.
+`... transformer [--scratch FOLDER]`: trajectory balance on the transformer of configs/sums.toml (a quarter of an hour).
 `... pictures`: the pictures and tables of docs/evidence.md from the JSON files.
 
-`short` ends with 1 where a cell does not reach its claim, `sweep` where points are still missing.
+`short` ends with 1 where a cell does not reach its claim, `sweep` and `held-out` where some are still missing,
+`transformer` where its claim fails.
 """
 
 from __future__ import annotations
@@ -59,9 +62,12 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("short", "sweep", "pictures"), default="short")
+    parser.add_argument(
+        "what", nargs="?", choices=("short", "sweep", "held-out", "transformer", "pictures"), default="short"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the short cells' results")
     parser.add_argument("--minutes", type=float, default=240.0, help="of the sweep, after which no point is begun")
+    parser.add_argument("--scratch", type=Path, default=Path("runs/evidence"), help="folder for the trainer's runs")
     parser.add_argument("--only", default="", help="points whose name has this in it")
     given = parser.parse_args(arguments)
     if given.what == "short":
@@ -71,6 +77,17 @@ def main(arguments: list[str]) -> int:
 
         pictures.make()
         return 0
+    if given.what == "transformer":
+        from benchmarks.evidence import transformer
+
+        return transformer.make(given.scratch / "transformer")
+    if given.what == "held-out":
+        from benchmarks.evidence import held_out
+
+        torch.set_num_threads(1)
+        done, of = held_out.make(held_out.OUT, given.scratch / "held-out", given.minutes)
+        print(f"{done} of {of} cells are in {held_out.OUT.name}")
+        return int(done < of)
     done, of = sweep.sweep(sweep.FRONTIER, given.minutes, given.only)
     print(f"{done} of {of} points are in {sweep.FRONTIER.name}")
     return int(done < of)

@@ -217,9 +217,30 @@ def norms_table(made: dict) -> str:
     return table(head, rows)
 
 
+def held_out_tables(which: str) -> Callable[[dict], str]:
+    """Of held_out.json."""
+
+    def made(_: dict) -> str:
+        from benchmarks.evidence import held_out_numbers
+
+        return held_out_numbers.test_table() if which == "test" else held_out_numbers.dials_table()
+
+    return made
+
+
+def transformer_table(made: dict) -> str:
+    """Of transformer.json: before the first update, and after the last."""
+    from benchmarks.evidence.transformer import FIGURES, OUT
+
+    run = json.loads(OUT.read_text())
+    head = ("", "KL to the target", "accuracy", "coverage", "log Z", "log Z off by")
+    return table(head, [(at, *(f"{run[at][name]:.3f}" for name in FIGURES)) for at in ("start", "end")])
+
+
 TABLES: dict[str, Callable[[dict], str]] = {
     "frontier": frontier_table, "match": match_table, "aged": aged_table, "ablation": ablation_table,
     "beta": beta_table, "completions": completions_table, "norms": norms_table,
+    "transformer": transformer_table, "held out": held_out_tables("test"), "held out dials": held_out_tables("dials"),
 }  # fmt: skip
 
 

@@ -111,10 +111,44 @@ def points() -> Iterator[Point]:
     yield from match("sums_of_any_length", (method for method in MATCHED if method not in EITHER))
 
 
-# listed and not run: a held-out one needs a transformer, minutes a cell
-UNRUN = (
-    "Countdown, 4 numbers in 1..6 with at least 3 canonical solutions: pass@1 to pass@128 and distinct solutions on"
-    " held-out problems, 3 seeds, for tb, paper, rloo_kl_in_reward, grpo and dapo at three dials each",
-    "one reasoning-gym task on SmolLM2-135M-Instruct with the same five",
-    "tb at beta 5 on the transformer of configs/sums.toml, 2,600 steps: at most .15 of its starting KL",
-)
+@dataclass(frozen=True)
+class HeldOut:
+    """One run of the trainer on held-out Countdown (held_out.toml, held_out.py): a method, its dial, a seed."""
+
+    method: str
+    dial: float
+    seed: int
+    split: str  # "valid" chooses the dial; "test" is read for the chosen ones alone
+
+    def key(self) -> str:
+        return f"{self.split}: {self.method} {self.dial:g}, seed {self.seed}"
+
+
+# a method's dials, of which those are tested that are best on the valid split, by each of the aims. The third dials
+# were off this list, for want of time, between the first cell (tb at 5) and the seventh, and back before a test cell
+# ran. The second aim was added when all dials were known to be chosen at their weak ends by the first one, and one test
+# cell (tb at 2, seed 0) had been seen.
+HELD_OUT = {
+    "tb": (5.0, 10.0, 2.0),
+    "paper": (1.0, 0.3, 15.0),  # a beta counts once a token: 17 to 20 times
+    "rloo_kl_in_reward": (0.2, 0.1, 0.5),  # tb's targets
+    "grpo": (0.03, 0.3, 0.0),
+    "dapo": (0.01, 0.0, 0.1),
+}
+HELD_OUT_AIMS = ("found_in_128", "pass_1")
+HELD_OUT_START, HELD_OUT_VALIDATION, HELD_OUT_TEST = 50, 100, (0, 1, 2)
+
+
+def held_out_validation() -> list[HeldOut]:
+    """Every method at every dial, all first ones first."""
+    order = ((method, dials[i]) for i in (0, 1, 2) for method, dials in HELD_OUT.items())
+    return [HeldOut(method, dial, HELD_OUT_VALIDATION, "valid") for method, dial in order]
+
+
+def held_out_test(chosen: dict[str, float]) -> list[HeldOut]:
+    """The dials that one aim chose on the test seeds; a seed's five methods one after the other."""
+    return [HeldOut(method, chosen[method], seed, "test") for seed in HELD_OUT_TEST for method in HELD_OUT]
+
+
+# listed and not run
+UNRUN = ("one reasoning-gym task on SmolLM2-135M-Instruct with the five methods of HELD_OUT",)
