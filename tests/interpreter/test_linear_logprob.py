@@ -79,7 +79,7 @@ def test_a_row_keeps_its_bits_under_permutation_padding_and_splitting(dtype):
     whole = forward(hidden, weight, target, entropy=True, stats=True)
     order = torch.randperm(70, generator=torch.Generator().manual_seed(3))
     moved = forward(hidden[order], weight, target[order], entropy=True, stats=True)
-    for a, b in zip(moved, whole):
+    for a, b in zip(moved[:4], whole[:4]):
         assert torch.equal(a, b[..., order])
     parts = [forward(hidden[s], weight, target[s]) for s in (slice(0, 1), slice(1, 34), slice(34, 70))]
     for i in range(2):
@@ -293,9 +293,7 @@ def test_a_row_keeps_its_bits_whatever_the_weights_address(dtype):
     buffer = torch.empty(1 + weight.numel(), dtype=dtype)
     apart = buffer[1:].view(weight.shape).copy_(weight)
     assert apart.data_ptr() % 16
-    for aligned, shifted in zip(
-        forward(hidden, weight, target, entropy=True), forward(hidden, apart, target, entropy=True)
-    ):
+    for aligned, shifted in zip(*(forward(hidden, w, target, entropy=True)[:4] for w in (weight, apart))):
         assert torch.equal(aligned, shifted)
     assert op._tile(hidden, apart) == op._tile(hidden, weight)
     saved = forward(hidden, weight, target)
@@ -324,7 +322,7 @@ def test_flattened_loops_give_the_bits_of_three_nested_ones(dtype, tmp_path, mon
     flat = forward(hidden, weight, target, entropy=True, stats=True)
     nested = variants.kernels(variants.three_loops, tmp_path)
     monkeypatch.setattr(op, "forward_kernel", nested.forward_kernel)
-    for a, b in zip(forward(hidden, weight, target, entropy=True, stats=True), flat):
+    for a, b in zip(forward(hidden, weight, target, entropy=True, stats=True)[:4], flat[:4]):
         assert torch.equal(a, b)
     logp, entropy, _, _ = oracle(hidden, weight, target)
     assert (flat[0] - logp).abs().max() < 2e-5
