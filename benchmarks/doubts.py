@@ -67,7 +67,7 @@ def one_loop(device: str, n: int = 1024, h: int = 1024, v: int = 12800) -> dict:
     def step() -> list[torch.Tensor]:
         saved = room.linear_logprob_fwd(hidden, target, head, True, True)
         grads = room.linear_logprob_bwd(Upstream(grad), hidden, target, head, saved, Needs(True, True, False))
-        return [*saved, *(g for g in grads if g is not None)]
+        return [*saved[:4], *(g for g in grads if g is not None)]
 
     def changed(flatten: bool) -> Callable[..., tiles.Tile]:
         return lambda *given: tile_for(*given)._replace(flatten=flatten)

@@ -168,7 +168,7 @@ def test_skipped_rows_and_rows_without_a_target(dtype, within):
     assert (out[0] - logp)[live].abs().max() < 2e-5
     assert out[0][5] == -torch.inf  # no target here
     assert abs(out[1][:, 5].sum() - lse[5]) < 2e-5
-    for t in out:
+    for t in out[:4]:
         assert (t[..., 10:90] == 0).all()
     grad = torch.where(skipped < 0, 0.0, 1.0)
     dx, dw, _ = backward(grad, hidden, weight, skipped, out)
@@ -271,7 +271,7 @@ def test_no_rows_at_all(dtype):
     hidden, weight = torch.empty(0, 8, dtype=dtype), torch.randn(130, 8).to(dtype)
     target = torch.empty(0, dtype=torch.int64)
     out = forward(hidden, weight, target, entropy=True, stats=True)
-    assert [tuple(t.shape) for t in out] == [(0,), (2, 0), (0,), (2, 0)]
+    assert [tuple(t.shape) for t in out[:4]] == [(0,), (2, 0), (0,), (2, 0)]
     dx, dw, db = backward(torch.empty(0), hidden, weight, target, out, needs=(True, True, True))
     assert dx.shape == (0, 8)
     assert (dw == 0).all()

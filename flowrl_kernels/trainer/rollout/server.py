@@ -13,7 +13,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,9 +127,14 @@ class ServerEngine:
 
         under_way = [self.pool.submit(one, i) for i in range(len(prompts))]
 
+        def whole() -> list[Response]:
+            try:
+                return [response for group in under_way for response in group.result()]
+            except CancelledError:  # it was not sent yet
+                raise EngineError("the run is over") from None
+
         def answers() -> Generated:
-            responses = parallel.agree(lambda: [r for group in under_way for r in group.result()], self.world)
-            return together(responses, sampling, self.version)
+            return together(parallel.agree(whole, self.world), sampling, self.version)
 
         return answers
 
