@@ -43,6 +43,10 @@ def command(config: Config, folder: str, host: str, port: int) -> list[str]:
     from vllm.platforms import current_platform
 
     flags += ["--enforce-eager"] if current_platform.is_cpu() else []
+    if r.push == "nccl":
+        if current_platform.is_cpu():
+            raise ValueError("rollout.push: wanted 'folder', this vLLM is a build for CPUs; got 'nccl'")
+        flags += ["--weight-transfer-config", '{"backend": "nccl"}']
     # not the `vllm` command: it asks for a package of that name, which the CPU build's is not
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, *flags]
 
