@@ -1,6 +1,7 @@
 """The few calls of NCCL that sending weights takes, by ctypes from the library that PyTorch has loaded.
 
-torch's own process groups exchange their unique id between themselves and cannot join a communicator made elsewhere.
+A process group of torch's keeps its communicator's unique id to itself (it can be dug out of its store, which no
+promise covers); these calls are NCCL's public interface.
 """
 
 from __future__ import annotations
