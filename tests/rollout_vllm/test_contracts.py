@@ -217,6 +217,7 @@ class Answers:
 def test_vllms_own_routes_worker_and_engine_take_a_push_by_nccl_twice(receiver, monkeypatch):
     client, worker, loaded, versions = receiver
     monkeypatch.setattr(nccl, "Library", fake_nccl.Library)
+    monkeypatch.setattr(nccl, "missing", lambda device: "")
     monkeypatch.setattr(push, "CHUNK", 40)
     with ThreadPoolExecutor(8) as pool:
         transfer = push.Transfer([Answers(client)], pool, torch.device("cpu"), torch.float32)

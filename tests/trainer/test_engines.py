@@ -153,7 +153,7 @@ def test_an_engines_failure_has_an_exit_code_of_its_own(run, tmp_path, capsys):
         ("rollout.push nccl", r"rollout\.push: wanted 'folder', engine = 'hf' does not use it; got 'nccl'"),
         (
             "rollout.engine server rollout.servers http://h:1 run.device cpu rollout.push nccl",
-            r"rollout\.push: wanted 'folder', run\.device is 'cpu'; got 'nccl'",
+            r"rollout\.push: wanted 'folder', the trainer runs on a CPU; got 'nccl'",
         ),
         ("rollout.probe_limit 1.0", r"rollout\.probe_limit: wanted 0\.0, engine = 'hf' does not use it"),
     ],

@@ -1,6 +1,7 @@
 """Weights to servers by NCCL: the order of messages and tensors, faults, and the calls of the library itself."""
 
 import ctypes
+import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from flowrl_kernels.trainer import config_file, parallel
+from flowrl_kernels.trainer import config_file, loop, parallel
 from flowrl_kernels.trainer.config import Config
 from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.rollout import Sampling, faults, nccl, push
@@ -204,6 +205,20 @@ def test_a_type_that_nccl_does_not_send_is_refused_by_the_tensors_name(servers, 
     engine.close()
 
 
+@pytest.mark.nightly
+def test_a_run_by_nccl_is_the_run_by_a_folder(servers, tmp_path):
+    losses = []
+    for fake, way in zip(servers, ("folder", "nccl")):
+        flags = [*fake_vllm.small(fake.address), "--rollout.push", way, "--run.dir", str(tmp_path / way)]
+        loop.train(config_file.override(Config(), flags))
+        lines = [json.loads(line) for line in (tmp_path / way / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == len(servers[1].received) - 1 == 3  # and before step 0
+    assert paths(servers[1]).count("/init_weight_transfer_engine") == 1
+    assert (servers[0].loads, servers[1].loads) == (4, 0)
+
+
 # ------------------------------------------------------------------------------------------------ the library
 
 
@@ -270,4 +285,6 @@ def test_what_is_no_nccl_is_refused_by_name(monkeypatch):
         nccl.Library("libnowhere.so")
     with pytest.raises(nccl.NcclError, match=r"libc\.so\.6: .*ncclGetErrorString"):
         nccl.Library("libc.so.6")
-    assert nccl.missing("cpu") == "run.device is 'cpu'"
+    assert nccl.missing("cpu") == "the trainer runs on a CPU"
+    with pytest.raises(EngineError, match="rollout.push: wanted 'folder', the trainer runs on a CPU; got 'nccl'"):
+        push.Transfer([], None, torch.device("cpu"), torch.float32)

@@ -119,10 +119,10 @@ def missing(device: str) -> str:
     """Why weights cannot be sent from here by NCCL; empty where they can.
 
     Args:
-        device: `run.device`.
+        device: `run.device`, or the kind of device that came of it.
     """
     if device == "cpu" or not torch.cuda.is_available():
-        return "there is no CUDA device" if device != "cpu" else "run.device is 'cpu'"
+        return "the trainer runs on a CPU" if device == "cpu" else "PyTorch sees no CUDA device"
     try:
         Library()
     except NcclError as error:

@@ -28,10 +28,16 @@ GRACE = 5.0  # seconds
 
 
 class Transfer:
-    """The trainer's end, on its rank 0 alone. A failure ends the run: half of the weights may have arrived."""
+    """The trainer's end, on its rank 0 alone. A failure ends the run: half of the weights may have arrived.
+
+    Raises EngineError where there is no CUDA device or no NCCL.
+    """
 
     def __init__(self, servers: list[Http], pool: ThreadPoolExecutor, device: torch.device, dtype: torch.dtype):
         self.servers, self.pool, self.device, self.dtype = servers, pool, device, dtype
+        why = nccl.missing(device.type)
+        if why:
+            raise EngineError(f"rollout.push: wanted 'folder', {why}; got 'nccl'")
         self.library = nccl.Library()
         self.groups: dict[int, nccl.Communicator] = {}
 
