@@ -80,6 +80,11 @@ def test_what_is_there_is_not_run_again_and_the_test_split_waits_for_every_dial(
     assert len(asked) == 44
 
 
+def test_results_that_are_whole_start_no_process_of_the_trainer(tmp_path, monkeypatch):
+    monkeypatch.setattr(held_out, "forked", None)
+    assert held_out.make(held_out.OUT, tmp_path, 1.0) == (45, 45)
+
+
 def test_on_a_fresh_batch_the_preset_tba_has_the_gradient_of_rloo_with_the_kl_in_its_reward():
     draws = torch.Generator().manual_seed(0)
     weight, size = 0.2, 4

@@ -10,6 +10,7 @@ from flowrl_kernels.trainer.batches import SHORT_ROW, plan
 from flowrl_kernels.trainer.config import Config, LoraConfig, RolloutConfig
 from flowrl_kernels.trainer.evaluate import chosen
 from flowrl_kernels.trainer.policy import named
+from flowrl_kernels.trainer.rollout import nccl
 from flowrl_kernels.trainer.rollout.http import check_address
 from flowrl_kernels.trainer.tasks import Problem, Task
 
@@ -18,6 +19,7 @@ READ_BY = {
     "tensor_parallel": ("vllm", "server"), "kv_cache": ("vllm", "server"), "probe_limit": ("vllm", "server"),
     "head": ("vllm", "server"),
     "servers": ("server",), "timeout": ("server",), "retries": ("server",),
+    "push": ("server",),
 }  # fmt: skip
 NO_OVERLAP = {
     "hf": "samples from the live weights, which training changes",
@@ -128,6 +130,9 @@ def check_engine(config: Config, ranks: int) -> None:
             check_address(address, "rollout.servers")
         if r.timeout <= 0:
             raise ValueError(f"rollout.timeout: wanted more than 0 seconds; got {r.timeout}")
+        why = nccl.missing(config.run.device) if r.push == "nccl" else ""
+        if why:
+            raise ValueError(f"rollout.push: wanted 'folder', {why}; got {r.push!r}")
     if r.engine != "hf":
         if r.kv_cache <= 0:
             raise ValueError(f"rollout.kv_cache: wanted more than 0 GiB; got {r.kv_cache}")

@@ -166,6 +166,9 @@ class RolloutConfig:
     """What generates: "hf" is the live model with a KV cache, "vllm" vLLM in this process, "server" vLLM elsewhere."""
     servers: tuple[str, ...] = ()
     """For "server": addresses of vLLM servers that share the prompts, e.g. ["http://127.0.0.1:8000"] (`make serve`)."""
+    push: Literal["folder", "nccl"] = "folder"
+    """For "server": how weights reach it: a folder of safetensors under `run.dir` that it can read, or NCCL from rank
+    0's GPU, for which both sides need the same version of NCCL and GPUs of their own. No GPU has run "nccl" yet."""
     tensor_parallel: int = 1
     """Ranks (for "vllm") or GPUs (of a server) that hold one engine together."""
     kv_cache: float = 1.0

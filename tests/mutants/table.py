@@ -555,5 +555,21 @@ ROWS = [
     ("an order that no update takes", LOOP, "rollouts.order = run.token_order.order().to(run.world.device)", "pass",
      of("trainer/test_token_order.py",
         "test_old_log_probs_and_those_of_the_first_update_are_summed_in_one_order[grpo]")),
+    # --- weights by NCCL
+    ("tensors sent as they lie", "trainer/rollout/push.py", "else None).contiguous()", "else None)",
+     of("trainer/test_push.py", "test_every_worker_of_every_server_gets_every_tensor_in_order_at_each_push")),
+    ("a server that was away keeps its group", "trainer/rollout/push.py", "if not known or k not in self.groups:",
+     "if k not in self.groups:",
+     of("trainer/test_push.py", "test_a_server_that_was_away_between_two_pushes_joins_anew")),
+    ("a group without its first sum", "trainer/rollout/nccl.py", 'self.call("ncclAllReduce",', 'print("ncclAllReduce",',
+     of("trainer/test_push.py", "test_the_calls_are_nccls_with_ids_by_value_and_the_tensors_own_bytes")),
+    ("rank 0 gives up and the others wait", "trainer/rollout/server.py",
+     "for _ in weights:  # gathering a sharded tensor takes every rank, also", "for _ in ():  # also",
+     of("trainer/test_push.py",
+        "test_a_push_that_breaks_off_is_named_at_once_and_every_tensor_is_still_gathered[/start_weight_update]")),
+    ("a server that is new passes for one that has the push", "trainer/rollout/server.py",
+     "        self._restore(k)\n        self._hook(k)", "        self._hook(k)",
+     of("trainer/test_push.py",
+        "test_a_server_that_comes_up_again_before_the_push_is_done_does_not_pass_for_one_that_has_it")),
 ]  # fmt: skip
 MUTANTS = [Mutant(*row) for row in ROWS]

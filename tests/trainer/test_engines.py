@@ -150,6 +150,11 @@ def test_an_engines_failure_has_an_exit_code_of_its_own(run, tmp_path, capsys):
         ("rollout.engine vllm rollout.tensor_parallel 2", r"rollout\.tensor_parallel: wanted a divisor of 1 ranks"),
         ("rollout.head trainer", r"rollout\.head: wanted 'engine', engine = 'hf' does not use it"),
         ("rollout.engine vllm rollout.head trainer rollout.tensor_parallel 2", r"rollout\.head: .* splits the head"),
+        ("rollout.push nccl", r"rollout\.push: wanted 'folder', engine = 'hf' does not use it; got 'nccl'"),
+        (
+            "rollout.engine server rollout.servers http://h:1 run.device cpu rollout.push nccl",
+            r"rollout\.push: wanted 'folder', the trainer runs on a CPU; got 'nccl'",
+        ),
         ("rollout.probe_limit 1.0", r"rollout\.probe_limit: wanted 0\.0, engine = 'hf' does not use it"),
     ],
 )

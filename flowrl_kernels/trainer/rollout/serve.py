@@ -17,6 +17,8 @@ from flowrl_kernels.trainer.rollout.vllm import save_shape
 from flowrl_kernels.trainer.rollout.vllm_plugin import EXTENSION
 from flowrl_kernels.trainer.tasks import build_task
 
+TRANSFER = '{"backend": "nccl"}'  # what vLLM needs to know of `rollout.push = "nccl"` when it starts
+
 
 def shape_of(config: Config) -> tuple[object, str]:
     """The transformers configuration of the run's model, and its class's name."""
@@ -43,6 +45,10 @@ def command(config: Config, folder: str, host: str, port: int) -> list[str]:
     from vllm.platforms import current_platform
 
     flags += ["--enforce-eager"] if current_platform.is_cpu() else []
+    if r.push == "nccl":
+        if current_platform.is_cpu():
+            raise ValueError("rollout.push: wanted 'folder', this vLLM is a build for CPUs; got 'nccl'")
+        flags += ["--weight-transfer-config", TRANSFER]
     # not the `vllm` command: it asks for a package of that name, which the CPU build's is not
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, *flags]
 

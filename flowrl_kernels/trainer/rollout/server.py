@@ -1,9 +1,10 @@
 """vLLM in processes of its own, asked over HTTP by a trainer that never imports it (`make serve` starts one).
 
 Prompts go out as token ids, one request each; token ids, log-probabilities and the label of the weights behind every
-token come back. Weights go by a folder of safetensors files that the servers can read. The paths are vLLM's own
-(0.32: `/inference/v1/generate` of `--tokens-only`, `/collective_rpc`, `/reset_prefix_cache`, `/update_weight_version`
-and `/weight_info` of VLLM_SERVER_DEV_MODE), and the method called is `vllm_plugin.WorkerExtension`'s.
+token come back. Weights go by a folder of safetensors files that the servers can read, or by NCCL (push.py). The paths
+are vLLM's own (0.32: `/inference/v1/generate` of `--tokens-only`, `/collective_rpc`, `/reset_prefix_cache`,
+`/update_weight_version` and `/weight_info` of VLLM_SERVER_DEV_MODE), and the methods called by them are
+`vllm_plugin.WorkerExtension`'s.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from flowrl_kernels.trainer.parallel import World
 from flowrl_kernels.trainer.rollout.base import Generated, Sampling
 from flowrl_kernels.trainer.rollout.faults import EngineError, Fault, again
 from flowrl_kernels.trainer.rollout.http import Http
+from flowrl_kernels.trainer.rollout.push import Transfer
 from flowrl_kernels.trainer.rollout.responses import Response, draw_seed, look_at, together, vllm_sampling
 
 AT_ONCE = 64  # requests to one server
@@ -37,7 +39,8 @@ class ServerEngine:
     """Prompt number i goes to server i modulo their number; the seed of its responses depends on its number alone.
 
     A request that fails is tried again, `rollout.retries` times. A server that comes back without the weights gets them
-    again. All ranks fail together, with the same `EngineError`.
+    again: from the folder at once, by NCCL with the next push, so between two pushes it ends the run. All ranks fail
+    together, with the same `EngineError`.
     """
 
     def __init__(self, config: Config, vocab: int, world: World):
@@ -50,12 +53,24 @@ class ServerEngine:
         self.version, self.folder, self.closed = -1, Path(), False
         self.locks = [threading.Lock() for _ in self.servers]
         self.pool = ThreadPoolExecutor(AT_ONCE * len(self.servers), "rollout")
-        parallel.first(lambda: [self._again(k, partial(self._label, k)) for k in range(len(self.servers))], world)
+        self.folders = r.push == "folder"
+        self.transfer: Transfer | None = None  # rank 0's
+
+        def start() -> None:
+            if not self.folders:
+                self.transfer = Transfer(self.servers, self.pool, world.device, self.dtype)
+            for k in range(len(self.servers)):
+                self._again(k, partial(self._label, k))
+
+        parallel.first(start, world)
 
     # ------------------------------------------------------------------------------------------------ weights
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Rank 0 writes them and has every server load them; the folder before is deleted."""
+        """Rank 0 writes them and has every server load them (the folder before is deleted), or sends them by NCCL."""
+        if not self.folders:
+            self._send(iter(weights), version)
+            return
         folder, before = self.root / f"version_{version}", self.folder
         if self.world.main:
             write(weights, folder, self.dtype)
@@ -72,14 +87,45 @@ class ServerEngine:
 
         parallel.first(push, self.world)
 
+    def _send(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+        before, self.version = self.label, version
+        failure: Exception | None = None
+        if self.transfer is not None:
+            try:
+                known = [self._again(k, partial(self._label, k)) == before for k in range(len(self.servers))]
+                self.transfer.send(weights, known, self.label)
+            except Exception as error:
+                failure = error
+        for _ in weights:  # gathering a sharded tensor takes every rank, also when rank 0 has given up
+            pass
+
+        def settle() -> None:
+            if failure is not None:
+                raise failure
+            for k in range(len(self.servers)):
+                self._again(k, partial(self._settle, k))
+
+        parallel.first(settle, self.world)
+
+    def _settle(self, k: int) -> None:
+        """The rest of a push by NCCL, which may be tried again; not by a server that has come up since it."""
+        self._restore(k)
+        self._hook(k)
+        self._forget(k)
+
     def _load(self, k: int) -> None:
-        server = self.servers[k]
+        self._hook(k)
+        self.servers[k].ask("POST", "/collective_rpc", {"method": "flowrl_load", "args": [str(self.folder)]})
+        self._forget(k)
+        self.servers[k].ask("POST", "/update_weight_version", {"new_version": self.label})
+
+    def _hook(self, k: int) -> None:
         if self.head:
-            server.ask("POST", "/collective_rpc", {"method": "flowrl_head", "args": [self.head]})
-        server.ask("POST", "/collective_rpc", {"method": "flowrl_load", "args": [str(self.folder)]})
-        if server.ask("POST", "/reset_prefix_cache") != {"success": True}:
+            self.servers[k].ask("POST", "/collective_rpc", {"method": "flowrl_head", "args": [self.head]})
+
+    def _forget(self, k: int) -> None:
+        if self.servers[k].ask("POST", "/reset_prefix_cache") != {"success": True}:
             raise Fault("the prefix cache, which is of old weights, was not emptied")
-        server.ask("POST", "/update_weight_version", {"new_version": self.label})
 
     def _label(self, k: int) -> str:
         info = self.servers[k].ask("GET", "/weight_info")
@@ -155,8 +201,14 @@ class ServerEngine:
     def _restore(self, k: int) -> None:
         """Pushes to a server that has not got what was pushed last."""
         with self.locks[k]:
-            if self._label(k) != self.label:
-                self._load(k)
+            if self._label(k) == self.label:
+                return
+            if not self.folders:
+                raise EngineError(
+                    f"rollout.push: {self.servers[k].address} came back without weights {self.version}, and 'nccl' "
+                    "gives them with the next push only: go on from the last checkpoint, or use 'folder'"
+                )
+            self._load(k)
 
     def _again(self, k: int, action: Callable[[], Any]) -> Any:
         def unless_closed() -> Any:
@@ -177,6 +229,8 @@ class ServerEngine:
         for server in self.servers:
             server.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
+        if self.transfer is not None:
+            self.transfer.close()
         if self.world.main:
             shutil.rmtree(self.root, ignore_errors=True)
 
