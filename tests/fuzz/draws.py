@@ -66,7 +66,8 @@ class Draw:
         if value is None or not self.chance(40):
             return value
         value, unused = value.clone(), ~counts
-        value[unused] = self.of(*SPECIAL) if value.is_floating_point() else self.int(0, 120)
+        new = self.of(*SPECIAL) if value.is_floating_point() else self.int(0, 120)
+        value[unused] = torch.tensor(new, dtype=torch.float64).to(value.dtype)  # newer torch fills no float16 with 1e38
         return value
 
     def wrong(self):

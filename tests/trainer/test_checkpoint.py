@@ -69,6 +69,8 @@ def test_what_was_half_written_is_not_a_checkpoint(tmp_path):
     assert save(tmp_path, 2, policy, optimizer).name == "step_2"  # and is in nobody's way
 
 
+# torch 2.15 under Python 3.13: a stream of its own is flushed once more when it is collected
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path):
     policy, optimizer = trained()
     path = save(tmp_path, 1, policy, optimizer)
