@@ -21,25 +21,8 @@ logger = logging.getLogger("flowrl_kernels")
 
 IMPLS = ("reference", "chunked", "triton")
 # stems with a launcher module in each room; the reference is a plain function and serves every stem
-STEMS = {
-    "chunked": (
-        "linear_logprob",
-        "linear_logprob_sampled",
-        "linear_logprob_kept",
-        "linear_residual",
-        "logprob",
-        "residual",
-        "context_parallel",
-    ),
-    "triton": (
-        "linear_logprob",
-        "linear_logprob_sampled",
-        "linear_logprob_kept",
-        "linear_residual",
-        "logprob",
-        "residual",
-    ),
-}
+SHARED = ("linear_logprob", "linear_logprob_sampled", "linear_logprob_kept", "linear_residual", "logprob", "residual")
+STEMS = {"chunked": (*SHARED, "context_parallel"), "triton": SHARED}
 # Triton's interpreter reads the bits of bfloat16 as integers; a test that mends it says so here
 interpreter_multiplies_bfloat16 = False
 
